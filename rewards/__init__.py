@@ -1,0 +1,23 @@
+"""The rewards and their registry. Imported as ``rdm_rl.rewards``."""
+
+from typing import TYPE_CHECKING
+
+from rdm_rl._lazy import lazy_names
+
+__all__ = ["get_reward", "list_rewards", "register_reward"]
+
+if TYPE_CHECKING:
+    from rdm_rl.rewards.registry import get_reward, list_rewards, register_reward
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "get_reward": "rdm_rl.rewards.registry",
+            "list_rewards": "rdm_rl.rewards.registry",
+            "register_reward": "rdm_rl.rewards.registry",
+        },
+    )
+
+# A second import under the folder's own name would make a second registry, whose rewards nobody finds.
+if __name__ != "rdm_rl.rewards":
+    raise ImportError("Import `rdm_rl.rewards`, not `rewards`: the folder is mapped into the package.")
