@@ -1,0 +1,141 @@
+r"""Dense advantages: the direction in which a reward wants a sample's :math:`\hat x_0` to move.
+
+The reward here is distribution matching, :math:`R_{dm} = \log p_{real}(x_t) - \log p_{fake}(x_t)`, whose gradient at a
+re-noised sample is the difference of two scores. In terms of the two networks' predictions of x_0 it points along
+:math:`\mu_{real}(x_t) - \mu_{fake}(x_t)`; what remains to choose is the scale it is divided by.
+
+References:
+    | One-step Diffusion with Distribution Matching Distillation (Yin et al., 2023), eq. 7-8
+    | https://arxiv.org/abs/2311.18828
+    | R_dm: Re-conceptualizing Distribution Matching as a Reward for Diffusion Distillation (Fan et al., 2026)
+    | https://arxiv.org/abs/2603.28460 (abstract only: the group scale is our reconstruction)
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Normalization = Literal["sample", "group", "group_rms", "none"]
+Group = Literal["prompt", "renoise", "prompt_renoise"]
+
+
+def group_mean(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Each value replaced by the mean over its group.
+
+    Args:
+        values: Shape (..., N).
+        group_ids: Group of each of the N entries, shape (N,), int64, any numbers.
+
+    Returns:
+        The means, of the shape of ``values``.
+
+    Example:
+        >>> group_mean(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([7, 7, 2]))
+        tensor([2., 2., 5.])
+    """
+    _, inverse, counts = group_ids.unique(return_inverse=True, return_counts=True)
+    sums = values.new_zeros((*values.shape[:-1], len(counts))).index_add_(-1, inverse, values)
+    return (sums / counts)[..., inverse]
+
+
+def distribution_matching_scale(
+    x_0: Tensor,
+    teacher_x_0: Tensor,
+    fake_x_0: Tensor,
+    group_ids: Tensor,
+    *,
+    normalization: Normalization,
+    group: Group,
+    scale_floor: float,
+) -> Tensor:
+    r"""The scale s that the distribution-matching direction is divided by.
+
+    ``sample`` is the mean absolute difference of :math:`\hat x_0` and :math:`\mu_{real}` of the sample itself, which is
+    what the released code of DMD and DMD2 divides by. ``group`` is the mean of that over the group, ``group_rms`` the
+    root mean square of :math:`\mu_{real} - \mu_{fake}` over the group, ``none`` is 1.
+
+    Args:
+        x_0: The policy's predictions, shape (N, C, H, W).
+        teacher_x_0: The teacher's predictions at R re-noisings of them, shape (R, N, C, H, W).
+        fake_x_0: The fake score's, the same shape.
+        group_ids: Group of each sample, shape (N,), int64.
+        normalization: Which scale.
+        group: What ``group`` and ``group_rms`` average over: the samples of a ``prompt``, the R ``renoise`` draws of one
+            sample, or both.
+        scale_floor: The smallest scale; s is clamped below by it, except for ``none``.
+
+    Returns:
+        The scale, shape (R, N, 1, 1, 1), float32.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    if normalization not in get_args(Normalization) or group not in get_args(Group):
+        raise ValueError(
+            f"normalization={normalization!r}, group={group!r}: use one of {get_args(Normalization)} and {get_args(Group)}."
+        )
+    if normalization == "none":
+        return torch.ones_like(teacher_x_0[:, :, :1, :1, :1], dtype=torch.float32)
+    if normalization == "group_rms":
+        scale = (teacher_x_0 - fake_x_0).float().square().flatten(2).mean(2)
+    else:
+        scale = (x_0 - teacher_x_0).float().abs().flatten(2).mean(2)
+    if normalization != "sample":
+        if group != "renoise":
+            scale = group_mean(scale, group_ids)
+        if group != "prompt":
+            scale = scale.mean(0, keepdim=True).expand_as(scale)
+    if normalization == "group_rms":
+        scale = scale.sqrt()
+    return scale.clamp_min(scale_floor)[:, :, None, None, None]
+
+
+def distribution_matching_advantage(
+    x_0: Tensor,
+    teacher_x_0: Tensor,
+    fake_x_0: Tensor,
+    group_ids: Tensor,
+    normalization: Normalization = "group",
+    scale_floor: float = 1e-6,
+    *,
+    group: Group = "prompt",
+) -> Tensor:
+    r"""The distribution-matching direction, :math:`(\mu_{real}(x_t) - \mu_{fake}(x_t)) / s`.
+
+    With ``normalization="sample"`` and one re-noising it equals minus the gradient of the released DMD and DMD2 code.
+    With a group of one sample, ``group`` equals ``sample``. Over R re-noisings the direction is the mean; each draw is
+    divided by its own s unless ``group`` pools the draws. It is never centred over the group: for a dense direction
+    that would remove exactly the part that all samples share.
+
+    Args:
+        x_0: The policy's predictions, shape (N, C, H, W).
+        teacher_x_0: The teacher's predictions at the re-noised samples, shape (N, C, H, W) or (R, N, C, H, W).
+        fake_x_0: The fake score's predictions there, the same shape.
+        group_ids: Group of each sample, shape (N,), int64.
+        normalization: The scale, see :func:`distribution_matching_scale`.
+        scale_floor: The smallest scale.
+        group: What a group is.
+
+    Returns:
+        The direction, shape (N, C, H, W), float32.
+
+    Raises:
+        ValueError: If shapes or names do not fit.
+
+    Example:
+        >>> x_0, teacher, fake = torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
+        >>> distribution_matching_advantage(x_0, teacher, fake, torch.tensor([0, 0])).flatten()
+        tensor([0.5000, 1.5000])
+    """
+    if teacher_x_0.ndim == x_0.ndim:
+        teacher_x_0, fake_x_0 = teacher_x_0[None], fake_x_0[None]
+    if teacher_x_0.shape != fake_x_0.shape or teacher_x_0.shape[1:] != x_0.shape or len(group_ids) != len(x_0):
+        raise ValueError(
+            f"Shapes do not fit: x_0 {tuple(x_0.shape)}, teacher_x_0 {tuple(teacher_x_0.shape)}, "
+            f"fake_x_0 {tuple(fake_x_0.shape)}, group_ids {tuple(group_ids.shape)}."
+        )
+    scale = distribution_matching_scale(
+        x_0, teacher_x_0, fake_x_0, group_ids, normalization=normalization, group=group, scale_floor=scale_floor
+    )
+    return ((teacher_x_0.float() - fake_x_0.float()) / scale).mean(0)

@@ -1,0 +1,111 @@
+"""Checkpoints: everything that a resumed run needs to continue as if it had not stopped.
+
+A checkpoint is a folder ``checkpoint-<step>``:
+
+=============================  ======================================================================
+file                           content
+=============================  ======================================================================
+``policy.safetensors``         weights of the policy
+``fake_score.safetensors``     weights of the fake score
+``ema.safetensors``            averaged weights of the policy, if averaging is on
+``optimizers.pt``              both optimisers, their schedules and loss scalers, the weighting
+``last_samples.safetensors``   the samples that the fake score last saw, for its lag
+``trainer_state.json``         step, epoch, log history and callbacks, in transformers' format
+``rdm_config.json``            the settings
+=============================  ======================================================================
+
+There is no generator state: random numbers are functions of the seed and the step (see ``rdm_rl.randomness``), and so
+is the position in the data. ``optimizers.pt`` is read with ``weights_only=True``.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first.
+
+    Args:
+        output_dir: The run's folder; it need not exist.
+
+    Returns:
+        Their folders.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(found) if (path / "trainer_state.json").is_file()]
+
+
+def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
+    """The checkpoint that ``resume_from_checkpoint`` means.
+
+    Args:
+        output_dir: The run's folder.
+        wish: True for the newest one in it, or a checkpoint's folder.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if wish is True:
+        found = checkpoints(output_dir)
+        if not found:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint. Start without it, or "
+                "give a checkpoint's folder."
+            )
+        return found[-1]
+    folder = Path(str(wish))
+    if not (folder / "trainer_state.json").is_file():
+        raise FileNotFoundError(f"resume_from_checkpoint={str(wish)!r} is no complete checkpoint of rdm_rl.")
+    return folder
+
+
+def rotate_checkpoints(output_dir: str | Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints until at most ``limit`` are left; None keeps all."""
+    if limit is not None:
+        for folder in checkpoints(output_dir)[: -max(1, limit)]:
+            shutil.rmtree(folder)
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Write weights as safetensors and the state of optimisers and schedules beside them.
+
+    Args:
+        folder: Where to write; made if needed.
+        tensors: Weights by name, by file.
+        state: Plain numbers, strings, lists, dicts and tensors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tensors.items():
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in content.items()}, folder / f"{name}.safetensors"
+        )
+    torch.save(dict(state), folder / "optimizers.pt")
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What :func:`write_checkpoint` wrote, on the CPU.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        The weights by file and name, and the state.
+    """
+    tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    state: dict[str, Any] = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
+    return tensors, state

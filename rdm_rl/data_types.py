@@ -1,0 +1,181 @@
+"""The records that pass between the rooms of the library: frozen, named, checked once where they are made.
+
+Notation for shapes: P prompts, G generations of each, N = P * G samples (the G samples of a prompt are neighbours),
+K student steps, (C, H, W) the latent shape.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What a network is told besides the noisy sample and its time, one row for each sample.
+
+    Args:
+        tensors: The network's own inputs by name, each of shape (N, ...); for Stable Diffusion that is
+            ``encoder_hidden_states`` of shape (N, L, E).
+
+    Raises:
+        ValueError: If the tensors disagree about N.
+
+    Example:
+        >>> conditioning = Conditioning(tensors={"encoder_hidden_states": torch.zeros(2, 16, 64)})
+        >>> len(conditioning.repeat(4))
+        8
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that every tensor has one row for each sample."""
+        sizes = {name: len(value) for name, value in self.tensors.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"Every conditioning tensor needs one row for each sample; got {sizes}.")
+
+    def __len__(self) -> int:
+        """Number of samples; 0 for a network without conditioning."""
+        return len(next(iter(self.tensors.values()))) if self.tensors else 0
+
+    def repeat(self, count: int) -> "Conditioning":
+        """Each row repeated ``count`` times, neighbours together: (N, ...) becomes (N * count, ...)."""
+        return Conditioning(tensors={key: value.repeat_interleave(count, 0) for key, value in self.tensors.items()})
+
+    def select(self, rows: Tensor) -> "Conditioning":
+        """The rows at the given indices, shape (M,), int64."""
+        return Conditioning(tensors={key: value[rows] for key, value in self.tensors.items()})
+
+    def then(self, other: "Conditioning") -> "Conditioning":
+        """The rows of this record followed by those of another one."""
+        return Conditioning(
+            tensors={key: torch.cat([value, other.tensors[key]]) for key, value in self.tensors.items()}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """The prompts of one batch of samples, and who each sample is.
+
+    Args:
+        prompts: The prompt of each sample, length N, group-contiguous.
+        conditioning: The encoded prompts, N rows.
+        group_ids: Index of the prompt of each sample, shape (N,), int64; equal for the samples of one prompt.
+        sample_ids: Number of each sample in the whole run, over all processes and micro-batches. It seeds the
+            sample's noise, so a sample does not depend on how a batch is cut.
+        columns: The data set's other columns, each of length N.
+        stream: The phase of the run, so that phases do not share random numbers.
+
+    Raises:
+        ValueError: If the lengths differ.
+    """
+
+    prompts: Sequence[str]
+    conditioning: Conditioning
+    group_ids: Tensor
+    sample_ids: Sequence[int]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    stream: str = "train"
+
+    def __post_init__(self) -> None:
+        """Check the lengths."""
+        sizes = {
+            "prompts": len(self.prompts),
+            "group_ids": len(self.group_ids),
+            "sample_ids": len(self.sample_ids),
+            **{f"columns[{name!r}]": len(values) for name, values in self.columns.items()},
+        }
+        if self.conditioning.tensors:
+            sizes["conditioning"] = len(self.conditioning)
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"Every field of a prompt batch has one entry for each sample; got {sizes}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    r"""The chains of states from noise to sample that the policy walked, recorded without a graph.
+
+    Step k = 0 .. K-1 goes from state :math:`x_k` at time :math:`t_k` to the prediction :math:`\hat x_0`; the last
+    prediction is the sample.
+
+    Args:
+        batch: The prompts.
+        times: Time of each step, shape (K,), in (0, 1], falling; 1 is noise.
+        states: The state that each step started from, shape (K, N, C, H, W).
+        x_0: The policy's prediction at each step, shape (K, N, C, H, W).
+
+    Raises:
+        ValueError: If the shapes differ, or the number of prompts is not N.
+    """
+
+    batch: PromptBatch
+    times: Tensor
+    states: Tensor
+    x_0: Tensor
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        if self.states.shape != self.x_0.shape or len(self.times) != len(self.states):
+            raise ValueError(
+                f"states {tuple(self.states.shape)} and x_0 {tuple(self.x_0.shape)} must both be (K, N, C, H, W) with "
+                f"K = {len(self.times)} times."
+            )
+        if self.states.shape[1] != len(self.batch.prompts):
+            raise ValueError(f"{self.states.shape[1]} samples but {len(self.batch.prompts)} prompts.")
+
+    @property
+    def sample(self) -> Tensor:
+        """The finished samples, shape (N, C, H, W): the prediction of the last step."""
+        return self.x_0[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseAdvantage:
+    r"""The direction in which one reward wants each sample's :math:`\hat x_0` to move.
+
+    Args:
+        values: The direction, shape (N, C, H, W).
+        applicable: Whether the reward has an opinion on the sample, shape (N,), bool. Where it is False the direction
+            counts as absent, whatever ``values`` holds.
+        reward: The reward itself for the log, shape (N,), or None.
+        metrics: Further numbers for the log.
+
+    Raises:
+        ValueError: If the shapes differ, or an applicable direction is not finite.
+    """
+
+    values: Tensor
+    applicable: Tensor
+    reward: Tensor | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the shapes and that the direction is finite."""
+        if self.applicable.dtype != torch.bool or self.applicable.shape != self.values.shape[:1]:
+            raise ValueError(
+                f"applicable must be bool of shape ({len(self.values)},); got {self.applicable.dtype} "
+                f"{tuple(self.applicable.shape)}."
+            )
+        finite = self.values.flatten(1).isfinite().all(1)
+        if not bool((finite | ~self.applicable).all()):
+            rows = (~finite & self.applicable).nonzero().flatten().tolist()
+            raise ValueError(
+                f"The direction of sample(s) {rows[:8]} is not finite. Non-finite values are a fault, never 'not "
+                "applicable': look for a network output or a reward gradient that overflowed (fp16?)."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """A loss to differentiate and what to log beside it.
+
+    Args:
+        loss: The loss, shape ().
+        metrics: Numbers for the log.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, float] = field(default_factory=dict)

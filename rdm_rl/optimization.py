@@ -1,0 +1,111 @@
+"""The optimiser of one role: accumulate, reduce over processes, clip, step, schedule."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.optimization import get_scheduler
+
+if TYPE_CHECKING:
+    from rdm_rl.trainers.rdm_config import RDMConfig
+
+
+@dataclass(kw_only=True)
+class RoleOptimizer:
+    """What updates the weights of one role.
+
+    Args:
+        parameters: The weights.
+        optimizer: The optimiser.
+        scheduler: Its learning-rate schedule, stepped once for each update.
+        scaler: The loss scaler; disabled except in fp16.
+        max_grad_norm: The gradient norm to clip to; 0 does not clip.
+        reduce: Averages the gradients over processes, in place.
+    """
+
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    max_grad_norm: float
+    reduce: Callable[[Iterable[nn.Parameter]], None]
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        """Accumulate the gradient of a micro-batch's loss, times its share of the batch."""
+        self.scaler.scale(loss * share).backward()
+
+    def step(self) -> float:
+        """Make one update with what was accumulated.
+
+        Returns:
+            The gradient norm before clipping.
+        """
+        self.reduce(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    @property
+    def learning_rate(self) -> float:
+        """The current learning rate."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of optimiser, schedule and scaler."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take that state back."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def make_optimizer(args: "RDMConfig", parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """The optimiser that ``args.optim`` names, as transformers builds it, with another learning rate.
+
+    Args:
+        args: The settings.
+        parameters: What it updates.
+        learning_rate: Its learning rate.
+
+    Returns:
+        The optimiser.
+    """
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    settings = {**settings, "lr": learning_rate, "weight_decay": args.weight_decay}
+    optimizer: torch.optim.Optimizer = kind(parameters, **settings)
+    return optimizer
+
+
+def make_scheduler(args: "RDMConfig", optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """The learning-rate schedule that the settings name.
+
+    Args:
+        args: The settings.
+        optimizer: Whose learning rate it sets.
+        steps: Updates in the whole run.
+
+    Returns:
+        The schedule.
+    """
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
+    )

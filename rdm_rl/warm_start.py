@@ -1,0 +1,193 @@
+r"""The warm start: regression of the student on the teacher's own ODE solutions.
+
+A few-step student that starts from the teacher's weights is far from any sensible sampler, and distribution matching
+alone improves it slowly and unevenly. So it is first shown, for states :math:`x_k` of each of its K steps, where the
+teacher's deterministic sampler would end: pure noise for the first step, and the teacher's own samples re-noised to
+:math:`t_k` for the others. The loss is L1 on x_0.
+
+Solutions are kept on disk in one file for each student time and chunk, so an interrupted collection continues where
+it stopped, and students with other numbers of steps share what they have in common.
+
+References:
+    | Improved Distribution Matching Distillation for Fast Image Synthesis (Yin et al., 2024) initialises its one-step
+    | SDXL student by regression on 10,000 teacher pairs (appendix); states at lower noise are our addition.
+    | https://arxiv.org/abs/2405.14867
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rdm_rl.data_types import Conditioning
+from rdm_rl.noise_schedule import NoiseSchedule
+from rdm_rl.policy import X0Predictor
+from rdm_rl.randomness import normal, seeded_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdePairs:
+    """States of the student's steps and where the teacher's ODE takes them.
+
+    Args:
+        states: The states, shape (M, C, H, W).
+        solutions: The teacher's solutions from them, the same shape.
+        times: Time of each state, shape (M,).
+        prompts: Prompt of each state, length M.
+
+    Raises:
+        ValueError: If the lengths differ.
+    """
+
+    states: Tensor
+    solutions: Tensor
+    times: Tensor
+    prompts: Sequence[str]
+
+    def __post_init__(self) -> None:
+        """Check the lengths."""
+        if self.states.shape != self.solutions.shape or not len(self.states) == len(self.times) == len(self.prompts):
+            raise ValueError("states, solutions, times and prompts must have one entry for each pair.")
+
+
+@torch.no_grad()
+def ode_solution(
+    network: X0Predictor, x_t: Tensor, t: float, conditioning: Conditioning, schedule: NoiseSchedule, steps: int
+) -> Tensor:
+    r"""The end of the deterministic sampler that starts at a state.
+
+    Each step goes along the straight line in :math:`(\hat x_0, \hat\epsilon)`, that is DDIM with :math:`\eta = 0` for a
+    variance-preserving schedule and an Euler step for flow matching.
+
+    References:
+        | Denoising Diffusion Implicit Models (Song et al., 2020), eq. 12
+        | https://arxiv.org/abs/2010.02502
+
+    Args:
+        network: The teacher, guidance included.
+        x_t: States, shape (N, C, H, W).
+        t: Their common time, in (0, 1].
+        conditioning: Encoded prompts, N rows.
+        schedule: The noise schedule.
+        steps: Steps from noise, that is from t = 1; a start at lower noise takes proportionally fewer.
+
+    Returns:
+        The solutions, shape (N, C, H, W).
+    """
+    count = max(1, math.ceil(steps * t - 1e-6))
+    times = torch.linspace(t, 0, count + 1, device=x_t.device)
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        x_0 = network(x_t, now.expand(len(x_t)), conditioning)
+        noise = (x_t - schedule.alpha(now) * x_0) / schedule.sigma(now)
+        x_t = schedule.alpha(then) * x_0 + schedule.sigma(then) * noise
+    return x_t
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module, **settings: object) -> str:
+    """A short name for a network's weights and some settings: files made with others never mix.
+
+    Args:
+        network: The network; a sample of each of its weights is read.
+        settings: Anything that JSON can hold.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, parameter in network.named_parameters():
+        if "lora_" not in name:
+            flat = parameter.flatten()
+            part = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+            # Adapters wrap a layer as base_layer; the weights are the same.
+            digest.update(name.replace(".base_layer", "").encode() + part.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def collect_pairs(
+    teacher: X0Predictor,
+    encode: Callable[[Sequence[str]], Conditioning],
+    schedule: NoiseSchedule,
+    *,
+    prompts: Sequence[str],
+    times: Sequence[float],
+    shape: Sequence[int],
+    ode_steps: int,
+    batch_size: int,
+    seed: int,
+    folder: Path,
+    device: torch.device,
+    show_progress: bool = True,
+) -> OdePairs:
+    """The teacher's solutions for every prompt at every student time, read from disk where they exist.
+
+    Args:
+        teacher: The teacher, guidance included.
+        encode: Encodes prompts.
+        schedule: The noise schedule.
+        prompts: One prompt for each state.
+        times: The student's times, the first being the one it starts from.
+        shape: The latent shape (C, H, W).
+        ode_steps: Teacher steps of a solution from noise.
+        batch_size: States solved together.
+        seed: Seed of the noise.
+        folder: Where the files are; it must be a folder of its own for each teacher and setting.
+        device: Where the networks are.
+        show_progress: Show a progress bar.
+
+    Returns:
+        The pairs of all times, on the CPU: len(prompts) * len(times) of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(prompts), batch_size)
+    pieces = []
+    bar = tqdm(total=len(starts) * len(times), desc="warm start: teacher solutions", disable=not show_progress)
+    for start in starts:
+        chunk = list(prompts[start : start + batch_size])
+        first_solution = torch.empty(0)
+        for index, t in enumerate(times):
+            file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}.safetensors"
+            if not file.exists():
+                generator = seeded_generator(seed, "warm_start", start, round(t * 10000))
+                noise = normal((len(chunk), *shape), generator, device)
+                # The first time is noise; the others start from the teacher's own samples.
+                state = noise if index == 0 else schedule.perturb(first_solution, noise, torch.tensor(t, device=device))
+                solution = ode_solution(teacher, state, t, encode(chunk), schedule, ode_steps)
+                _write(file, {"states": state.cpu(), "solutions": solution.cpu()}, json.dumps(chunk))
+            states, solutions = _read(file, chunk)
+            first_solution = solutions.to(device) if index == 0 else first_solution
+            pieces.append((states, solutions, torch.full((len(chunk),), t), chunk))
+            bar.update()
+    bar.close()
+    return OdePairs(
+        states=torch.cat([piece[0] for piece in pieces]),
+        solutions=torch.cat([piece[1] for piece in pieces]),
+        times=torch.cat([piece[2] for piece in pieces]),
+        prompts=[prompt for piece in pieces for prompt in piece[3]],
+    )
+
+
+def _write(file: Path, tensors: dict[str, Tensor], prompts: str) -> None:
+    """Write a file whole or not at all, also when the process is killed or another one writes the same."""
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"prompts": prompts})
+    temporary.replace(file)
+
+
+def _read(file: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """States and solutions of a file, after checking that they belong to the prompts."""
+    with safe_open(file, framework="pt") as content:
+        if json.loads(content.metadata()["prompts"]) != list(prompts):
+            raise ValueError(
+                f"{file} holds solutions of other prompts. Delete the folder, or set another warm_start_cache_dir."
+            )
+        return content.get_tensor("states"), content.get_tensor("solutions")

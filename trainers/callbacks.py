@@ -1,0 +1,67 @@
+"""Callbacks, trackers and progress bars, as transformers has them, for a loop of our own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PrinterCallback, ProgressCallback
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    ExportableState,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+
+from rdm_rl.trainers.rdm_config import RDMConfig
+
+
+def make_callback_handler(
+    args: RDMConfig, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], model: torch.nn.Module
+) -> CallbackHandler:
+    """The handler of transformers' default callbacks, the trackers in ``report_to`` and the user's own.
+
+    Args:
+        args: The settings.
+        callbacks: The user's callbacks, instances or classes.
+        model: What callbacks receive as ``model``: the policy's network.
+
+    Returns:
+        The handler.
+    """
+    progress = PrinterCallback if args.disable_tqdm else ProgressCallback
+    trackers = get_reporting_integration_callbacks(args.report_to)
+    return CallbackHandler([DefaultFlowCallback, *trackers, *callbacks, progress], model, None, None, None)
+
+
+def make_state(handler: CallbackHandler, is_local_zero: bool, is_world_zero: bool) -> TrainerState:
+    """A fresh trainer state that exports the callbacks that can be exported."""
+    stateful = [one for one in [*handler.callbacks, TrainerControl()] if isinstance(one, ExportableState)]
+    return TrainerState(
+        is_local_process_zero=is_local_zero, is_world_process_zero=is_world_zero, stateful_callbacks=stateful
+    )
+
+
+def log_image(handler: CallbackHandler, name: str, image: Image.Image, step: int) -> None:
+    """Send a picture to those trackers that show pictures: TensorBoard, Weights & Biases and Trackio.
+
+    Args:
+        handler: The run's callbacks.
+        name: What the picture is called there.
+        image: The picture.
+        step: The policy update it belongs to.
+    """
+    for callback in handler.callbacks:
+        match type(callback).__name__:
+            case "TensorBoardCallback" if callback.tb_writer is not None:
+                callback.tb_writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            case "WandbCallback":
+                tracker: Any = callback._wandb
+                tracker.log({name: tracker.Image(image), "train/global_step": step})
+            case "TrackioCallback":
+                tracker = callback._trackio
+                tracker.log({name: tracker.Image(image)}, step=step)

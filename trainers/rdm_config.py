@@ -1,0 +1,231 @@
+"""The settings of a run: ``RDMConfig``, a ``TrainingArguments`` with the fields of the method."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments
+
+from rdm_rl.advantages import Group, Normalization
+from rdm_rl.renoise import RenoiseDistribution
+
+# Each method is a setting of one trainer. `rdm-rl methods` prints this table.
+METHODS: dict[str, dict[str, Any]] = {
+    "dmd": {"dm_normalization": "sample"},
+    "gndm": {"dm_normalization": "group"},
+}
+
+# Inherited fields that the trainer acts on. Any other one is refused when it is set, never ignored.
+HONOURED = frozenset(
+    """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing gradient_checkpointing
+    logging_dir logging_strategy logging_steps logging_first_step disable_tqdm report_to run_name project trackio_space_id
+    trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay eval_on_start
+    per_device_eval_batch_size save_strategy save_steps save_total_limit push_to_hub hub_token
+    hub_private_repo hub_model_id hub_revision remove_unused_columns seed data_seed use_cpu resume_from_checkpoint
+    ddp_backend ddp_timeout do_train do_eval local_rank log_level log_level_replica
+    """.split()
+)
+
+
+@dataclass
+class RDMConfig(TrainingArguments):
+    r"""The settings of :class:`~rdm_rl.RDMTrainer`.
+
+    The fields of transformers' ``TrainingArguments`` keep their meaning, with ``learning_rate``, ``max_grad_norm``,
+    ``lr_scheduler_type`` and ``warmup_steps`` being those of the policy and one *step* being one policy update. Those
+    that make no sense here are refused when set. Defaults that differ: ``learning_rate`` 1e-5, ``logging_steps`` 10,
+    ``report_to`` "none", ``remove_unused_columns`` False.
+
+    Args:
+        num_inference_steps: Steps K of the student.
+        num_generations: Samples G of each prompt; a group is never split. ``per_device_train_batch_size`` counts
+            samples and must be a multiple of it.
+        dm_normalization: What the distribution-matching direction is divided by: ``group`` (GNDM), ``sample`` (DMD),
+            ``group_rms`` or ``none``.
+        dm_group: What a group is: the generations of a ``prompt``, the ``renoise`` draws of one sample, or both.
+        num_renoise: Re-noisings R of each sample that the direction is averaged over.
+        dm_scale_floor: The smallest scale that the direction is divided by.
+        renoise_distribution: Distribution of the re-noising time: ``uniform``, ``beta`` (biased to high noise), or
+            ``annealed_beta`` (from the second to the first, as DMDR's DynaRS). The fake score trains on the same.
+        renoise_range: The lowest and the highest re-noising time of distribution matching.
+        renoise_anneal_steps: Policy updates over which ``annealed_beta`` anneals; None means 2,000 for it.
+        teacher_guidance_scale: Guidance of the teacher, baked into the student; None is the family's published value.
+        reward_weights: Weight of each reward; None is 1 for all.
+        reward_weighting: How rewards are combined: ``fixed`` weights.
+        fake_score_learning_rate: Learning rate of the fake score; it must be well above the policy's.
+        fake_score_updates_per_policy_update: Updates of the fake score before each policy update.
+        fake_score_warmup_steps: Updates of the fake score on the initial policy before the first policy update.
+        fake_score_max_grad_norm: Gradient norm that the fake score's gradients are clipped to; 0 does not clip.
+        ema_decay: Decay of the averaged policy, reached after about 9 / (1 - decay) updates; 0 switches averaging off.
+        save_ema: Save and evaluate the averaged policy instead of the last one.
+        warm_start: ``ode`` regresses the policy on the teacher's ODE solutions first; ``none`` does not (a student that
+            is already distilled).
+        warm_start_steps: Updates of that regression.
+        warm_start_learning_rate: Its highest learning rate.
+        warm_start_num_states: Teacher solutions for each student step.
+        warm_start_ode_steps: Teacher steps of a solution from pure noise; proportionally fewer from lower noise.
+        warm_start_cache_dir: Where solutions are kept; None is ``output_dir/warm_start``.
+
+    Raises:
+        ValueError: If a value cannot work, or an inherited field is set that the trainer does not act on.
+
+    Example:
+        >>> RDMConfig.from_method("dmd", output_dir="out", use_cpu=True).dm_normalization
+        'sample'
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the policy."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many policy updates."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Columns beside the prompt always stay: rewards may need them."}
+    )
+
+    num_inference_steps: int = field(default=4, metadata={"help": "Steps K of the student."})
+    num_generations: int = field(default=8, metadata={"help": "Samples G of each prompt."})
+    dm_normalization: Normalization = field(
+        default="group", metadata={"help": "What the distribution-matching direction is divided by."}
+    )
+    dm_group: Group = field(default="prompt", metadata={"help": "What a group is."})
+    num_renoise: int = field(default=1, metadata={"help": "Re-noisings R that the direction is averaged over."})
+    dm_scale_floor: float = field(default=1e-6, metadata={"help": "Smallest scale the direction is divided by."})
+    renoise_distribution: RenoiseDistribution = field(
+        default="uniform", metadata={"help": "Distribution of the re-noising time."}
+    )
+    renoise_range: list[float] = field(
+        default_factory=lambda: [0.02, 0.98], metadata={"help": "Lowest and highest re-noising time."}
+    )
+    renoise_anneal_steps: int | None = field(
+        default=None, metadata={"help": "Policy updates over which annealed_beta anneals."}
+    )
+    teacher_guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of the teacher."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward."})
+    reward_weighting: Literal["fixed"] = field(default="fixed", metadata={"help": "How rewards are combined."})
+    fake_score_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the fake score."})
+    fake_score_updates_per_policy_update: int = field(
+        default=5, metadata={"help": "Fake-score updates before each policy update."}
+    )
+    fake_score_warmup_steps: int = field(
+        default=0, metadata={"help": "Fake-score updates on the initial policy before the first policy update."}
+    )
+    fake_score_max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradient norm the fake score is clipped to; 0 does not clip."}
+    )
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the averaged policy; 0 switches it off."})
+    save_ema: bool = field(default=True, metadata={"help": "Save and evaluate the averaged policy."})
+    warm_start: Literal["ode", "none"] = field(
+        default="ode", metadata={"help": "Regression on the teacher's ODE solutions before distribution matching."}
+    )
+    warm_start_steps: int = field(default=300, metadata={"help": "Updates of the warm start."})
+    warm_start_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the warm start."})
+    warm_start_num_states: int = field(default=1000, metadata={"help": "Teacher solutions for each student step."})
+    warm_start_ode_steps: int = field(default=20, metadata={"help": "Teacher steps of a solution from noise."})
+    warm_start_cache_dir: str | None = field(default=None, metadata={"help": "Where teacher solutions are kept."})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded, and settle defaults that depend on others."""
+        self._refuse_ignored_fields()
+        self._check_choices()
+        self._check_numbers()
+        super().__post_init__()
+        if self.renoise_distribution == "annealed_beta" and self.renoise_anneal_steps is None:
+            self.renoise_anneal_steps = 2000
+
+    @classmethod
+    def from_method(cls, method: str, **overrides: Any) -> "RDMConfig":
+        """The settings of a named method.
+
+        Args:
+            method: A name that ``rdm-rl methods`` lists.
+            overrides: Further settings; they win over the method's.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: If the method is unknown.
+        """
+        if method not in METHODS:
+            raise ValueError(
+                f"method {method!r} is unknown.{_did_you_mean(method, METHODS)} Known: {', '.join(METHODS)}."
+            )
+        return cls(**{**METHODS[method], **overrides})
+
+    def _refuse_ignored_fields(self) -> None:
+        for inherited in fields(TrainingArguments):
+            if inherited.name in HONOURED or not inherited.init:
+                continue
+            default = inherited.default
+            if inherited.default_factory is not MISSING:
+                default = inherited.default_factory()
+            if getattr(self, inherited.name) != default:
+                raise ValueError(
+                    f"{inherited.name}={getattr(self, inherited.name)!r} is set, but RDMTrainer does not act on it. "
+                    "Remove it; the fields it honours are in rdm_rl.trainers.rdm_config.HONOURED."
+                )
+
+    def _check_choices(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {
+            "dm_normalization": get_args(Normalization),
+            "dm_group": get_args(Group),
+            "renoise_distribution": get_args(RenoiseDistribution),
+            "reward_weighting": ("fixed",),
+            "warm_start": ("ode", "none"),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown.{_did_you_mean(str(value), known)} Use one of {known}.")
+        if self.dm_group != "prompt":
+            if self.dm_normalization not in ("group", "group_rms"):
+                raise ValueError(
+                    f"dm_group={self.dm_group!r} says what a group is, but dm_normalization={self.dm_normalization!r} uses "
+                    "no group. Set dm_normalization='group' or leave dm_group='prompt'."
+                )
+            if self.num_renoise < 2:
+                raise ValueError(
+                    f"dm_group={self.dm_group!r} pools the re-noisings of a sample, but num_renoise={self.num_renoise}. "
+                    "Set num_renoise to 2 or more."
+                )
+        if self.renoise_anneal_steps is not None and self.renoise_distribution != "annealed_beta":
+            raise ValueError(
+                f"renoise_anneal_steps={self.renoise_anneal_steps} needs renoise_distribution='annealed_beta', not "
+                f"{self.renoise_distribution!r}."
+            )
+
+    def _check_numbers(self) -> None:
+        at_least = {
+            "num_inference_steps": 1,
+            "num_generations": 1,
+            "num_renoise": 1,
+            "fake_score_updates_per_policy_update": 1,
+            "fake_score_warmup_steps": 0,
+            "warm_start_steps": 1,
+            "warm_start_num_states": 1,
+            "warm_start_ode_steps": 1,
+            "dm_scale_floor": 0,
+            "fake_score_max_grad_norm": 0,
+            "gradient_accumulation_steps": 1,
+        }
+        for name, lowest in at_least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}={getattr(self, name)}, but it must be at least {lowest}.")
+        if self.per_device_train_batch_size % self.num_generations:
+            fitting = max(1, round(self.per_device_train_batch_size / self.num_generations)) * self.num_generations
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and is not a multiple of "
+                f"num_generations={self.num_generations}, so a prompt's group would be split. Set it to {fitting}, say."
+            )
+        low, high = self.renoise_range if len(self.renoise_range) == 2 else (1.0, 0.0)
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"renoise_range={self.renoise_range} must be two times, 0 < low <= high <= 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1); 0 switches averaging off.")
+
+
+def _did_you_mean(value: str, known: Any) -> str:
+    near = get_close_matches(value, list(known), n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,759 @@
+"""``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
+from peft import LoraConfig
+from torch import Tensor, nn
+from tqdm import trange
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+from rdm_rl.checkpointing import find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
+from rdm_rl.data_types import DenseAdvantage, LossOutput, PromptBatch, Rollout
+from rdm_rl.ema import PolicyAverage
+from rdm_rl.evaluation.pictures import image_grid
+from rdm_rl.families import Family, check_model_name, load_family
+from rdm_rl.memory import peak_memory_gib
+from rdm_rl.model_card import write_model_card
+from rdm_rl.networks import AdapterNetworks, Networks, Role, SeparateNetworks
+from rdm_rl.optimization import RoleOptimizer, make_optimizer, make_scheduler
+from rdm_rl.policy import rollout
+from rdm_rl.prompts import PromptSource, other_columns
+from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
+from rdm_rl.rdm import fake_score_loss, policy_loss
+from rdm_rl.renoise import renoise_times
+from rdm_rl.rewards.registry import BindableReward, RewardContext, RewardSpec, resolve_rewards, reward_weights
+from rdm_rl.trainers.callbacks import log_image, make_callback_handler, make_state
+from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.warm_start import OdePairs, collect_pairs, fingerprint
+from rdm_rl.weighting import FixedWeighting, Weighting
+
+EVALUATION_SEED = 12345
+
+
+class RDMTrainer:
+    r"""Distils a diffusion pipeline into a few-step student, guided by rewards.
+
+    One step is one policy update: the policy rolls out samples, the fake score learns them, every reward says where
+    they should move, and one recorded step of the policy is replayed and moved there. Each part is a method that a
+    subclass may override: :meth:`generate_rollout`, :meth:`compute_fake_score_loss`, :meth:`compute_rewards`,
+    :meth:`compute_advantages`, :meth:`compute_policy_loss`, :meth:`training_step`, :meth:`evaluate`, :meth:`log`,
+    :meth:`save_model`, :meth:`create_optimizers`.
+
+    Args:
+        model: The pipeline to distil: a folder, a hub name, or a loaded ``DiffusionPipeline``. It is also the teacher.
+        reward_funcs: Registered names or reward objects, or a list of them; ``"rdm"`` is distribution matching.
+        args: The settings; None for the defaults.
+        train_dataset: Rows with a ``prompt``; other columns travel with the rollout.
+        eval_dataset: Rows with a ``prompt`` for the sample grids; None uses the first rows of the training set.
+        teacher: Another pipeline of the same family and latent space as the teacher; None for ``model``.
+        policy_init: Folder of a LoRA with which the policy starts (an already distilled student). Set
+            ``warm_start="none"`` with it.
+        peft_config: The adapters of policy and fake score; None trains two full copies of the network.
+        weighting: Combines the rewards' directions; None for ``args.reward_weighting``.
+        callbacks: Transformers callbacks.
+        optimizers: An optimiser for the policy and one for the fake score; None for ``args.optim``.
+
+    Raises:
+        ValueError: If settings, data or rewards cannot work together; before a model is loaded where possible.
+        FileNotFoundError: If a model folder does not exist.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | DiffusionPipeline,
+        reward_funcs: RewardSpec | Sequence[RewardSpec] = "rdm",
+        args: RDMConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        teacher: str | Path | DiffusionPipeline | None = None,
+        policy_init: str | Path | None = None,
+        peft_config: LoraConfig | None = None,
+        weighting: Weighting | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.Optimizer | None] = (None, None),
+    ) -> None:
+        """Check everything that can be checked without a model, then load."""
+        self.args = args or RDMConfig()
+        self.rewards = resolve_rewards(reward_funcs)
+        weights = reward_weights(list(self.rewards), self.args.reward_weights)
+        self.weighting = weighting or FixedWeighting(weights)
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing: pass rows with a 'prompt' column.")
+        data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.prompts = PromptSource(train_dataset, data_seed)
+        self.eval_prompts = self._eval_prompts(train_dataset if eval_dataset is None else eval_dataset)
+        for one in (model, teacher):
+            if isinstance(one, str | Path):
+                check_model_name(str(one))
+        if policy_init is not None and (peft_config is None or self.args.warm_start != "none"):
+            raise ValueError(
+                "policy_init starts the policy from a LoRA: pass peft_config too, and warm_start='none', because a warm "
+                "start would overwrite it."
+            )
+
+        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.args.use_cpu)
+        self.model_name = str(model) if isinstance(model, str | Path) else str(model.name_or_path or "the base model")
+        self.networks = self._make_networks(load_family(model), teacher, peft_config, precision)
+        if policy_init is not None:
+            state = self.family.load_lora(str(policy_init))
+            self.networks.load_state_dict("policy", {_with_role(name): value for name, value in state.items()})
+        if self.args.gradient_checkpointing:
+            self.networks.enable_activation_checkpointing()
+        self.times = self.family.student_times(self.args.num_inference_steps).to(self.device)
+
+        process = self.accelerator
+        self.callback_handler = make_callback_handler(self.args, callbacks, self.networks.module("policy"))
+        self.state: TrainerState = make_state(
+            self.callback_handler, process.is_local_main_process, process.is_main_process
+        )
+        self.control = self.callback_handler.on_init_end(self.args, self.state, TrainerControl())
+        for reward in self.rewards.values():
+            if isinstance(reward, BindableReward):
+                reward.bind(RewardContext(networks=self.networks, args=self.args, global_step=self._global_step))
+        self._own_optimizers = optimizers
+        self.optimizers: dict[Role, RoleOptimizer] = {}
+        self.average: PolicyAverage | None = None
+        self._last_rollout: Rollout | None = None
+        self._window: dict[str, list[float]] = defaultdict(list)
+        self._window_start = time.perf_counter()
+
+    # ----- what a run is made of -----
+
+    @property
+    def family(self) -> Family:
+        """The border to the model."""
+        return self.networks.family
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks live."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def _global_step(self) -> int:
+        return int(self.state.global_step)
+
+    def _eval_prompts(self, dataset: Any) -> list[str]:
+        source = PromptSource(dataset, 0)
+        count = min(self.args.per_device_eval_batch_size, len(source))
+        return [dataset[index]["prompt"] for index in range(count)]
+
+    def _make_networks(self, family: Family, teacher: Any, peft_config: LoraConfig | None, precision: str) -> Networks:
+        teacher_family = None if teacher is None else load_family(teacher)
+        if teacher_family is not None and teacher_family.latent_shape != family.latent_shape:
+            raise ValueError(
+                f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
+                "Distribution matching compares them, so both must share one latent space."
+            )
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
+        for one in (family, teacher_family):
+            if one is not None:
+                one.pipeline.to(self.device)
+                if half is not None:
+                    one.network.to(half)  # Frozen weights need no master copy.
+        if peft_config is None:
+            return SeparateNetworks(family, teacher_family, self.accelerator.autocast)
+        generator = seeded_generator(self.args.seed, "adapters")
+        return AdapterNetworks(family, peft_config, generator, teacher_family, self.accelerator.autocast)
+
+    def create_optimizers(self) -> None:
+        """Make the optimiser of each role: the policy's from the inherited settings, the fake score's from its own."""
+        args, (own_policy, own_fake_score) = self.args, self._own_optimizers
+        updates = args.fake_score_warmup_steps + self.state.max_steps * args.fake_score_updates_per_policy_update
+        plan: tuple[tuple[Role, Any, float, int, float], ...] = (
+            ("policy", own_policy, args.learning_rate, self.state.max_steps, args.max_grad_norm),
+            ("fake_score", own_fake_score, args.fake_score_learning_rate, updates, args.fake_score_max_grad_norm),
+        )
+        for role, own, learning_rate, steps, max_grad_norm in plan:
+            self.optimizers[role] = self._role_optimizer(role, own, learning_rate, steps, max_grad_norm)
+
+    def _role_optimizer(
+        self, role: Role, own: Any, learning_rate: float, steps: int, max_grad_norm: float
+    ) -> RoleOptimizer:
+        parameters = self.networks.parameters(role)
+        optimizer = own or make_optimizer(self.args, parameters, learning_rate)
+        return RoleOptimizer(
+            parameters=parameters,
+            optimizer=optimizer,
+            scheduler=make_scheduler(self.args, optimizer, steps),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self.args.fp16),
+            max_grad_norm=max_grad_norm,
+            reduce=self._reduce_gradients,
+        )
+
+    def _reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
+                parameter.grad /= self.accelerator.num_processes  # type: ignore[operator]
+
+    # ----- the run -----
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> dict[str, float]:
+        """Run from the start, or from a checkpoint as if the run had not stopped.
+
+        Args:
+            resume_from_checkpoint: True for the newest checkpoint in ``output_dir``, or a checkpoint's folder.
+
+        Returns:
+            The last logged numbers.
+        """
+        self.state.max_steps = self._max_steps()
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self.create_optimizers()
+        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        if resume:
+            self._load_checkpoint(find_checkpoint(self.args.output_dir, resume))
+        else:
+            if self.args.warm_start == "ode":
+                self.run_warm_start()
+            self._start_average()
+            self.warm_up_fake_score()
+
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        if self.args.eval_on_start and not resume:
+            self.evaluate()
+        self._window_start = time.perf_counter()
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+            metrics = self.training_step()
+            self.state.global_step += 1
+            self.state.epoch = self.state.global_step * self._prompts_per_step / len(self.prompts)
+            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            self._after_step(metrics)
+        if self.args.save_strategy != "no" and self.state.max_steps == 0:
+            self.save_checkpoint()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return self.state.log_history[-1] if self.state.log_history else {}
+
+    def training_step(self) -> dict[str, float]:
+        """One update of the method: rollouts, fake-score updates, rewards, policy update.
+
+        Returns:
+            Numbers for the log.
+        """
+        update = self._global_step()
+        rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update)]
+        metrics = self._fake_score_health(rollouts[0]) if self._is_logging_step() else {}
+        count = self.args.fake_score_updates_per_policy_update
+        for index in range(count):
+            metrics |= self._update_fake_score(rollouts, "fake_score", update * count + index)
+        metrics |= self._update_policy(rollouts)
+        self._last_rollout = rollouts[0]
+        return metrics
+
+    def prompt_batches(self, update: int, stream: str = "train") -> Iterator[PromptBatch]:
+        """The micro-batches of this process for one update.
+
+        Args:
+            update: Number of the update.
+            stream: Keeps the samples of other phases apart from those of training.
+
+        Yields:
+            ``gradient_accumulation_steps`` batches of ``per_device_train_batch_size`` samples.
+        """
+        args, process = self.args, self.accelerator
+        groups = args.per_device_train_batch_size // args.num_generations
+        for micro in range(args.gradient_accumulation_steps):
+            first = (
+                (update * args.gradient_accumulation_steps + micro) * process.num_processes + process.process_index
+            ) * groups
+            rows = self.prompts.rows(first, groups)
+            texts = [row["prompt"] for row in rows]
+            yield PromptBatch(
+                prompts=[text for text in texts for _ in range(args.num_generations)],
+                conditioning=self.family.encode(texts).repeat(args.num_generations),
+                group_ids=torch.arange(first, first + groups, device=self.device).repeat_interleave(
+                    args.num_generations
+                ),
+                sample_ids=range(first * args.num_generations, (first + groups) * args.num_generations),
+                columns=other_columns(rows, args.num_generations),
+                stream=stream,
+            )
+
+    def generate_rollout(self, batch: PromptBatch) -> Rollout:
+        """The policy's chains for a batch of prompts, without a graph.
+
+        Args:
+            batch: The prompts.
+
+        Returns:
+            The recorded chains.
+        """
+        return rollout(
+            self.networks.predictor("policy"),
+            batch,
+            self.family.schedule,
+            self.times,
+            shape=self.family.latent_shape,
+            generator=self.generators("rollout", batch),
+        )
+
+    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
+        """Every reward's direction for the predictions of one recorded step.
+
+        Args:
+            rollout: The recorded chains.
+            step: Index of the step that will be replayed.
+
+        Returns:
+            The directions by reward name.
+        """
+        return {
+            name: reward.direction(rollout, step, generator=self.generators(f"reward/{name}", rollout.batch))
+            for name, reward in self.rewards.items()
+        }
+
+    def compute_advantages(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
+        """One direction from those of all rewards.
+
+        Args:
+            directions: The directions by reward name.
+
+        Returns:
+            The combined direction, shape (N, C, H, W).
+        """
+        return self.weighting.combine(directions)
+
+    def compute_policy_loss(self, rollout: Rollout, step: int, advantage: DenseAdvantage) -> LossOutput:
+        """The policy's loss: one recorded step replayed with gradients.
+
+        Args:
+            rollout: The recorded chains.
+            step: Index of the step.
+            advantage: Where its predictions should move.
+
+        Returns:
+            The loss.
+        """
+        t = rollout.times[step].expand(len(rollout.batch.prompts))
+        x_0 = self.networks.predict("policy", rollout.states[step], t, rollout.batch.conditioning)
+        return policy_loss(x_0, advantage)
+
+    def compute_fake_score_loss(self, rollout: Rollout, stream: str, update: int) -> LossOutput:
+        """The fake score's denoising loss on the policy's predictions, of a randomly drawn step for each sample.
+
+        Args:
+            rollout: The recorded chains.
+            stream: Name of the randomness, so that phases do not share numbers.
+            update: Number of the fake-score update, which seeds it.
+
+        Returns:
+            The loss.
+        """
+        generator = self.generators(stream, rollout.batch, update)
+        count, steps = len(rollout.batch.prompts), len(rollout.times)
+        drawn = torch.cat([torch.randint(steps, (1,), generator=one) for one in generator])
+        anneal = self.args.renoise_anneal_steps
+        t = renoise_times(
+            count,
+            generator,
+            distribution=self.args.renoise_distribution,
+            interval=(1e-3, 1.0),
+            progress=self._global_step() / anneal if anneal else 1.0,
+        )
+        x_0 = rollout.x_0[drawn.to(self.device), torch.arange(count, device=self.device)]
+        return fake_score_loss(
+            self.networks.predictor("fake_score"),
+            x_0,
+            rollout.batch.conditioning,
+            t.to(self.device),
+            normal(x_0.shape, generator, self.device),
+            self.family.schedule,
+            self.family.prediction_type,
+        )
+
+    def generators(self, stream: str, batch: PromptBatch, update: int | None = None) -> list[torch.Generator]:
+        """One generator for each sample of a batch, a function of seed, stream, update and sample."""
+        number = self._global_step() if update is None else update
+        return seeded_generators(self.args.seed, f"{batch.stream}/{stream}", number, batch.sample_ids)
+
+    def _update_fake_score(self, rollouts: Sequence[Rollout], stream: str, update: int) -> dict[str, float]:
+        optimizer, losses = self.optimizers["fake_score"], []
+        for one in rollouts:
+            output = self.compute_fake_score_loss(one, stream, update)
+            optimizer.backward(output.loss, 1 / len(rollouts))
+            losses.append(output.metrics["loss"])
+        norm = optimizer.step()
+        return {
+            "fake_score/loss": sum(losses) / len(losses),
+            "fake_score/grad_norm": norm,
+            "fake_score/learning_rate": optimizer.learning_rate,
+        }
+
+    def _update_policy(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        optimizer, totals = self.optimizers["policy"], defaultdict[str, float](float)
+        generator = seeded_generator(self.args.seed, "replayed_step", self._global_step())
+        step = int(torch.randint(len(self.times), (1,), generator=generator))
+        for one in rollouts:
+            directions = self.compute_rewards(one, step)
+            advantage = self.compute_advantages(directions)
+            output = self.compute_policy_loss(one, step, advantage)
+            optimizer.backward(output.loss, 1 / len(rollouts))
+            for key, value in (_direction_metrics(directions) | _prefixed("policy", output.metrics)).items():
+                totals[key] += value / len(rollouts)
+        totals["policy/grad_norm"] = optimizer.step()
+        totals["policy/learning_rate"] = optimizer.learning_rate
+        if self.average is not None:
+            self.average.step()
+        return dict(totals)
+
+    @torch.no_grad()
+    def _fake_score_health(self, fresh: Rollout) -> dict[str, float]:
+        """The fake score's loss on fresh samples, and by how much that exceeds its loss on those it last saw."""
+        update = self._global_step()
+        loss = self.compute_fake_score_loss(fresh, "health", update).metrics["loss"]
+        metrics = {"fake_score/fresh_loss": loss}
+        if self._last_rollout is not None:
+            # The same times and noise for both, so that only the samples differ.
+            batch = replace(self._last_rollout.batch, sample_ids=fresh.batch.sample_ids)
+            seen = replace(self._last_rollout, batch=batch)
+            metrics["fake_score/lag"] = loss - self.compute_fake_score_loss(seen, "health", update).metrics["loss"]
+        return metrics
+
+    # ----- before the first update -----
+
+    def run_warm_start(self) -> None:
+        """Regress the policy on the teacher's ODE solutions (see :mod:`rdm_rl.warm_start`)."""
+        args, pairs = self.args, self._collect_pairs()
+        optimizer = self._role_optimizer(
+            "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm
+        )
+        rank, size = self.accelerator.process_index, args.per_device_train_batch_size
+        bar = trange(args.warm_start_steps, desc="warm start: regression", disable=self._no_progress)
+        for update in bar:
+            generator = seeded_generator(args.seed, "warm_start/batch", update, rank)
+            rows = torch.randint(len(pairs.states), (size,), generator=generator)
+            conditioning = self.family.encode([pairs.prompts[row] for row in rows.tolist()])
+            states, times = pairs.states[rows].to(self.device), pairs.times[rows].to(self.device)
+            x_0 = self.networks.predict("policy", states, times, conditioning)
+            loss = (x_0 - pairs.solutions[rows].to(self.device)).abs().mean()
+            optimizer.backward(loss, 1.0)
+            optimizer.step()
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            self._record({"warm_start/loss": loss.item()}, update)
+
+    def _collect_pairs(self) -> OdePairs:
+        args = self.args
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        count = math.ceil(args.warm_start_num_states / processes)
+        rows = self.prompts.rows(rank * count, count)
+        guidance = self.teacher_guidance_scale
+        name = fingerprint(
+            self.networks.module("teacher"),
+            guidance=guidance,
+            ode_steps=args.warm_start_ode_steps,
+            seed=args.seed,
+            processes=[rank, processes],
+        )
+        return collect_pairs(
+            self.networks.predictor("teacher", guidance),
+            self.family.encode,
+            self.family.schedule,
+            prompts=[row["prompt"] for row in rows],
+            times=self.times.tolist(),
+            shape=self.family.latent_shape,
+            ode_steps=args.warm_start_ode_steps,
+            batch_size=args.per_device_train_batch_size,
+            seed=args.seed,
+            folder=Path(args.warm_start_cache_dir or Path(args.output_dir) / "warm_start") / name,
+            device=self.device,
+            show_progress=not self._no_progress,
+        )
+
+    def warm_up_fake_score(self) -> None:
+        """Let the fake score learn the initial policy before it is asked where to go."""
+        count = self.args.fake_score_updates_per_policy_update
+        rollouts: list[Rollout] = []
+        bar = trange(self.args.fake_score_warmup_steps, desc="fake score: warm-up", disable=self._no_progress)
+        for update in bar:
+            if update % count == 0:  # As in training: so many updates on each rollout.
+                rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update // count, "warmup")]
+            metrics = self._update_fake_score(rollouts, "fake_score", update)
+            bar.set_postfix(loss=f"{metrics['fake_score/loss']:.4f}", refresh=False)
+            self._record({"fake_score_warmup/loss": metrics["fake_score/loss"]}, update)
+
+    def _start_average(self) -> None:
+        if self.args.ema_decay:
+            self.average = PolicyAverage(self.networks.named_parameters("policy"), self.args.ema_decay)
+
+    # ----- looking at the student -----
+
+    @contextmanager
+    def averaged_policy(self) -> Iterator[None]:
+        """The averaged policy in place of the last one, if ``ema_decay`` and ``save_ema`` are on."""
+        if self.average is None or not self.args.save_ema:
+            yield
+        else:
+            with self.average.applied():
+                yield
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], *, generator: Generators) -> Tensor:
+        """Images of the student, as stock diffusers makes them from what :meth:`save_model` saves.
+
+        Args:
+            prompts: The prompts.
+            generator: One generator, or one for each prompt.
+
+        Returns:
+            Images, shape (N, 3, H, W), in [0, 1].
+        """
+        batch = PromptBatch(
+            prompts=list(prompts),
+            conditioning=self.family.encode(prompts),
+            group_ids=torch.arange(len(prompts)),
+            sample_ids=range(len(prompts)),
+        )
+        with self.averaged_policy():
+            chains = rollout(
+                self.networks.predictor("policy"),
+                batch,
+                self.family.schedule,
+                self.times,
+                shape=self.family.latent_shape,
+                generator=generator,
+            )
+        return self.family.decode(chains.sample)
+
+    def evaluate(self) -> dict[str, float]:
+        """Draw a grid of samples with fixed noise, save it, and send it to the trackers.
+
+        Returns:
+            Numbers for the log; a subclass may measure something here.
+        """
+        generator = seeded_generators(EVALUATION_SEED, "evaluation", 0, range(len(self.eval_prompts)))
+        images = self.generate(self.eval_prompts, generator=generator)
+        if self.accelerator.is_main_process:
+            grid = image_grid({f"step {self.state.global_step}": images.cpu()}, self.eval_prompts)
+            folder = Path(self.args.output_dir) / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            grid.save(folder / f"step-{self.state.global_step:06d}.png")
+            log_image(self.callback_handler, "samples", grid, self.state.global_step)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
+        return {}
+
+    # ----- the log -----
+
+    def _is_logging_step(self) -> bool:
+        """Whether the running update will be logged: its health numbers cost two more forward passes."""
+        step, args = self._global_step() + 1, self.args
+        return args.logging_strategy == "steps" and (
+            step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        )
+
+    def _after_step(self, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            self._window[key].append(value)
+        if self.control.should_log:
+            self.log(self._window_means())
+            self.control.should_log = False
+        if self.control.should_evaluate:
+            measured = self.evaluate()
+            if measured:
+                self.log({f"eval/{key}": value for key, value in measured.items()})
+            self.control.should_evaluate = False
+        if self.control.should_save:
+            self.save_checkpoint()
+            self.control.should_save = False
+
+    def _window_means(self) -> dict[str, float]:
+        """Means since the last log, over processes too, with throughput and memory."""
+        steps = len(self._window["policy/loss"])
+        seconds = max(time.perf_counter() - self._window_start, 1e-9)
+        means = {key: sum(values) / len(values) for key, values in self._window.items()}
+        if self.accelerator.num_processes > 1:
+            packed = torch.tensor(list(means.values()), dtype=torch.float64, device=self.device)
+            means = dict(zip(means, self.accelerator.reduce(packed, "mean").tolist(), strict=True))
+        samples = self._prompts_per_step * self.args.num_generations
+        passes = 1 + self.args.fake_score_updates_per_policy_update
+        means["images_per_second"] = steps * samples / seconds
+        means["samples_per_second"] = steps * samples * passes / seconds
+        means["memory_gib"] = peak_memory_gib(self.device)
+        self._window.clear()
+        self._window_start = time.perf_counter()
+        return means
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Write numbers to the log history and the trackers.
+
+        Args:
+            logs: Numbers by name; ``docs/metrics.md`` says what each means.
+        """
+        if self.state.epoch is not None:
+            logs = {**logs, "epoch": float(self.state.epoch)}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _record(self, logs: dict[str, float], update: int) -> None:
+        """Keep the numbers of a phase before the first update; trackers, which count updates, do not see them."""
+        if (update + 1) % max(1, int(self.state.logging_steps or 1)) == 0:
+            self.state.log_history.append({**logs, "step": 0, "phase_step": update + 1})
+
+    @property
+    def _no_progress(self) -> bool:
+        return bool(self.args.disable_tqdm) or not self.accelerator.is_local_main_process
+
+    @property
+    def _prompts_per_step(self) -> int:
+        groups = self.args.per_device_train_batch_size // self.args.num_generations
+        return groups * self.args.gradient_accumulation_steps * int(self.accelerator.num_processes)
+
+    def _max_steps(self) -> int:
+        if self.args.max_steps >= 0:
+            return int(self.args.max_steps)
+        return math.ceil(self.args.num_train_epochs * len(self.prompts) / self._prompts_per_step)
+
+    @property
+    def teacher_guidance_scale(self) -> float:
+        """The teacher's guidance: the setting, or the family's published value."""
+        setting = self.args.teacher_guidance_scale
+        return self.networks.teacher_family.teacher_guidance_scale if setting is None else setting
+
+    # ----- saving -----
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Save the student as plain diffusers: a LoRA, or a whole pipeline, with its scheduler and a model card.
+
+        Args:
+            output_dir: Where to; None for ``args.output_dir``.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.accelerator.is_main_process:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        scheduler = self.family.student_scheduler(self.args.num_inference_steps)
+        lora = isinstance(self.networks, AdapterNetworks)
+        with self.averaged_policy():
+            if isinstance(self.networks, AdapterNetworks):
+                state, metadata = self.networks.export()
+                self.family.save_lora(str(folder), state, metadata)
+                scheduler.save_pretrained(folder / "scheduler")
+            else:
+                self.family.save_pipeline(str(folder), self.networks.module("policy"), scheduler)
+        write_model_card(
+            folder,
+            base=self.model_name,
+            scheduler=type(scheduler).__name__,
+            steps=self.args.num_inference_steps,
+            guidance=self.teacher_guidance_scale,
+            rewards=list(self.rewards),
+            settings={
+                name: getattr(self.args, name)
+                for name in ("dm_normalization", "dm_group", "num_generations", "learning_rate", "max_steps", "seed")
+            },
+            lora=lora,
+            averaged=self.average is not None and self.args.save_ema,
+        )
+
+    def push_to_hub(self) -> str:
+        """Save the student and upload it to ``hub_model_id``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError: If ``hub_model_id`` is not set.
+        """
+        args = self.args
+        if not args.hub_model_id:
+            raise ValueError("push_to_hub needs hub_model_id='owner/name'.")
+        folder = Path(args.output_dir) / "student"
+        self.save_model(folder)
+        if not self.accelerator.is_main_process:
+            return ""
+        api = HfApi(token=args.hub_token)
+        api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
+        return str(
+            api.upload_folder(
+                repo_id=args.hub_model_id,
+                folder_path=folder,
+                revision=args.hub_revision,
+                commit_message=f"{args.num_inference_steps}-step student after {self.state.global_step} updates",
+            )
+        )
+
+    def save_checkpoint(self) -> Path:
+        """Write ``checkpoint-<step>`` and delete the oldest ones over ``save_total_limit``.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.accelerator.is_main_process:
+            tensors: dict[str, Mapping[str, Tensor]] = {
+                role: self.networks.state_dict(role) for role in ("policy", "fake_score")
+            }
+            if self.average is not None:
+                tensors["ema"] = self.average.tensors()
+            state = {
+                "optimizers": {role: one.state_dict() for role, one in self.optimizers.items()},
+                "weighting": self.weighting.state_dict(),
+                "ema_updates": 0 if self.average is None else self.average.updates,
+            }
+            if self._last_rollout is not None:
+                tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
+            write_checkpoint(folder, tensors, state)
+            (folder / "rdm_config.json").write_text(self.args.to_json_string(), encoding="utf-8")
+            # Last, because a folder counts as complete when this file is there.
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return folder
+
+    def _load_checkpoint(self, folder: Path) -> None:
+        tensors, state = read_checkpoint(folder)
+        max_steps = self.state.max_steps
+        loaded = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.state.global_step, self.state.epoch = loaded.global_step, loaded.epoch
+        self.state.log_history = loaded.log_history
+        self.state.max_steps = max_steps
+        for role in ("policy", "fake_score"):
+            self.networks.load_state_dict(role, tensors[role])
+            self.optimizers[role].load_state_dict(state["optimizers"][role])
+        self._start_average()
+        if self.average is not None:
+            self.average.load(tensors["ema"], state["ema_updates"])
+        self.weighting.load_state_dict(state["weighting"])
+        if "last_samples" in tensors and self.state.global_step > 0:
+            batch = next(self.prompt_batches(self.state.global_step - 1))
+            saved = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
+            self._last_rollout = Rollout(batch=batch, times=self.times, **saved)
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{key}": value for key, value in metrics.items()}
+
+
+def _direction_metrics(directions: Mapping[str, DenseAdvantage]) -> dict[str, float]:
+    """What the log says of each reward: its mean and standard deviation, and its own numbers."""
+    metrics: dict[str, float] = {}
+    for name, one in directions.items():
+        metrics |= _prefixed(name, one.metrics)
+        if one.reward is not None and bool(one.applicable.any()):
+            values = one.reward[one.applicable].float()
+            metrics[f"rewards/{name}/mean"] = values.mean().item()
+            metrics[f"rewards/{name}/std"] = values.std(correction=0).item()
+    return metrics
+
+
+def _with_role(name: str) -> str:
+    """PEFT's name of an adapter weight, with the policy's adapter name in it."""
+    return name.replace(".lora_A.", ".lora_A.policy.").replace(".lora_B.", ".lora_B.policy.")
