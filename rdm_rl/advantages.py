@@ -36,7 +36,8 @@ def group_mean(values: Tensor, group_ids: Tensor) -> Tensor:
     """
     _, inverse, counts = group_ids.unique(return_inverse=True, return_counts=True)
     sums = values.new_zeros((*values.shape[:-1], len(counts))).index_add_(-1, inverse, values)
-    return (sums / counts)[..., inverse]
+    means: Tensor = (sums / counts)[..., inverse]
+    return means
 
 
 def distribution_matching_scale(
@@ -61,8 +62,8 @@ def distribution_matching_scale(
         fake_x_0: The fake score's, the same shape.
         group_ids: Group of each sample, shape (N,), int64.
         normalization: Which scale.
-        group: What ``group`` and ``group_rms`` average over: the samples of a ``prompt``, the R ``renoise`` draws of one
-            sample, or both.
+        group: What ``group`` and ``group_rms`` average over: the samples of a ``prompt``, the R ``renoise`` draws of
+            one sample, or both.
         scale_floor: The smallest scale; s is clamped below by it, except for ``none``.
 
     Returns:
@@ -73,7 +74,8 @@ def distribution_matching_scale(
     """
     if normalization not in get_args(Normalization) or group not in get_args(Group):
         raise ValueError(
-            f"normalization={normalization!r}, group={group!r}: use one of {get_args(Normalization)} and {get_args(Group)}."
+            f"normalization={normalization!r}, group={group!r}: use one of {get_args(Normalization)} and of "
+            f"{get_args(Group)}."
         )
     if normalization == "none":
         return torch.ones_like(teacher_x_0[:, :, :1, :1, :1], dtype=torch.float32)
@@ -124,8 +126,8 @@ def distribution_matching_advantage(
         ValueError: If shapes or names do not fit.
 
     Example:
-        >>> x_0, teacher, fake = torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
-        >>> distribution_matching_advantage(x_0, teacher, fake, torch.tensor([0, 0])).flatten()
+        >>> zero, teacher = torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+        >>> distribution_matching_advantage(zero, teacher, zero, torch.tensor([0, 0])).flatten()
         tensor([0.5000, 1.5000])
     """
     if teacher_x_0.ndim == x_0.ndim:

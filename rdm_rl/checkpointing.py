@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_callback import TrainerState
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
@@ -64,8 +65,8 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
         found = checkpoints(output_dir)
         if not found:
             raise FileNotFoundError(
-                f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint. Start without it, or "
-                "give a checkpoint's folder."
+                f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint. Start without it, "
+                "or give a checkpoint's folder."
             )
         return found[-1]
     folder = Path(str(wish))
@@ -81,20 +82,30 @@ def rotate_checkpoints(output_dir: str | Path, limit: int | None) -> None:
             shutil.rmtree(folder)
 
 
-def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Write weights as safetensors and the state of optimisers and schedules beside them.
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    settings: str,
+    trainer_state: TrainerState,
+) -> None:
+    """Write a checkpoint.
 
     Args:
         folder: Where to write; made if needed.
         tensors: Weights by name, by file.
-        state: Plain numbers, strings, lists, dicts and tensors.
+        state: State of optimisers, schedules and weighting: plain numbers, strings, lists, dicts and tensors.
+        settings: The settings as JSON.
+        trainer_state: Step, epoch and log history.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tensors.items():
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in content.items()}, folder / f"{name}.safetensors"
-        )
+        weights = {key: value.detach().cpu().contiguous() for key, value in content.items()}
+        save_file(weights, folder / f"{name}.safetensors")
     torch.save(dict(state), folder / "optimizers.pt")
+    (folder / "rdm_config.json").write_text(settings, encoding="utf-8")
+    # Last, because a folder counts as complete when this file is there.
+    trainer_state.save_to_json(str(folder / "trainer_state.json"))
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -25,6 +25,7 @@ from rdm_rl.families import Family
 from rdm_rl.policy import X0Predictor
 
 Role = Literal["policy", "teacher", "fake_score"]
+ADAPTERS: tuple[Role, Role] = ("policy", "fake_score")
 
 
 class Networks(ABC):
@@ -115,8 +116,8 @@ class Networks(ABC):
             differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
             raise ValueError(
                 f"The saved {role} does not fit this one: {len(differing)} weights differ in name or shape, the first "
-                f"being {differing[0]!r} (saved {shapes.get(differing[0])}, here {wanted.get(differing[0])}). Use the same "
-                "model and the same peft_config as the run that saved it."
+                f"being {differing[0]!r} (saved {shapes.get(differing[0])}, here {wanted.get(differing[0])}). Use the "
+                "same model and the same peft_config as the run that saved it."
             )
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
@@ -149,22 +150,22 @@ class AdapterNetworks(Networks):
         self.config = deepcopy(config)
         if self.config.lora_dropout:
             raise ValueError(
-                f"peft_config has lora_dropout={self.config.lora_dropout}, but the policy that is updated must be the one "
-                "that made the samples, so dropout stays off. Set lora_dropout=0."
+                f"peft_config has lora_dropout={self.config.lora_dropout}, but the policy that is updated must be the "
+                "one that made the samples, so dropout stays off. Set lora_dropout=0."
             )
         if self.config.target_modules is None:
             self.config.target_modules = list(family.lora_targets)
         # PEFT draws initial weights from the global generator; the fork gives it back untouched.
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            for role in ("policy", "fake_score"):
+            for role in ADAPTERS:
                 inject_adapter_in_model(deepcopy(self.config), family.network, role)
         family.network.eval()
         self._layers = [module for module in family.network.modules() if isinstance(module, BaseTunerLayer)]
         self._current: Role = "teacher"
         family.network.requires_grad_(False)
-        for adapter in ("policy", "fake_score"):
-            for parameter in self.parameters(adapter):  # type: ignore[arg-type]
+        for adapter in ADAPTERS:
+            for parameter in self.parameters(adapter):
                 parameter.data = parameter.data.float()  # A half-precision base must not halve what is trained.
                 parameter.requires_grad_(True)
         self._switch("teacher")
@@ -211,7 +212,8 @@ class AdapterNetworks(Networks):
 
             return checkpoint(run, *inputs, use_reentrant=False)
 
-        self.family.network.enable_gradient_checkpointing(checkpointed)
+        network: Any = self.family.network
+        network.enable_gradient_checkpointing(checkpointed)
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The policy's adapter under PEFT's names without the adapter's name, and its configuration."""
@@ -236,9 +238,7 @@ class SeparateNetworks(Networks):
     ) -> None:
         """Copy the network twice, in float32."""
         super().__init__(family, teacher_family, autocast)
-        self._trained = {
-            role: deepcopy(family.network).float().eval().requires_grad_(True) for role in ("policy", "fake_score")
-        }
+        self._trained = {role: deepcopy(family.network).float().eval().requires_grad_(True) for role in ADAPTERS}
 
     def module(self, role: Role) -> nn.Module:
         """The network of the role."""
@@ -250,5 +250,6 @@ class SeparateNetworks(Networks):
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in both trained networks."""
-        for network in self._trained.values():
+        trained: Any = self._trained
+        for network in trained.values():
             network.enable_gradient_checkpointing()

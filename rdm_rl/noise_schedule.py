@@ -144,7 +144,7 @@ def x_0_from_output(output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tenso
     ========================  ================================================
 
     References:
-        | Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), section 4 and appendix D
+        | Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), section 4, appendix D
         | https://arxiv.org/abs/2202.00512
 
     Args:

@@ -52,7 +52,9 @@ def normal(shape: Sequence[int], generator: Generators, device: torch.device | s
     Returns:
         The noise, float32.
     """
-    return randn_tensor(tuple(shape), generator=generator, device=torch.device(device), dtype=torch.float32)
+    device = torch.device(device)
+    noise: Tensor = randn_tensor(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+    return noise
 
 
 def uniform(count: int, generator: Generators) -> Tensor:

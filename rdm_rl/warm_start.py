@@ -20,16 +20,18 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from rdm_rl.data_types import Conditioning
 from rdm_rl.noise_schedule import NoiseSchedule
+from rdm_rl.optimization import RoleOptimizer
 from rdm_rl.policy import X0Predictor
 from rdm_rl.randomness import normal, seeded_generator
 
@@ -85,7 +87,7 @@ def ode_solution(
     """
     count = max(1, math.ceil(steps * t - 1e-6))
     times = torch.linspace(t, 0, count + 1, device=x_t.device)
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         x_0 = network(x_t, now.expand(len(x_t)), conditioning)
         noise = (x_t - schedule.alpha(now) * x_0) / schedule.sigma(now)
         x_t = schedule.alpha(then) * x_0 + schedule.sigma(then) * noise
@@ -174,6 +176,49 @@ def collect_pairs(
         times=torch.cat([piece[2] for piece in pieces]),
         prompts=[prompt for piece in pieces for prompt in piece[3]],
     )
+
+
+def regress(
+    policy: X0Predictor,
+    pairs: OdePairs,
+    optimizer: RoleOptimizer,
+    *,
+    encode: Callable[[Sequence[str]], Conditioning],
+    steps: int,
+    batch_size: int,
+    seed: tuple[int, int],
+    device: torch.device,
+    show_progress: bool = True,
+) -> list[float]:
+    """Train the policy to jump from each state to the teacher's solution, with an L1 loss on x_0.
+
+    Args:
+        policy: The student.
+        pairs: What to learn.
+        optimizer: Updates the student.
+        encode: Encodes prompts.
+        steps: Updates.
+        batch_size: Pairs in an update, drawn with replacement.
+        seed: Seed of the draws, and the process's number.
+        device: Where the networks are.
+        show_progress: Show a progress bar.
+
+    Returns:
+        The loss of each update.
+    """
+    losses = []
+    bar = trange(steps, desc="warm start: regression", disable=not show_progress)
+    for update in bar:
+        generator = seeded_generator(seed[0], "warm_start/batch", update, seed[1])
+        rows = torch.randint(len(pairs.states), (batch_size,), generator=generator)
+        conditioning = encode([pairs.prompts[row] for row in rows.tolist()])
+        x_0 = policy(pairs.states[rows].to(device), pairs.times[rows].to(device), conditioning)
+        loss = (x_0 - pairs.solutions[rows].to(device)).abs().mean()
+        optimizer.backward(loss, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+    return losses
 
 
 def _write(file: Path, tensors: dict[str, Tensor], prompts: str) -> None:

@@ -1,13 +1,19 @@
 """Tiny real pipelines, built on the fly."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, TrainerCallback
 
-from rdm_rl import RDMConfig
+from rdm_rl import RDMConfig, RDMTrainer
+from rdm_rl.data_types import Conditioning, DenseAdvantage, PromptBatch
+from rdm_rl.networks import Networks
 
 PROMPTS = [{"prompt": f"the digit {digit}", "digit": digit} for digit in range(10)]
 
@@ -95,6 +101,105 @@ def tiny_config(output_dir: Path, **overrides) -> RDMConfig:
         warm_start_num_states=4,
         warm_start_ode_steps=2,
         teacher_guidance_scale=1.0,
+        # Large enough that two updates are visible in the weights.
+        learning_rate=1e-3,
+        fake_score_learning_rate=1e-3,
+        warm_start_learning_rate=1e-3,
         seed=7,
     )
     return RDMConfig(**{**defaults, **overrides})
+
+
+def tiny_trainer(
+    base: Any,
+    output_dir: Path,
+    *,
+    lora: bool = True,
+    kind: type[RDMTrainer] = RDMTrainer,
+    train_dataset: Any = PROMPTS,
+    given: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> RDMTrainer:
+    """A trainer on a tiny pipeline; ``given`` goes to the trainer, ``overrides`` to its settings."""
+    return kind(
+        base,
+        args=tiny_config(output_dir, **overrides),
+        train_dataset=train_dataset,
+        **{"peft_config": LoraConfig(r=4, lora_alpha=4) if lora else None, **(given or {})},
+    )
+
+
+class StopAfter(TrainerCallback):
+    """Stops a run after so many updates, as a user would."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.steps
+
+
+class StepAway:
+    """A reward that wants every value of x_0 to grow by the same amount."""
+
+    def __init__(self, amount: float = 1.0, name: str = "away") -> None:
+        self.amount, self.name = amount, name
+
+    def direction(self, rollout, step, *, generator) -> DenseAdvantage:
+        x_0 = rollout.x_0[step]
+        return DenseAdvantage(
+            values=torch.full_like(x_0, self.amount),
+            applicable=torch.ones(len(x_0), dtype=torch.bool),
+            reward=x_0.flatten(1).mean(1),
+        )
+
+
+def latents(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt_batch(count: int, conditioning: Conditioning | None = None, per_group: int = 1) -> PromptBatch:
+    return PromptBatch(
+        prompts=["a prompt"] * count,
+        conditioning=conditioning or Conditioning(),
+        group_ids=torch.arange(count) // per_group,
+        sample_ids=range(count),
+    )
+
+
+def randomize(networks: Networks, scale: float = 0.05, seed: int = 0) -> None:
+    """Give policy and fake score weights of their own, so that no two roles agree by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for role in ("policy", "fake_score"):
+            for parameter in networks.parameters(role):
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    """Names of the tensors that are not bit-identical."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two nested structures agree bit for bit."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+# Numbers of the log that depend on the machine and not on the run.
+TIMINGS = {"images_per_second", "samples_per_second", "memory_gib"}
+
+
+def log_numbers(trainer: RDMTrainer) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in trainer.state.log_history]

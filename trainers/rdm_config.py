@@ -10,10 +10,33 @@ from rdm_rl.advantages import Group, Normalization
 from rdm_rl.renoise import RenoiseDistribution
 
 # Each method is a setting of one trainer. `rdm-rl methods` prints this table.
-METHODS: dict[str, dict[str, Any]] = {
-    "dmd": {"dm_normalization": "sample"},
-    "gndm": {"dm_normalization": "group"},
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dmd": ("distribution matching, scaled for each sample; the baseline", {"dm_normalization": "sample"}),
+    "gndm": ("group-normalised distribution matching", {"dm_normalization": "group"}),
 }
+
+
+def method_settings(method: str) -> dict[str, Any]:
+    """The settings that make a method.
+
+    Args:
+        method: Its name.
+
+    Returns:
+        Values of :class:`RDMConfig` by field.
+
+    Raises:
+        ValueError: If the method is unknown.
+
+    Example:
+        >>> method_settings("dmd")
+        {'dm_normalization': 'sample'}
+    """
+    if method not in METHODS:
+        hint = _did_you_mean(method, METHODS)
+        raise ValueError(f"method {method!r} is unknown.{hint} Known: {', '.join(METHODS)}.")
+    return dict(METHODS[method][1])
+
 
 # Inherited fields that the trainer acts on. Any other one is refused when it is set, never ignored.
 HONOURED = frozenset(
@@ -21,8 +44,8 @@ HONOURED = frozenset(
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
     lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing gradient_checkpointing
-    logging_dir logging_strategy logging_steps logging_first_step disable_tqdm report_to run_name project trackio_space_id
-    trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay eval_on_start
+    logging_dir logging_strategy logging_steps logging_first_step disable_tqdm report_to run_name project
+    trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay eval_on_start
     per_device_eval_batch_size save_strategy save_steps save_total_limit push_to_hub hub_token
     hub_private_repo hub_model_id hub_revision remove_unused_columns seed data_seed use_cpu resume_from_checkpoint
     ddp_backend ddp_timeout do_train do_eval local_rank log_level log_level_replica
@@ -79,7 +102,7 @@ class RDMConfig(TrainingArguments):
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the policy."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many policy updates."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers to report to."})
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Columns beside the prompt always stay: rewards may need them."}
     )
@@ -148,11 +171,7 @@ class RDMConfig(TrainingArguments):
         Raises:
             ValueError: If the method is unknown.
         """
-        if method not in METHODS:
-            raise ValueError(
-                f"method {method!r} is unknown.{_did_you_mean(method, METHODS)} Known: {', '.join(METHODS)}."
-            )
-        return cls(**{**METHODS[method], **overrides})
+        return cls(**{**method_settings(method), **overrides})
 
     def _refuse_ignored_fields(self) -> None:
         for inherited in fields(TrainingArguments):
@@ -182,13 +201,13 @@ class RDMConfig(TrainingArguments):
         if self.dm_group != "prompt":
             if self.dm_normalization not in ("group", "group_rms"):
                 raise ValueError(
-                    f"dm_group={self.dm_group!r} says what a group is, but dm_normalization={self.dm_normalization!r} uses "
-                    "no group. Set dm_normalization='group' or leave dm_group='prompt'."
+                    f"dm_group={self.dm_group!r} says what a group is, but dm_normalization={self.dm_normalization!r} "
+                    "uses no group. Set dm_normalization='group' or leave dm_group='prompt'."
                 )
             if self.num_renoise < 2:
                 raise ValueError(
-                    f"dm_group={self.dm_group!r} pools the re-noisings of a sample, but num_renoise={self.num_renoise}. "
-                    "Set num_renoise to 2 or more."
+                    f"dm_group={self.dm_group!r} pools the re-noisings of a sample, but num_renoise="
+                    f"{self.num_renoise}. Set num_renoise to 2 or more."
                 )
         if self.renoise_anneal_steps is not None and self.renoise_distribution != "annealed_beta":
             raise ValueError(
@@ -216,8 +235,8 @@ class RDMConfig(TrainingArguments):
         if self.per_device_train_batch_size % self.num_generations:
             fitting = max(1, round(self.per_device_train_batch_size / self.num_generations)) * self.num_generations
             raise ValueError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and is not a multiple of "
-                f"num_generations={self.num_generations}, so a prompt's group would be split. Set it to {fitting}, say."
+                f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and is not a multiple "
+                f"of num_generations={self.num_generations}, so a prompt's group would be split. Set it to {fitting}."
             )
         low, high = self.renoise_range if len(self.renoise_range) == 2 else (1.0, 0.0)
         if not 0 < low <= high <= 1:

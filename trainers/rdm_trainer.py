@@ -1,7 +1,6 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +23,7 @@ from rdm_rl.data_types import DenseAdvantage, LossOutput, PromptBatch, Rollout
 from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family, check_model_name, load_family
-from rdm_rl.memory import peak_memory_gib
-from rdm_rl.model_card import write_model_card
+from rdm_rl.metric_window import MetricWindow, peak_memory_gib
 from rdm_rl.networks import AdapterNetworks, Networks, Role, SeparateNetworks
 from rdm_rl.optimization import RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.policy import rollout
@@ -34,9 +32,10 @@ from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_gener
 from rdm_rl.rdm import fake_score_loss, policy_loss
 from rdm_rl.renoise import renoise_times
 from rdm_rl.rewards.registry import BindableReward, RewardContext, RewardSpec, resolve_rewards, reward_weights
+from rdm_rl.student import save_student
 from rdm_rl.trainers.callbacks import log_image, make_callback_handler, make_state
 from rdm_rl.trainers.rdm_config import RDMConfig
-from rdm_rl.warm_start import OdePairs, collect_pairs, fingerprint
+from rdm_rl.warm_start import OdePairs, collect_pairs, fingerprint, regress
 from rdm_rl.weighting import FixedWeighting, Weighting
 
 EVALUATION_SEED = 12345
@@ -100,8 +99,8 @@ class RDMTrainer:
                 check_model_name(str(one))
         if policy_init is not None and (peft_config is None or self.args.warm_start != "none"):
             raise ValueError(
-                "policy_init starts the policy from a LoRA: pass peft_config too, and warm_start='none', because a warm "
-                "start would overwrite it."
+                "policy_init starts the policy from a LoRA: pass peft_config too, and warm_start='none', because a "
+                "warm start would overwrite it."
             )
 
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
@@ -128,8 +127,7 @@ class RDMTrainer:
         self.optimizers: dict[Role, RoleOptimizer] = {}
         self.average: PolicyAverage | None = None
         self._last_rollout: Rollout | None = None
-        self._window: dict[str, list[float]] = defaultdict(list)
-        self._window_start = time.perf_counter()
+        self._window = MetricWindow()
 
     # ----- what a run is made of -----
 
@@ -199,7 +197,7 @@ class RDMTrainer:
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
                 torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
-                parameter.grad /= self.accelerator.num_processes  # type: ignore[operator]
+                parameter.grad /= self.accelerator.num_processes
 
     # ----- the run -----
 
@@ -227,7 +225,7 @@ class RDMTrainer:
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if self.args.eval_on_start and not resume:
             self.evaluate()
-        self._window_start = time.perf_counter()
+        self._window = MetricWindow()
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
             metrics = self.training_step()
@@ -431,23 +429,22 @@ class RDMTrainer:
 
     def run_warm_start(self) -> None:
         """Regress the policy on the teacher's ODE solutions (see :mod:`rdm_rl.warm_start`)."""
-        args, pairs = self.args, self._collect_pairs()
+        args = self.args
         optimizer = self._role_optimizer(
             "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm
         )
-        rank, size = self.accelerator.process_index, args.per_device_train_batch_size
-        bar = trange(args.warm_start_steps, desc="warm start: regression", disable=self._no_progress)
-        for update in bar:
-            generator = seeded_generator(args.seed, "warm_start/batch", update, rank)
-            rows = torch.randint(len(pairs.states), (size,), generator=generator)
-            conditioning = self.family.encode([pairs.prompts[row] for row in rows.tolist()])
-            states, times = pairs.states[rows].to(self.device), pairs.times[rows].to(self.device)
-            x_0 = self.networks.predict("policy", states, times, conditioning)
-            loss = (x_0 - pairs.solutions[rows].to(self.device)).abs().mean()
-            optimizer.backward(loss, 1.0)
-            optimizer.step()
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            self._record({"warm_start/loss": loss.item()}, update)
+        losses = regress(
+            self.networks.predictor("policy"),
+            self._collect_pairs(),
+            optimizer,
+            encode=self.family.encode,
+            steps=args.warm_start_steps,
+            batch_size=args.per_device_train_batch_size,
+            seed=(args.seed, self.accelerator.process_index),
+            device=self.device,
+            show_progress=not self._no_progress,
+        )
+        self._record_phase("warm_start/loss", losses)
 
     def _collect_pairs(self) -> OdePairs:
         args = self.args
@@ -481,13 +478,14 @@ class RDMTrainer:
         """Let the fake score learn the initial policy before it is asked where to go."""
         count = self.args.fake_score_updates_per_policy_update
         rollouts: list[Rollout] = []
+        losses = []
         bar = trange(self.args.fake_score_warmup_steps, desc="fake score: warm-up", disable=self._no_progress)
         for update in bar:
             if update % count == 0:  # As in training: so many updates on each rollout.
                 rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update // count, "warmup")]
-            metrics = self._update_fake_score(rollouts, "fake_score", update)
-            bar.set_postfix(loss=f"{metrics['fake_score/loss']:.4f}", refresh=False)
-            self._record({"fake_score_warmup/loss": metrics["fake_score/loss"]}, update)
+            losses.append(self._update_fake_score(rollouts, "fake_score", update)["fake_score/loss"])
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+        self._record_phase("fake_score_warmup/loss", losses)
 
     def _start_average(self) -> None:
         if self.args.ema_decay:
@@ -559,8 +557,7 @@ class RDMTrainer:
         )
 
     def _after_step(self, metrics: Mapping[str, float]) -> None:
-        for key, value in metrics.items():
-            self._window[key].append(value)
+        self._window.add(metrics)
         if self.control.should_log:
             self.log(self._window_means())
             self.control.should_log = False
@@ -575,20 +572,17 @@ class RDMTrainer:
 
     def _window_means(self) -> dict[str, float]:
         """Means since the last log, over processes too, with throughput and memory."""
-        steps = len(self._window["policy/loss"])
-        seconds = max(time.perf_counter() - self._window_start, 1e-9)
-        means = {key: sum(values) / len(values) for key, values in self._window.items()}
+        steps, seconds, means = self._window.flush()
         if self.accelerator.num_processes > 1:
             packed = torch.tensor(list(means.values()), dtype=torch.float64, device=self.device)
             means = dict(zip(means, self.accelerator.reduce(packed, "mean").tolist(), strict=True))
-        samples = self._prompts_per_step * self.args.num_generations
+        images = steps * self._prompts_per_step * self.args.num_generations
         passes = 1 + self.args.fake_score_updates_per_policy_update
-        means["images_per_second"] = steps * samples / seconds
-        means["samples_per_second"] = steps * samples * passes / seconds
-        means["memory_gib"] = peak_memory_gib(self.device)
-        self._window.clear()
-        self._window_start = time.perf_counter()
-        return means
+        return means | {
+            "images_per_second": images / seconds,
+            "samples_per_second": images * passes / seconds,
+            "memory_gib": peak_memory_gib(self.device),
+        }
 
     def log(self, logs: dict[str, float]) -> None:
         """Write numbers to the log history and the trackers.
@@ -601,10 +595,11 @@ class RDMTrainer:
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
-    def _record(self, logs: dict[str, float], update: int) -> None:
-        """Keep the numbers of a phase before the first update; trackers, which count updates, do not see them."""
-        if (update + 1) % max(1, int(self.state.logging_steps or 1)) == 0:
-            self.state.log_history.append({**logs, "step": 0, "phase_step": update + 1})
+    def _record_phase(self, name: str, losses: Sequence[float]) -> None:
+        """Keep the losses of a phase before the first update; trackers, which count updates, do not see them."""
+        every = max(1, int(self.state.logging_steps or 1))
+        for update in range(every - 1, len(losses), every):
+            self.state.log_history.append({name: losses[update], "step": 0, "phase_step": update + 1})
 
     @property
     def _no_progress(self) -> bool:
@@ -617,7 +612,8 @@ class RDMTrainer:
 
     def _max_steps(self) -> int:
         if self.args.max_steps >= 0:
-            return int(self.args.max_steps)
+            steps: int = self.args.max_steps
+            return steps
         return math.ceil(self.args.num_train_epochs * len(self.prompts) / self._prompts_per_step)
 
     @property
@@ -634,33 +630,26 @@ class RDMTrainer:
         Args:
             output_dir: Where to; None for ``args.output_dir``.
         """
-        folder = Path(output_dir or self.args.output_dir)
-        if not self.accelerator.is_main_process:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        scheduler = self.family.student_scheduler(self.args.num_inference_steps)
-        lora = isinstance(self.networks, AdapterNetworks)
-        with self.averaged_policy():
-            if isinstance(self.networks, AdapterNetworks):
-                state, metadata = self.networks.export()
-                self.family.save_lora(str(folder), state, metadata)
-                scheduler.save_pretrained(folder / "scheduler")
-            else:
-                self.family.save_pipeline(str(folder), self.networks.module("policy"), scheduler)
-        write_model_card(
-            folder,
-            base=self.model_name,
-            scheduler=type(scheduler).__name__,
-            steps=self.args.num_inference_steps,
-            guidance=self.teacher_guidance_scale,
-            rewards=list(self.rewards),
-            settings={
-                name: getattr(self.args, name)
-                for name in ("dm_normalization", "dm_group", "num_generations", "learning_rate", "max_steps", "seed")
-            },
-            lora=lora,
-            averaged=self.average is not None and self.args.save_ema,
-        )
+        if self.accelerator.is_main_process:
+            with self.averaged_policy():
+                save_student(
+                    Path(output_dir or self.args.output_dir),
+                    self.networks,
+                    num_inference_steps=self.args.num_inference_steps,
+                    base=self.model_name,
+                    facts=self._card_facts(),
+                )
+
+    def _card_facts(self) -> dict[str, Any]:
+        """What the model card says of the run."""
+        averaged = self.average is not None and self.args.save_ema
+        names = ("dm_normalization", "dm_group", "num_generations", "learning_rate", "max_steps", "seed")
+        return {
+            "weights": "averaged over training (EMA)" if averaged else "of the last update",
+            "rewards": ", ".join(self.rewards),
+            "teacher_guidance_scale": self.teacher_guidance_scale,
+            **{name: getattr(self.args, name) for name in names},
+        }
 
     def push_to_hub(self) -> str:
         """Save the student and upload it to ``hub_model_id``.
@@ -698,21 +687,18 @@ class RDMTrainer:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.accelerator.is_main_process:
             tensors: dict[str, Mapping[str, Tensor]] = {
-                role: self.networks.state_dict(role) for role in ("policy", "fake_score")
+                role: self.networks.state_dict(role) for role in self.optimizers
             }
             if self.average is not None:
                 tensors["ema"] = self.average.tensors()
+            if self._last_rollout is not None:
+                tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
             state = {
                 "optimizers": {role: one.state_dict() for role, one in self.optimizers.items()},
                 "weighting": self.weighting.state_dict(),
                 "ema_updates": 0 if self.average is None else self.average.updates,
             }
-            if self._last_rollout is not None:
-                tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
-            write_checkpoint(folder, tensors, state)
-            (folder / "rdm_config.json").write_text(self.args.to_json_string(), encoding="utf-8")
-            # Last, because a folder counts as complete when this file is there.
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            write_checkpoint(folder, tensors, state, self.args.to_json_string(), self.state)
             rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -720,22 +706,20 @@ class RDMTrainer:
 
     def _load_checkpoint(self, folder: Path) -> None:
         tensors, state = read_checkpoint(folder)
-        max_steps = self.state.max_steps
-        loaded = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        self.state.global_step, self.state.epoch = loaded.global_step, loaded.epoch
-        self.state.log_history = loaded.log_history
-        self.state.max_steps = max_steps
-        for role in ("policy", "fake_score"):
+        saved = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
+        self.state.log_history = saved.log_history
+        for role, optimizer in self.optimizers.items():
             self.networks.load_state_dict(role, tensors[role])
-            self.optimizers[role].load_state_dict(state["optimizers"][role])
+            optimizer.load_state_dict(state["optimizers"][role])
         self._start_average()
         if self.average is not None:
             self.average.load(tensors["ema"], state["ema_updates"])
         self.weighting.load_state_dict(state["weighting"])
         if "last_samples" in tensors and self.state.global_step > 0:
             batch = next(self.prompt_batches(self.state.global_step - 1))
-            saved = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
-            self._last_rollout = Rollout(batch=batch, times=self.times, **saved)
+            samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
+            self._last_rollout = Rollout(batch=batch, times=self.times, **samples)
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:

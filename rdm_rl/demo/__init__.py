@@ -1,0 +1,1 @@
+"""The embedded default: a tiny text-to-image Stable Diffusion of handwritten digits, and its distillation."""

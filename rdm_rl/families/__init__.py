@@ -42,8 +42,8 @@ def check_model_name(model: str) -> None:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(
-                f"model={model!r} is a folder without model_index.json, so it is no diffusers pipeline. Pass the folder "
-                "that save_pretrained() wrote."
+                f"model={model!r} is a folder without model_index.json, so it is no diffusers pipeline. Pass the "
+                "folder that save_pretrained() wrote."
             )
     elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise FileNotFoundError(

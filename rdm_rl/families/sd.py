@@ -69,7 +69,8 @@ class StableDiffusionFamily(Family):
         """Images of latents, as the pipeline decodes and rescales them."""
         vae = self.pipeline.vae
         images: Tensor = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (images * 0.5 + 0.5).clamp(0, 1).float()
+        images = (images * 0.5 + 0.5).clamp(0, 1)
+        return images.float()
 
     def student_scheduler(self, num_inference_steps: int) -> LCMScheduler:
         """``LCMScheduler`` set so that its step is the policy's.
@@ -91,7 +92,8 @@ class StableDiffusionFamily(Family):
         """The times of the student's scheduler."""
         scheduler = self.student_scheduler(num_inference_steps)
         scheduler.set_timesteps(num_inference_steps)
-        return (scheduler.timesteps.cpu().float() + 1) / scheduler.config.num_train_timesteps
+        times: Tensor = (scheduler.timesteps.cpu().float() + 1) / scheduler.config.num_train_timesteps
+        return times
 
     def save_lora(self, folder: str, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write the U-Net's adapter."""

@@ -1,0 +1,136 @@
+"""The command line: ``rdm-rl demo | train | sample | evaluate | methods | env``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rdm_rl import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The words after ``rdm-rl``; None for those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        if words[:1] == ["train"]:  # Its options are the fields of the settings, which another parser reads.
+            from rdm_rl.train import train_command
+
+            train_command(words[1:])
+        else:
+            options = _parser().parse_args(words)
+            options.run(options)
+    except (ValueError, FileNotFoundError) as error:
+        if debug:
+            raise
+        print(f"rdm-rl: {error} (--debug shows where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rdm-rl",
+        description="Few-step diffusion distillation as policy optimisation.",
+        epilog="--debug after any command shows the whole traceback of an error.",
+    )
+    parser.add_argument("--version", action="version", version=f"rdm-rl {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="distil the embedded teacher and report how well it went")
+    demo.add_argument("--output_dir", type=Path, default=Path("demo-output"), help="where everything goes")
+    demo.add_argument("--seed", type=int, default=0, help="seed of training and evaluation")
+    demo.set_defaults(run=_demo)
+
+    commands.add_parser("train", help="distil a pipeline; `rdm-rl train --help` lists every setting", add_help=False)
+
+    sample = commands.add_parser("sample", help="draw images with a saved student, through plain diffusers")
+    sample.add_argument("--student", type=Path, required=True, help="folder that save_model wrote")
+    sample.add_argument("--model", help="base pipeline of a LoRA student; default: the embedded teacher")
+    sample.add_argument("--prompt", action="append", required=True, help="a prompt; repeat for more")
+    sample.add_argument("--num_images", type=int, default=4, help="images of each prompt")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    sample.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    sample.add_argument("--output_dir", type=Path, default=Path("samples"), help="where the PNG files go")
+    sample.set_defaults(run=_sample)
+
+    evaluate = commands.add_parser("evaluate", help="judge saved students of the embedded teacher")
+    evaluate.add_argument("--student", type=Path, action="append", required=True, help="folder; repeat for more")
+    evaluate.add_argument("--seeds", type=int, nargs="+", default=[0], help="one repetition for each")
+    evaluate.add_argument("--output_dir", type=Path, help="also write a report here")
+    evaluate.set_defaults(run=_evaluate)
+
+    methods = commands.add_parser("methods", help="list the methods and the settings that make them")
+    methods.set_defaults(run=_methods)
+    env = commands.add_parser("env", help="print versions and devices, for a bug report")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from rdm_rl.demo.run import run_demo
+
+    run_demo(options.output_dir, seed=options.seed)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import torch
+
+    from rdm_rl.demo.digits import TEACHER_FOLDER
+    from rdm_rl.student import load_student
+
+    pipeline, steps = load_student(options.student, options.model or TEACHER_FOLDER)
+    pipeline.to(options.device)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(options.seed)
+    for number, prompt in enumerate(options.prompt):
+        images = pipeline(
+            prompt,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            num_images_per_prompt=options.num_images,
+            generator=generator,
+        ).images
+        for index, image in enumerate(images):
+            file = options.output_dir / f"{number:03d}-{index:02d}.png"
+            image.save(file)
+            print(file)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rdm_rl.demo.run import evaluate_students
+
+    evaluate_students(options.student, options.seeds, options.output_dir)
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from rdm_rl.trainers.rdm_config import METHODS
+
+    print("rdm-rl train --method NAME, or RDMConfig.from_method(NAME):")
+    for name, (description, settings) in METHODS.items():
+        listed = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        print(f"  {name:6} {description}\n         {listed}")
+
+
+def _env(options: argparse.Namespace) -> None:
+    import torch
+
+    from rdm_rl.evaluation.report import library_versions
+
+    for name, version in library_versions().items():
+        print(f"{name:16} {version}")
+    print(f"{'threads':16} {torch.get_num_threads()}")
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"{'GPUs':16} {', '.join(devices) or 'none'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""``rdm-rl train``: a run from flags and a YAML file."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from trl import TrlParser
+
+from rdm_rl.demo.digits import TEACHER_FOLDER
+from rdm_rl.trainers.rdm_config import METHODS, RDMConfig, method_settings
+from rdm_rl.trainers.rdm_trainer import RDMTrainer
+
+
+@dataclass
+class TrainArguments:
+    """What is trained on what.
+
+    Args:
+        model_name_or_path: The pipeline: a folder or a hub name; ``digits`` is the embedded teacher.
+        dataset: Prompts: a ``.txt`` file with one a line, a ``.csv``, ``.json`` or ``.jsonl`` file with a ``prompt``
+            column, or the hub name of a data set; ``digits`` are the embedded teacher's prompts.
+        dataset_split: Split of a hub data set.
+        prompt_column: Name of the text column.
+        reward_funcs: Names of rewards.
+        policy_init: Folder of a LoRA to start from.
+        full: Train two full copies of the network instead of adapters.
+        lora_r: Rank of the adapters.
+        lora_alpha: Their scale times the rank; None is the rank.
+        lora_target_modules: Modules with adapters; None is the family's default.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Pipeline folder or hub name; 'digits' is the embedded teacher."})
+    dataset: str = field(metadata={"help": "File of prompts (.txt, .csv, .json, .jsonl), hub data set, or 'digits'."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Name of the text column."})
+    reward_funcs: list[str] = field(default_factory=lambda: ["rdm"], metadata={"help": "Names of rewards."})
+    policy_init: str | None = field(default=None, metadata={"help": "Folder of a LoRA to start from."})
+    full: bool = field(default=False, metadata={"help": "Train full copies of the network instead of adapters."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapters; default: the rank."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get adapters."})
+
+
+def load_prompts(arguments: TrainArguments) -> Any:
+    """The data set of prompts that the arguments name, with its text column called ``prompt``.
+
+    Args:
+        arguments: The arguments.
+
+    Returns:
+        A ``datasets.Dataset``, or rows.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the text column is missing.
+    """
+    name, path = arguments.dataset, Path(arguments.dataset)
+    if name == "digits":
+        from rdm_rl.demo.run import training_prompts
+
+        return training_prompts()
+    kinds = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+    if path.suffix in kinds:
+        if not path.is_file():
+            raise FileNotFoundError(f"--dataset {name!r} does not exist.")
+        data: Dataset = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        column = "text" if path.suffix == ".txt" else arguments.prompt_column
+    else:
+        data, column = load_dataset(name, split=arguments.dataset_split), arguments.prompt_column
+    if column not in data.column_names:
+        raise ValueError(
+            f"--dataset {name!r} has the columns {data.column_names}, not {column!r}; set --prompt_column."
+        )
+    return data if column == "prompt" else data.rename_column(column, "prompt")
+
+
+def train_command(words: Sequence[str]) -> None:
+    """Parse, train and save.
+
+    Args:
+        words: Flags: those of :class:`TrainArguments` and of ``RDMConfig``, ``--config FILE.yaml`` for both, and
+            ``--method NAME`` for a method's settings, which other flags and the file override.
+    """
+    parser = TrlParser((TrainArguments, RDMConfig), prog="rdm-rl train", formatter_class=argparse.HelpFormatter)
+    parser.add_argument("--method", choices=sorted(METHODS), help="Settings of a method; `rdm-rl methods` lists them.")
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--method")
+    method = first.parse_known_args(list(words))[0].method
+    if method is not None:
+        parser.set_defaults_with_config(**method_settings(method))
+    arguments, args, _ = parser.parse_args_and_config(list(words))
+    data = load_prompts(arguments)
+    lora = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha,
+        target_modules=arguments.lora_target_modules,
+    )
+    model = TEACHER_FOLDER if arguments.model_name_or_path == "digits" else arguments.model_name_or_path
+    trainer = RDMTrainer(
+        str(model),
+        arguments.reward_funcs,
+        args,
+        data,
+        peft_config=None if arguments.full else lora,
+        policy_init=arguments.policy_init,
+    )
+    trainer.train()
+    trainer.save_model()
+    print(f"The student is in {args.output_dir}")
