@@ -1,0 +1,506 @@
+"""Pictures for people: grids of samples and curves of a training run.
+
+Everything is drawn on objects of its own (no pyplot), so that a picture made during training touches no global state
+and needs no display.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from math import isfinite
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn.functional import pad
+
+History = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """The colours of a picture.
+
+    Args:
+        background: Behind everything.
+        ink: Text and axes.
+        faint: Grid lines.
+        lines: One colour for each run, distinguishable with the common kinds of colour blindness.
+    """
+
+    background: str
+    ink: str
+    faint: str
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme(
+    background="#ffffff", ink="#30343b", faint="#e3e6ea", lines=("#0072b2", "#d55e00", "#008a63", "#a8508a", "#7a6a00")
+)
+DARK = Theme(
+    background="#1b1e24", ink="#c9ced6", faint="#333842", lines=("#56b4e9", "#f0924a", "#3fc79a", "#d98fc0", "#d8c34a")
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grids of samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def first_of_each(images: Tensor, labels: Tensor, count: int = 2) -> Tensor:
+    """The first images of each digit, in order: what a grid shows, without anybody choosing.
+
+    Args:
+        images: Images, shape (N, C, H, W).
+        labels: The digit that each shows or was asked to show, shape (N,), int64 in 0..9.
+        count: How many of each digit.
+
+    Returns:
+        The images, shape (count, 10, C, H, W).
+
+    Raises:
+        ValueError: If a digit has fewer images than that.
+
+    Example:
+        >>> first_of_each(torch.zeros(40, 3, 8, 8), torch.arange(40) % 10, count=2).shape
+        torch.Size([2, 10, 3, 8, 8])
+    """
+    rows = [(labels.cpu() == digit).nonzero().flatten()[:count] for digit in range(10)]
+    if any(len(row) < count for row in rows):
+        raise ValueError(f"Every digit needs at least {count} images; got {[len(row) for row in rows]} for 0 to 9.")
+    return images.cpu()[torch.stack(rows, 1)]
+
+
+def to_pixels(images: Tensor, *, gap: int = 0) -> Image.Image:
+    """Images side by side and row upon row, one image pixel to a pixel.
+
+    Args:
+        images: Images, shape (R, M, 3, H, W), in [0, 1]; values outside are clamped.
+        gap: Transparent pixels between neighbours.
+
+    Returns:
+        The picture, M * (W + gap) - gap wide and R * (H + gap) - gap high, with an alpha channel if there are gaps.
+
+    Example:
+        >>> to_pixels(torch.zeros(2, 5, 3, 8, 8)).size
+        (40, 16)
+    """
+    pixels = images.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
+    if gap:
+        opaque = torch.full_like(pixels[:, :, :1], 255)
+        pixels = pad(torch.cat([pixels, opaque], 2), (0, gap, 0, gap))
+    rows, columns, channels, height, width = pixels.shape
+    joined = pixels.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+    return Image.fromarray(joined[: rows * height - gap, : columns * width - gap].contiguous().numpy())
+
+
+def image_grid(
+    rows: Mapping[str, Tensor],
+    labels: Sequence[str] | None = None,
+    *,
+    scale: int | None = None,
+    theme: Theme = LIGHT,
+) -> Image.Image:
+    """A captioned grid of images, enlarged by whole pixels, so that nothing is smoothed away.
+
+    Args:
+        rows: For each caption, such as "teacher, 50 steps", images of shape (M, 3, H, W), or several lines of them of
+            shape (R, M, 3, H, W), in [0, 1]. All of the same M, H and W.
+        labels: A caption for each of the M columns, such as its prompt, or None. Long ones are broken at spaces.
+        scale: How many pixels wide and high a pixel becomes; None chooses it for small images to become 64 pixels wide.
+        theme: The colours.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ValueError: If there is nothing to draw or the shapes differ.
+
+    Example:
+        >>> image_grid({"noise": torch.rand(10, 3, 32, 32)}, [str(digit) for digit in range(10)]).height
+        103
+    """
+    blocks = {name: images[None] if images.ndim == 4 else images for name, images in rows.items()}
+    shapes = {block.shape[1:] for block in blocks.values()}
+    if len(shapes) != 1 or any(block.ndim != 5 or block.shape[2] != 3 for block in blocks.values()):
+        found = {name: tuple(images.shape) for name, images in rows.items()}
+        raise ValueError(f"A grid needs rows of shape (M, 3, H, W) or (R, M, 3, H, W), equal but for R; got {found}.")
+    columns, _, height, width = shapes.pop()
+    if labels is not None and len(labels) != columns:
+        raise ValueError(f"{len(labels)} column captions for {columns} columns.")
+
+    scale = scale or max(1, 64 // width)
+    margin, gap, block_gap, font, small = 12, 2, 10, _font(15), _font(11)
+    cell_width, cell_height = width * scale + gap, height * scale + gap
+    captions = [_break_text(str(label), small, width * scale) for label in labels or ()]
+    left = margin + max(int(font.getlength(name)) for name in blocks) + margin
+    top = margin + 15 * max((len(caption) for caption in captions), default=0)
+    lines = sum(len(block) for block in blocks.values())
+    size = (
+        left + columns * cell_width - gap + margin,
+        top + lines * cell_height - gap * len(blocks) + block_gap * (len(blocks) - 1) + margin,
+    )
+    picture = Image.new("RGB", size, theme.background)
+    draw = ImageDraw.Draw(picture)
+    for column, caption in enumerate(captions):
+        centre = left + column * cell_width + width * scale // 2
+        for line, text in enumerate(reversed(caption)):
+            draw.text((centre, top - 6 - 15 * line), text, fill=theme.ink, font=small, anchor="ms")
+    y = top
+    for name, block in blocks.items():
+        block_height = len(block) * cell_height - gap
+        draw.text((left - margin, y + block_height // 2), name, fill=theme.ink, font=font, anchor="rm")
+        for line in range(len(block)):
+            for column in range(columns):
+                tile = to_pixels(block[line : line + 1, column : column + 1])
+                tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+                picture.paste(tile, (left + column * cell_width, y + line * cell_height))
+        y += block_height + block_gap
+    return picture
+
+
+@lru_cache(maxsize=4)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings along: the same on every system, and it knows more than ASCII."""
+    return ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _break_text(text: str, font: ImageFont.FreeTypeFont, width: int, most_lines: int = 4) -> list[str]:
+    """The text in lines of at most that many pixels; what does not fit is cut off."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    if len(lines) > most_lines:
+        lines = [*lines[: most_lines - 1], lines[most_lines - 1] + "…"]
+    for index, line in enumerate(lines):
+        while len(line) > 1 and font.getlength(line) > width:
+            line = line.rstrip("…")[:-1] + "…"
+        lines[index] = line
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves of a training run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One plot of a training run and how to read it.
+
+    Args:
+        title: What is plotted.
+        metrics: For each metric of the log, or pattern with ``*``, what its line is called in this panel.
+        reading: What a healthy curve looks like, and what an unhealthy one means.
+        primary: Whether it belongs to the first look at a run.
+        smooth: Whether the running mean is drawn over what was logged.
+        log_scale: Whether positive values that span more than a factor of 15 get a logarithmic axis.
+        from_zero: Whether a linear axis includes 0, so that small wiggles do not look like events.
+    """
+
+    title: str
+    metrics: Mapping[str, str]
+    reading: str
+    primary: bool = True
+    smooth: bool = True
+    log_scale: bool = False
+    from_zero: bool = True
+
+
+PANELS = (
+    Panel(
+        title="Warm start: loss",
+        metrics={"warm_start/loss": "loss"},
+        reading="Before distribution matching, the student imitates the teacher's denoising trajectories. The error "
+        "should fall steeply and then flatten; without this phase, distribution matching can stall early.",
+        log_scale=True,
+    ),
+    Panel(
+        title="Fake score, warm-up: loss",
+        metrics={"fake_score_warmup/loss": "loss"},
+        reading="The fake score learns the distribution of the warm student before it is trusted. The curve should "
+        "have flattened by the end of this phase.",
+        log_scale=True,
+    ),
+    Panel(
+        title="Gap between teacher and fake score",
+        metrics={"rdm/gap": "gap"},
+        reading="How differently the teacher and the fake score would denoise the student's images, relative to the "
+        "error of the teacher's own guess. It falls while the student approaches the teacher and levels off above "
+        "zero, because both networks err. A gap that climbs again means that the student drifts.",
+    ),
+    Panel(
+        title="Reward R_dm",
+        metrics={"rewards/rdm/mean": "mean"},
+        reading="The distribution-matching reward as one number: minus the mean squared difference of the two "
+        "networks' predictions. It should rise towards 0, its best value. It depends on the noise levels drawn, so "
+        "single points scatter.",
+    ),
+    Panel(
+        title="Size of the advantage",
+        metrics={"rdm/advantage_rms": "root mean square"},
+        reading="How far distribution matching wants to move the student's images in one update, after normalisation. "
+        "Steady or slowly falling is healthy. Growth is the first sign of a fake score that lags behind.",
+    ),
+    Panel(
+        title="Fake score: loss",
+        metrics={"fake_score/loss": "in training", "fake_score/fresh_loss": "on fresh samples"},
+        reading="The denoising error of the network that tracks the student. It never reaches 0, since noise cannot be "
+        "guessed; what matters is that the loss on the student's newest samples stays close to the loss in training.",
+    ),
+    Panel(
+        title="Fake score: lag",
+        metrics={"fake_score/lag": "lag"},
+        reading="How much worse the fake score denoises the newest samples than those it was last trained on. Near "
+        "zero is healthy. A growing lag makes updates push on in an outdated direction: give the fake score more "
+        "updates or the policy a lower learning rate.",
+    ),
+    Panel(
+        title="Gradient norms",
+        metrics={"policy/grad_norm": "policy", "fake_score/grad_norm": "fake score"},
+        reading="Before clipping. Single spikes are normal, steady growth is not.",
+        log_scale=True,
+    ),
+    Panel(
+        title="Other rewards",
+        metrics={"rewards/*/mean": "{}"},
+        reading="The mean of each further reward; each should rise. A reward that rises while the distances in the "
+        "table get worse is being exploited.",
+        from_zero=False,
+    ),
+    Panel(
+        title="Policy: loss",
+        metrics={"policy/loss": "loss"},
+        reading="Half the mean square of the combined advantage. It is a device to carry the gradient and no error: it "
+        "need not fall.",
+        primary=False,
+        log_scale=True,
+    ),
+    Panel(
+        title="Policy: learning rate",
+        metrics={"policy/learning_rate": "learning rate"},
+        reading="The schedule as it was applied.",
+        primary=False,
+        smooth=False,
+    ),
+    Panel(
+        title="Speed",
+        metrics={"samples_per_second": "samples per second", "images_per_second": "images per second"},
+        reading="Throughput of training. A slow decline suggests that something accumulates.",
+        primary=False,
+    ),
+    Panel(
+        title="Memory, GiB",
+        metrics={"memory_gib": "GiB"},
+        reading="Peak memory. It should be flat after the first updates.",
+        primary=False,
+        smooth=False,
+    ),
+)
+
+
+def as_runs(histories: Mapping[str, History] | History) -> Mapping[str, History]:
+    """One or several log histories by the name of the run; a single one is called "run".
+
+    Args:
+        histories: A trainer's log history, or several by name.
+
+    Returns:
+        The histories by name.
+
+    Example:
+        >>> list(as_runs([{"step": 1, "rdm/gap": 0.5}]))
+        ['run']
+    """
+    return histories if isinstance(histories, Mapping) else {"run": histories}
+
+
+def curve(history: History, metric: str) -> tuple[list[float], list[float]]:
+    """The steps and values at which a metric was logged with a finite value.
+
+    Args:
+        history: A log history: records with the key ``step`` and the metrics logged at that step. The phases before
+            training proper count their own ``phase_step``, which is used where it is present.
+        metric: Name of the metric.
+
+    Returns:
+        The steps and the values, equally long.
+
+    Example:
+        >>> curve([{"step": 1, "loss": 0.5}, {"step": 2}, {"step": 3, "loss": float("nan")}], "loss")
+        ([1.0], [0.5])
+    """
+    present = [one for one in history if "step" in one and metric in one]
+    points = [(float(one.get("phase_step", one["step"])), float(one[metric])) for one in present]
+    points = [(step, value) for step, value in points if isfinite(value)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean over a window around each value, cut off at both ends.
+
+    Args:
+        values: The values.
+        window: How many values are averaged; rounded up to an odd number.
+
+    Returns:
+        The means, as many as values.
+
+    Example:
+        >>> running_mean([0.0, 3.0, 6.0, 0.0], 3)
+        [1.5, 3.0, 3.0, 3.0]
+    """
+    half = window // 2
+    parts = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def present_panels(histories: Mapping[str, History] | History) -> list[Panel]:
+    """The panels for which a run has logged something, with patterns replaced by the metrics found.
+
+    Args:
+        histories: A trainer's log history, or several by name.
+
+    Returns:
+        The panels, those of the first look first.
+
+    Example:
+        >>> [panel.title for panel in present_panels([{"step": 1, "rdm/gap": 0.5, "rewards/hps/mean": 0.2}])]
+        ['Gap between teacher and fake score', 'Other rewards']
+    """
+    logged = {key for history in as_runs(histories).values() for one in history for key in one}
+    metrics = sorted(key for key in logged if any(curve(run, key)[0] for run in as_runs(histories).values()))
+    claimed = {key for panel in PANELS for key in panel.metrics}
+    panels = []
+    for panel in PANELS:
+        found: dict[str, str] = {}
+        for pattern, label in panel.metrics.items():
+            # A metric with a panel of its own does not appear under a pattern as well.
+            matches = [key for key in metrics if key == pattern or (key not in claimed and fnmatchcase(key, pattern))]
+            found |= {key: label.format(key.removeprefix("rewards/").removesuffix("/mean")) for key in matches}
+        if found:
+            panels.append(replace(panel, metrics=found))
+    return panels
+
+
+def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, History], theme: Theme) -> None:
+    """Draw one panel: a colour for each run, a line style for each metric."""
+    everything: list[float] = []
+    for number, (run, history) in enumerate(runs.items()):
+        for index, (metric, label) in enumerate(panel.metrics.items()):
+            steps, values = curve(history, metric)
+            if not values:
+                continue
+            everything += values
+            # With one run the metrics get the colours; with several the runs do, and metrics differ by their dashes.
+            color = theme.lines[(number if len(runs) > 1 else index) % len(theme.lines)]
+            style = "-" if len(runs) == 1 else ("-", "--", ":", "-.")[index % 4]
+            names = [run] * (len(runs) > 1) + [label] * (len(panel.metrics) > 1)
+            smooth = panel.smooth and len(values) >= 30
+            if smooth:
+                axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
+            axes.plot(
+                steps,
+                running_mean(values, max(3, len(values) // 15)) if smooth else values,
+                color=color,
+                linestyle=style,
+                linewidth=1.7,
+                marker="o" if len(values) < 10 else None,
+                markersize=3,
+                label=", ".join(names) or None,
+            )
+    _scale_axis(axes, panel, everything)
+    axes.set_title(panel.title, fontsize=10, color=theme.ink, loc="left", fontweight="bold")
+    axes.set_xlabel("step", fontsize=8, color=theme.ink)
+    axes.set_facecolor(theme.background)
+    axes.grid(True, color=theme.faint, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=theme.ink, labelsize=8, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.faint)
+    lines = len(axes.get_legend_handles_labels()[1])
+    # Two lines leave room for a legend among them, more do not.
+    place = {"loc": "best"} if lines < 3 else {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
+    if lines:
+        axes.legend(
+            fontsize=7.5, labelcolor=theme.ink, facecolor=theme.background, edgecolor="none", framealpha=0.75, **place
+        )
+
+
+def _scale_axis(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
+    """Choose the scale of the vertical axis, with plain numbers on it."""
+    ratio = max(values) / min(values) if min(values) > 0 else 1.0
+    if panel.log_scale and ratio > 15:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif panel.from_zero:
+        axes.axhline(0, color="none")  # enters the automatic limits, whichever sign the values have
+
+
+def curves_figure(
+    panels: Sequence[Panel], histories: Mapping[str, History] | History, *, columns: int = 3, theme: Theme = LIGHT
+) -> Figure:
+    """A figure of the given panels; thin lines are the log, thick ones its running mean.
+
+    Args:
+        panels: What to draw, see :func:`present_panels`.
+        histories: A trainer's log history, or several by the name of the run, drawn over each other.
+        columns: How many panels stand side by side.
+        theme: The colours.
+
+    Returns:
+        The figure, on a canvas of its own; ``savefig`` writes it.
+
+    Raises:
+        ValueError: If there is no panel.
+
+    Example:
+        >>> log = [{"step": step, "rdm/gap": 1 / step} for step in range(1, 5)]
+        >>> len(curves_figure(present_panels(log), log).axes)
+        1
+    """
+    if not panels:
+        raise ValueError("There is nothing to draw: the log holds no metric that a panel knows.")
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.1 * columns, 2.7 * lines), layout="constrained", facecolor=theme.background)
+    FigureCanvasAgg(figure)
+    for index, panel in enumerate(panels):
+        _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, as_runs(histories), theme)
+    return figure
+
+
+def training_curves(histories: Mapping[str, History] | History, path: Path | str) -> Path | None:
+    """The picture of everything a run has logged, or of several runs over each other, as a PNG file.
+
+    Args:
+        histories: A trainer's log history: records with the key ``step`` and the metrics logged at that step. Or
+            several by the name of the run, such as ``{"4 steps": log_4, "1 step": log_1}``.
+        path: The file to write.
+
+    Returns:
+        The file, or None if the log holds nothing to draw.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> training_curves([{"step": 1, "rdm/gap": 0.5}], Path(mkdtemp()) / "curves.png").name
+        'curves.png'
+    """
+    panels = present_panels(histories)
+    if not panels:
+        return None
+    curves_figure(panels, histories).savefig(path, format="png", dpi=110)
+    return Path(path)

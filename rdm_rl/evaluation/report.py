@@ -1,0 +1,516 @@
+"""The report of the demo: one folder that a stranger can open, and a program can read.
+
+``report.html`` needs nothing but itself: pictures are inlined, there is no script, and its content security policy
+forbids any request. ``report.md``, ``metrics.json``, ``samples.png`` and ``curves.png`` hold the same for others.
+"""
+
+import json
+import platform
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from io import BytesIO
+from math import isfinite, isnan, nan
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+import rdm_rl
+from rdm_rl.evaluation.metrics import FLOAT_FIELDS, SamplerMetrics, Summary, summarize
+from rdm_rl.evaluation.pictures import (
+    DARK,
+    LIGHT,
+    History,
+    Panel,
+    curves_figure,
+    image_grid,
+    present_panels,
+    to_pixels,
+    training_curves,
+)
+from rdm_rl.evaluation.tables import html_table, markdown_table
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+DEFAULT_SUMMARY = (
+    "A teacher, a tiny text-to-image diffusion model of handwritten digits, needs many denoising steps for an image. "
+    "Students with the same architecture were trained to draw from the same distribution in a few steps: each update "
+    "moves the student's images where the teacher finds them more likely than a network that tracks the student does. "
+    "Then every sampler drew images for the same prompts, and recognisers that took no part in training compared them "
+    "with held-out real digits and with the teacher's own."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that a report shows.
+
+    Args:
+        rows: Measurements in the order of the table; rows of the same name are repetitions. Put real images first,
+            then the teacher, then the students.
+        pictures: For each caption, images of shape (M, 3, H, W) or (R, M, 3, H, W), in [0, 1], with the same M, H and
+            W. The report says that nobody chose them: pass the first ones, see :func:`first_of_each`.
+        picture_labels: A caption for each of the M columns.
+        histories: The trainer's log history for each run.
+        settings: The settings of the run, by group or directly; values that JSON lacks are written as text. Never
+            pass a token.
+        seeds: Every seed that was used, by its purpose.
+        command: The command that makes this report again.
+        title: The heading.
+        summary: What was done, in about three sentences.
+        network: The recogniser that gave the features.
+        seconds: How long everything took, or NaN.
+
+    Raises:
+        ValueError: If there is no measurement.
+    """
+
+    rows: Sequence[SamplerMetrics]
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    picture_labels: Sequence[str] = tuple("0123456789")
+    histories: Mapping[str, History] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    title: str = "Few-step digits by distribution matching as a reward"
+    summary: str = DEFAULT_SUMMARY
+    network: str = "B"
+    seconds: float = nan
+
+    def __post_init__(self) -> None:
+        """Check that there is something to report."""
+        if not self.rows:
+            raise ValueError("A report needs at least one row of measurements; pass what `judge` returns in `rows`.")
+
+
+def write_report(folder: Path | str, report: Report) -> Path:
+    """The path of ``report.html``, written with ``report.md``, ``metrics.json``, ``samples.png`` and ``curves.png``.
+
+    The two pictures are only written if there is something to show. Files of an earlier report are overwritten.
+
+    Args:
+        folder: Where to; made if it does not exist.
+        report: What to write.
+
+    Returns:
+        The HTML file.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> row = SamplerMetrics(name="student, 4 steps", num_images=500, distance_to_data=6.5)
+        >>> write_report(mkdtemp(), Report(rows=[row])).name
+        'report.html'
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if report.pictures:
+        image_grid(report.pictures, report.picture_labels).save(folder / "samples.png")
+    curves = training_curves(report.histories, folder / "curves.png")
+    (folder / "metrics.json").write_text(metrics_json(report), encoding="utf-8")
+    (folder / "report.md").write_text(markdown_report(report, has_curves=curves is not None), encoding="utf-8")
+    path = folder / "report.html"
+    path.write_text(html_report(report), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of Python, of this library and of those it computes with, and the kind of machine.
+
+    Returns:
+        Versions by name.
+
+    Example:
+        >>> library_versions()["rdm_rl"] == rdm_rl.__version__
+        True
+    """
+    versions = {"python": platform.python_version(), "rdm_rl": rdm_rl.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return versions | {"system": f"{platform.system()} {platform.machine()}", "cuda_device": accelerator}
+
+
+def metrics_json(report: Report) -> str:
+    """The numbers of a report as strict JSON: what is not finite becomes null.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The text, indented, with the keys ``schema_version``, ``title``, ``network``, ``rows``, ``settings``, ``seeds``,
+        ``versions``, ``command`` and ``seconds``.
+
+    Example:
+        >>> row = SamplerMetrics(name="a", num_images=9, recall=0.5)
+        >>> json.loads(metrics_json(Report(rows=[row])))["rows"][0]["precision"] is None
+        True
+    """
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "title": report.title,
+        "network": report.network,
+        "rows": [asdict(row) for row in report.rows],
+        "settings": report.settings,
+        "seeds": report.seeds,
+        "versions": library_versions(),
+        "command": report.command,
+        "seconds": report.seconds,
+    }
+    return json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A value in terms of JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def read_rows(file: Path | str) -> list[SamplerMetrics]:
+    """The measurements in a ``metrics.json``, to compare reports or to put several into one table.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The rows, with NaN for null where a number belongs.
+
+    Raises:
+        ValueError: If the file was written for another version of the format.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> row = SamplerMetrics(name="a", num_images=9, recall=0.5)
+        >>> path = write_report(mkdtemp(), Report(rows=[row]))
+        >>> read_rows(path.with_name("metrics.json"))[0].recall
+        0.5
+    """
+    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{file} has schema_version {content.get('schema_version')!r}; this version of rdm_rl reads "
+            f"{SCHEMA_VERSION}. Write the report again, or read it with the version named in the file."
+        )
+    rows: list[dict[str, Any]] = [
+        {key: nan if value is None and key in FLOAT_FIELDS else value for key, value in row.items()}
+        for row in content["rows"]
+    ]
+    return [SamplerMetrics(**{**row, "digit_counts": tuple(row["digit_counts"])}) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What HTML and Markdown both say
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The result for one student in three figures.
+
+    Args:
+        name: The student.
+        figures: Pairs of a figure and what it is.
+    """
+
+    name: str
+    figures: Sequence[tuple[str, str]]
+
+
+def headlines(rows: Sequence[SamplerMetrics]) -> list[Headline]:
+    """For each student what changed against the teacher with the most steps. No student is left out.
+
+    Args:
+        rows: The measurements.
+
+    Returns:
+        One headline for each student; none without a teacher.
+
+    Example:
+        >>> teacher = SamplerMetrics(name="t", kind="teacher", num_images=9, num_inference_steps=50, accuracy=0.5)
+        >>> headlines([teacher, SamplerMetrics(name="s", num_images=9, accuracy=1.0)])[0].figures
+        [('100.0 %', 'show the digit asked for (teacher: 50.0 %)')]
+    """
+    means = [one.mean for one in summarize(rows)]
+    teachers = [one for one in means if one.kind == "teacher"]
+    if not teachers:
+        return []
+    teacher = max(teachers, key=lambda one: one.num_inference_steps or 0)
+    floor = next((one.distance_to_data for one in means if one.kind == "data"), nan)
+    return [Headline(name=one.name, figures=_figures(one, teacher, floor)) for one in means if one.kind == "student"]
+
+
+def _figures(student: SamplerMetrics, teacher: SamplerMetrics, floor: float) -> list[tuple[str, str]]:
+    """The figures of one student, as far as they were measured."""
+    figures = []
+    few, many = student.network_evaluations, teacher.network_evaluations
+    if few and many and many > few:
+        figures.append((f"{many / few:.3g}× fewer", f"network calls for an image: {few} instead of {many}"))
+    if not isnan(student.distance_to_data):
+        real = "" if isnan(floor) else f", real digits: {floor:.2f}"
+        text = f"distance to held-out digits, lower is better (teacher: {teacher.distance_to_data:.2f}{real})"
+        figures.append((f"{student.distance_to_data:.2f}", text))
+    if not isnan(student.accuracy):
+        text = f"show the digit asked for (teacher: {teacher.accuracy:.1%})".replace("%", " %")
+        figures.append((f"{student.accuracy:.1%}".replace("%", " %"), text))
+    return figures
+
+
+def table_note(rows: Sequence[SamplerMetrics]) -> str:
+    """The sentences under the table.
+
+    Args:
+        rows: The measurements.
+
+    Returns:
+        Plain text.
+
+    Example:
+        >>> table_note([SamplerMetrics(name="a", num_images=500)])[:25]
+        'Each row judges 500 image'
+    """
+    counts = sorted({row.num_images for row in rows})
+    repeated = max(one.repetitions for one in summarize(rows))
+    sentences = [
+        f"Each row judges {' or '.join(map(str, counts))} images.",
+        "Arrows point to better values; the best of each column is highlighted, where real images do not compete.",
+    ]
+    if repeated > 1:
+        sentences.append(f"Values are means over up to {repeated} repetitions, with ± their standard deviation.")
+    return " ".join(sentences)
+
+
+def cautions(rows: Sequence[SamplerMetrics]) -> list[str]:
+    """What a reader must know before comparing the rows.
+
+    Args:
+        rows: The measurements.
+
+    Returns:
+        Sentences in plain text, often none.
+
+    Example:
+        >>> len(cautions([SamplerMetrics(name="a", num_images=9), SamplerMetrics(name="b", num_images=8)]))
+        1
+    """
+    if len({row.num_images for row in rows}) > 1:
+        sizes = ", ".join(f"{one.mean.name}: {one.mean.num_images}" for one in summarize(rows))
+        return [f"The rows judge different numbers of images ({sizes}), so their distances are not comparable."]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Markdown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def markdown_report(report: Report, *, has_curves: bool = True) -> str:
+    """A short report in Markdown, with links to the pictures beside it.
+
+    Args:
+        report: The report.
+        has_curves: Whether ``curves.png`` exists.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> markdown_report(Report(rows=[SamplerMetrics(name="a", num_images=9)], title="A title")).splitlines()[0]
+        '# A title'
+    """
+    parts = [f"# {report.title}", report.summary]
+    lines = [
+        f"- **{one.name}**: " + "; ".join(f"**{figure}** {text}" for figure, text in one.figures)
+        for one in headlines(report.rows)
+    ]
+    if lines:
+        parts.append("\n".join(lines))
+    if report.pictures:
+        parts.append("![Images of every sampler for the same prompts](samples.png)")
+    parts += [f"**{text}**" for text in cautions(report.rows)]
+    parts += [markdown_table(report.rows), table_note(report.rows)]
+    parts.append(
+        "Distances are Fréchet distances in the features of a small network that knows only digits: compare rows of "
+        "this table, never with an Inception FID. `report.html` explains every number and curve."
+    )
+    if has_curves:
+        parts.append("![Training curves](curves.png)")
+    if report.command:
+        parts.append(f"Made by:\n\n```console\n$ {report.command}\n```")
+    versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
+    parts.append(f"Versions: {versions}. Settings and seeds are in `metrics.json`.")
+    return "\n\n".join(parts) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTML
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def html_report(report: Report) -> str:
+    """The report as one HTML document that loads nothing from anywhere.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The document. All text of the report is escaped.
+
+    Example:
+        >>> row = SamplerMetrics(name="<script>", num_images=9, recall=0.5)
+        >>> "<script>" in html_report(Report(rows=[row]))
+        False
+    """
+    template = Template(files("rdm_rl.evaluation").joinpath("report_template.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(report.title),
+        summary=f'<p class="lead">{escape(report.summary)}</p>',
+        cards=_cards(headlines(report.rows)),
+        samples=_samples(report),
+        warnings="".join(f'<p class="warning">{escape(text)}</p>' for text in cautions(report.rows)),
+        table=html_table(report.rows),
+        table_note=escape(table_note(report.rows)),
+        counts=_digit_counts(summarize(report.rows)),
+        curves=_curves(report.histories),
+        network=escape(report.network),
+        reproduce=_reproduce(report),
+    )
+
+
+def _cards(headings: Sequence[Headline]) -> str:
+    """The headlines side by side."""
+    cards = []
+    for one in headings:
+        figures = "".join(
+            f"<div><dt>{escape(text)}</dt><dd>{escape(figure)}</dd></div>" for figure, text in one.figures
+        )
+        cards.append(f'<section class="card"><h3>{escape(one.name)}</h3><dl>{figures}</dl></section>')
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _samples(report: Report) -> str:
+    """One strip of images for each sampler. They are stored at their own size and enlarged by the browser."""
+    if not report.pictures:
+        return "<p>No pictures were passed to this report.</p>"
+    labels = [str(label) for label in report.picture_labels]
+    # Text, not pixels: captions stay readable on a small screen.
+    strips = [
+        f'<div class="digits" style="grid-template-columns: repeat({len(labels)}, 1fr)" aria-hidden="true">'
+        + "".join(f"<span>{escape(label)}</span>" for label in labels)
+        + "</div>"
+    ]
+    for name, images in report.pictures.items():
+        source = _data_uri(to_pixels(images[None] if images.ndim == 4 else images, gap=1))
+        alternative = escape(f"{name}: images of {', '.join(labels)}")
+        strips.append(
+            f'<figure class="sampler"><figcaption>{escape(name)}</figcaption>'
+            f'<img src="{source}" alt="{alternative}"></figure>'
+        )
+    note = (
+        "Each column was asked for the digit above it. These are the first images of the evaluation; nobody chose them."
+    )
+    return "\n".join([f"<p>{note}</p>", *strips])
+
+
+def _digit_counts(summaries: Sequence[Summary]) -> str:
+    """A bar chart of the digits that network C sees, for each sampler."""
+    charts = [_count_chart(one.mean.name, one.mean.digit_counts) for one in summaries if sum(one.mean.digit_counts)]
+    if not charts:
+        return ""
+    return (
+        "<details><summary>Which digits are drawn</summary>\n<p>How often a recogniser sees each digit in a sampler's "
+        "images. The dashed line is an even share. If the prompts ask for each digit equally often, a short bar is a "
+        f'digit that the sampler avoids or draws illegibly.</p>\n<div class="counts">{"".join(charts)}</div></details>'
+    )
+
+
+def _count_chart(name: str, counts: Sequence[int]) -> str:
+    """One bar chart as inline SVG."""
+    unit = 30 / max(counts)
+    bars = "".join(
+        f'<rect x="{10 * digit + 1.5}" y="{32 - count * unit:.2f}" width="7" height="{count * unit:.2f}"/>'
+        f'<text x="{10 * digit + 5}" y="39">{digit}</text>'
+        for digit, count in enumerate(counts)
+    )
+    even = 32 - sum(counts) / len(counts) * unit
+    line = f'<line x1="0" x2="{10 * len(counts)}" y1="{even:.2f}" y2="{even:.2f}"/>'
+    label = escape(f"{name}: {', '.join(map(str, counts))} images of the digits 0 to {len(counts) - 1}")
+    chart = f'<svg viewBox="0 0 {10 * len(counts)} 41" role="img" aria-label="{label}">{bars}{line}</svg>'
+    return f"<figure>{chart}<figcaption>{escape(name)}</figcaption></figure>"
+
+
+def _curves(histories: Mapping[str, History]) -> str:
+    """The panels of the training log, each with how to read it."""
+    panels = present_panels(histories)
+    if not panels:
+        return "<p>No training log was passed to this report.</p>"
+    first = "".join(_panel(panel, histories) for panel in panels if panel.primary)
+    rest = "".join(_panel(panel, histories) for panel in panels if not panel.primary)
+    note = "Thin lines are the log, thick ones a running mean. Each phase counts its own steps."
+    more = f'<details><summary>Further curves</summary>\n<div class="panels">{rest}</div></details>' if rest else ""
+    return f'<p>{note}</p>\n<div class="panels">{first}</div>\n{more}'
+
+
+def _panel(panel: Panel, histories: Mapping[str, History]) -> str:
+    """One plot in both colour schemes, and its explanation."""
+    light, dark = (_data_uri(curves_figure([panel], histories, theme=theme)) for theme in (LIGHT, DARK))
+    return (
+        f'<figure><picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
+        f'<img src="{light}" alt="{escape(panel.title)}"></picture>'
+        f"<figcaption>{escape(panel.reading)}</figcaption></figure>\n"
+    )
+
+
+def _reproduce(report: Report) -> str:
+    """Command, seeds, settings and versions."""
+    parts = []
+    if report.command:
+        parts.append(f"<pre><code>{escape(report.command)}</code></pre>")
+    if isfinite(report.seconds):
+        parts.append(f"<p>Training and evaluation took {report.seconds / 60:.1f} minutes on the machine below.</p>")
+    if report.seeds:
+        parts.append(f"<h3>Seeds</h3>{_pairs(report.seeds)}")
+    parts.append(f"<h3>Versions</h3>{_pairs(library_versions())}")
+    if report.settings:
+        parts.append(f"<details><summary>All settings</summary>{_pairs(report.settings)}</details>")
+    parts.append('<p class="soft">The same numbers, for programs: <code>metrics.json</code> beside this file.</p>')
+    return "\n".join(parts)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    """Names and values as a table; groups of settings become tables within it."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(key))}</th>'
+        f"<td>{_pairs(value) if isinstance(value, Mapping) else escape(str(value))}</td></tr>"
+        for key, value in values.items()
+    )
+    return f'<table class="pairs"><tbody>{rows}</tbody></table>'
+
+
+def _data_uri(picture: Image.Image | Figure) -> str:
+    """A picture as the address of itself."""
+    buffer = BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png", dpi=150)
+    else:
+        picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode("ascii")
