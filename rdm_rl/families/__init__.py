@@ -1,5 +1,6 @@
 """Families of diffusers pipelines: one small adapter file each, chosen by the pipeline's class."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,29 @@ def load_family(model: str | Path | DiffusionPipeline) -> Family:
     if isinstance(model, str | Path):
         check_model_name(str(model))
         pipeline = DiffusionPipeline.from_pretrained(str(model))
-    name = type(pipeline).__name__
+    return FAMILIES[_supported(type(pipeline).__name__)](pipeline)
+
+
+def _supported(name: str) -> str:
+    """The class name of a pipeline, if a family supports it."""
     if name not in FAMILIES:
         raise ValueError(
             f"model is a {name}, which no family supports. Supported pipelines: {', '.join(sorted(FAMILIES))}."
         )
-    return FAMILIES[name](pipeline)
+    return name
 
 
 def check_model_name(model: str) -> None:
-    """Raise ``FileNotFoundError`` where a path can be seen not to hold a pipeline, before anything is loaded."""
+    """Raise where a path can be seen not to hold a supported pipeline, before anything is loaded."""
     folder = Path(model)
     if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
+        index = folder / "model_index.json"
+        if not index.is_file():
             raise FileNotFoundError(
                 f"model={model!r} is a folder without model_index.json, so it is no diffusers pipeline. Pass the "
                 "folder that save_pretrained() wrote."
             )
+        _supported(str(json.loads(index.read_text(encoding="utf-8")).get("_class_name")))
     elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise FileNotFoundError(
             f"model={model!r} is neither an existing folder nor a hub name of the form 'owner/name'. "

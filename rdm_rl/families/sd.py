@@ -42,6 +42,11 @@ class StableDiffusionFamily(Family):
             )
         self.prediction_type = kind
         self.schedule = VariancePreserving(DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod)
+        if kind == "epsilon" and self.schedule.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                "The model predicts epsilon and its scheduler sets rescale_betas_zero_snr=True: at t = 1 nothing of "
+                "x_0 is left, so no prediction of it can be read off the noise. Use a v-prediction model, or unset it."
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
