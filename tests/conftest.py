@@ -1,0 +1,40 @@
+"""What all tests share: no network, and tiny pipelines saved once."""
+
+import os
+
+# Before anything imports huggingface_hub, which reads them once.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes the folder of a tiny saved pipeline: ``bases("v_prediction", rescale_betas_zero_snr=True)``."""
+    from tests.helpers import tiny_sd
+
+    @cache
+    def make(prediction_type: str = "epsilon", seed: int = 0, **scheduler: Any) -> Path:
+        folder = tmp_path_factory.mktemp("base")
+        tiny_sd(folder / "sources", prediction_type, seed, **scheduler).save_pretrained(folder / "pipeline")
+        return folder / "pipeline"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(bases: Callable[..., Path]) -> Path:
+    """The folder of a tiny saved pipeline that predicts epsilon."""
+    return bases()

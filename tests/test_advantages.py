@@ -1,0 +1,194 @@
+"""The distribution-matching direction: it is DMD where it should be, and its group statistics are what they say."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdm_rl.advantages import distribution_matching_advantage, group_mean
+from rdm_rl.data_types import DenseAdvantage
+from rdm_rl.rdm import policy_loss
+from tests.helpers import latents
+
+NORMALIZATIONS = ["sample", "group", "group_rms", "none"]
+GROUP_IDS = torch.tensor([7, 7, 7, 2, 2, 5])
+
+
+def networks_disagree(count: int = 6, renoise: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """x_0 and two predictions near it, with samples of very different scale."""
+    scale = torch.logspace(-2, 1, count).reshape(-1, 1, 1, 1)
+    lead = () if renoise is None else (renoise,)
+    x_0 = latents(count, 4, 3, 3)
+    teacher, fake = (x_0 + scale * latents(*lead, count, 4, 3, 3, seed=seed) for seed in (1, 2))
+    return x_0, teacher, fake
+
+
+def released_dmd_loss(x_0: Tensor, mu_real: Tensor, mu_fake: Tensor) -> Tensor:
+    """The distribution-matching loss as the released code of DMD2 computes it."""
+    p_real = x_0 - mu_real
+    p_fake = x_0 - mu_fake
+    grad = (p_real - p_fake) / p_real.abs().mean(dim=[1, 2, 3], keepdim=True)
+    grad = torch.nan_to_num(grad)
+    return 0.5 * F.mse_loss(x_0, (x_0 - grad).detach(), reduction="mean")
+
+
+def test_sample_normalization_is_the_released_dmd() -> None:
+    x_0, teacher, fake = networks_disagree()
+    ours, theirs = x_0.clone().requires_grad_(), x_0.clone().requires_grad_()
+    values = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, "sample")
+    loss = policy_loss(ours, DenseAdvantage(values=values, applicable=torch.ones(6, dtype=torch.bool))).loss
+    expected = released_dmd_loss(theirs, teacher, fake)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    # The differences cancel in another order, so the last bits may differ.
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_group_of_one_equals_sample_exactly() -> None:
+    x_0, teacher, fake = networks_disagree()
+    alone = torch.tensor([3, 9, 1, 0, 4, 8])
+    group = distribution_matching_advantage(x_0, teacher, fake, alone, "group")
+    assert torch.equal(group, distribution_matching_advantage(x_0, teacher, fake, alone, "sample"))
+    assert not torch.allclose(group, distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, "group"))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_scale_of_a_group_by_hand(normalization: str) -> None:
+    x_0, teacher, fake = networks_disagree()
+    values = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, normalization)
+    for rows in ([0, 1, 2], [3, 4], [5]):
+        away, gap = x_0[rows] - teacher[rows], teacher[rows] - fake[rows]
+        scale = {
+            "sample": away.abs().mean((1, 2, 3), keepdim=True),
+            "group": away.abs().mean(),
+            "group_rms": gap.square().mean().sqrt(),
+            "none": torch.tensor(1.0),
+        }[normalization]
+        torch.testing.assert_close(values[rows], gap / scale)
+
+
+def test_group_rms_has_unit_size() -> None:
+    values = distribution_matching_advantage(*networks_disagree(), GROUP_IDS, "group_rms")
+    torch.testing.assert_close(group_mean(values.square().flatten(1).mean(1), GROUP_IDS), torch.ones(6))
+
+
+@pytest.mark.parametrize("group", ["prompt", "renoise", "prompt_renoise"])
+@pytest.mark.parametrize("normalization", ["group", "group_rms"])
+def test_groups_over_renoisings_by_hand(normalization: str, group: str) -> None:
+    x_0, teacher, fake = networks_disagree(renoise=3)
+    values = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, normalization, group=group)
+    size, finish = (
+        ((x_0 - teacher).abs().mean((2, 3, 4)), lambda mean: mean)
+        if normalization == "group"
+        else ((teacher - fake).square().mean((2, 3, 4)), torch.sqrt)
+    )
+    for sample in range(6):
+        members = (GROUP_IDS == GROUP_IDS[sample]).nonzero().flatten()
+        gap = teacher[:, sample] - fake[:, sample]
+        if group == "prompt":  # Each draw is divided by its own scale.
+            parts = [gap[draw] / finish(size[draw, members].mean()) for draw in range(3)]
+            expected = torch.stack(parts).mean(0)
+        elif group == "renoise":
+            expected = gap.mean(0) / finish(size[:, sample].mean())
+        else:
+            expected = gap.mean(0) / finish(size[:, members].mean())
+        torch.testing.assert_close(values[sample], expected)
+
+
+@pytest.mark.parametrize("normalization", ["sample", "none"])
+def test_more_renoisings_are_averaged(normalization: str) -> None:
+    x_0, teacher, fake = networks_disagree(renoise=3)
+    each = [
+        distribution_matching_advantage(x_0, teacher[r], fake[r], GROUP_IDS, normalization) for r in range(len(teacher))
+    ]
+    whole = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, normalization)
+    torch.testing.assert_close(whole, torch.stack(each).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("normalization", "group"), [*itertools.product(NORMALIZATIONS, ["prompt"]), ("group", "prompt_renoise")]
+)
+def test_permuting_samples_permutes_the_directions(normalization: str, group: str) -> None:
+    x_0, teacher, fake = networks_disagree(renoise=2)
+    order = torch.tensor([4, 0, 5, 2, 3, 1])
+    straight = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, normalization, group=group)
+    permuted = distribution_matching_advantage(
+        x_0[order], teacher[:, order], fake[:, order], GROUP_IDS[order], normalization, group=group
+    )
+    torch.testing.assert_close(permuted, straight[order], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_common_scale_cancels_except_without_normalization(normalization: str) -> None:
+    x_0, teacher, fake = networks_disagree()
+    values = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, normalization)
+    # A power of two is exact.
+    scaled = distribution_matching_advantage(8 * x_0, 8 * teacher, 8 * fake, GROUP_IDS, normalization)
+    torch.testing.assert_close(scaled, 8 * values if normalization == "none" else values)
+
+
+def test_groups_do_not_touch_each_other() -> None:
+    x_0, teacher, fake = networks_disagree()
+    before = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, "group")
+    teacher[3:] += 100
+    after = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, "group")
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.equal(before[3:5], after[3:5])
+
+
+def test_the_shared_part_of_a_direction_is_kept() -> None:
+    """Centring a dense direction over its group would make this 0."""
+    x_0 = torch.zeros(4, 1, 1, 1)
+    values = distribution_matching_advantage(x_0, torch.ones_like(x_0), x_0, torch.zeros(4, dtype=torch.long), "group")
+    assert torch.equal(values, torch.ones_like(x_0))
+
+
+@pytest.mark.parametrize("normalization", ["sample", "group", "group_rms"])
+def test_floor_clamps_and_is_not_added(normalization: str) -> None:
+    x_0 = torch.zeros(2, 1, 1, 1)
+    far, near = torch.full_like(x_0, 0.5), torch.full_like(x_0, 0.001)
+    ids = torch.tensor([0, 1])
+    # Above the floor it does nothing at all; below it, it is the scale.
+    assert torch.equal(distribution_matching_advantage(x_0, far, x_0, ids, normalization, 0.1), torch.ones_like(x_0))
+    torch.testing.assert_close(
+        distribution_matching_advantage(x_0, near, x_0, ids, normalization, 0.1), torch.full_like(x_0, 0.01)
+    )
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_no_direction_where_the_networks_agree(normalization: str) -> None:
+    x_0, teacher, _ = networks_disagree()
+    values = distribution_matching_advantage(x_0, teacher, teacher, GROUP_IDS, normalization)
+    assert torch.equal(values, torch.zeros_like(x_0))
+    at_home = distribution_matching_advantage(x_0, x_0, x_0, GROUP_IDS, normalization)
+    assert torch.equal(at_home, torch.zeros_like(x_0))
+
+
+def test_half_precision_is_normalised_in_float32() -> None:
+    x_0, teacher, fake = (value.half() for value in networks_disagree())
+    values = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, "group")
+    assert values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrong", [{"normalization": "grouped"}, {"group": "batch"}])
+def test_unknown_names_are_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="use one of"):
+        distribution_matching_advantage(*networks_disagree(), GROUP_IDS, **wrong)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    x_0, teacher, fake = networks_disagree()
+    for wrong in ((x_0[:5], teacher, fake, GROUP_IDS), (x_0, teacher, fake, GROUP_IDS[:5])):
+        with pytest.raises(ValueError, match="Shapes do not fit"):
+            distribution_matching_advantage(*wrong)
+    with pytest.raises(ValueError, match="Shapes do not fit"):
+        distribution_matching_advantage(x_0, teacher[None].expand(2, -1, -1, -1, -1), fake[None], GROUP_IDS)
+
+
+def test_group_mean_by_hand() -> None:
+    values = torch.tensor([[1.0, 2.0, 6.0, 10.0, 20.0, 5.0], [0.0, 0.0, 3.0, 1.0, 1.0, -1.0]])
+    expected = torch.tensor([[3.0, 3.0, 3.0, 15.0, 15.0, 5.0], [1.0, 1.0, 1.0, 1.0, 1.0, -1.0]])
+    assert torch.equal(group_mean(values, GROUP_IDS), expected)

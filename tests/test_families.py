@@ -1,0 +1,179 @@
+"""At the border, a diffusers pipeline becomes a predictor of x_0, exactly as the pipeline itself would use it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
+from torch import Tensor
+
+from rdm_rl.families import StableDiffusionFamily, check_model_name, load_family
+from tests.helpers import latents, tiny_sd
+
+PROMPTS = ["the digit 3", "the digit 4", "the digit 5"]
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_prediction_of_x_0_is_the_schedulers(prediction_type: str, tmp_path: Path) -> None:
+    family = load_family(tiny_sd(tmp_path, prediction_type))
+    x_t, conditioning = latents(3, 4, 8, 8), family.encode(PROMPTS)
+    for timestep in (999, 500, 0):
+        t = torch.full((3,), (timestep + 1) / 1000)
+        output = family.forward(family.network, x_t, t, conditioning)
+        scheduler = DDIMScheduler.from_config(family.pipeline.scheduler.config)
+        scheduler.set_timesteps(1000)
+        expected = scheduler.step(output, timestep, x_t).pred_original_sample
+        x_0 = family.predict_x_0(family.network, x_t, t, conditioning)
+        assert x_0.dtype == torch.float32
+        torch.testing.assert_close(x_0, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_guidance_is_the_pipelines_own(prediction_type: str, guidance: float, tmp_path: Path) -> None:
+    """One DDIM step of the pipeline down to clean latents is its prediction of x_0 at t = 1."""
+    pipe = tiny_sd(tmp_path, prediction_type, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+    noise = latents(3, 4, 8, 8)
+    expected = pipe(PROMPTS, num_inference_steps=1, guidance_scale=guidance, latents=noise, output_type="latent").images
+    family = load_family(pipe)
+    x_0 = family.predict_x_0(family.network, noise, torch.ones(3), family.encode(PROMPTS), guidance)
+    torch.testing.assert_close(x_0, expected, rtol=1e-4, atol=1e-4)
+    if guidance != 1.0:
+        plain = family.predict_x_0(family.network, noise, torch.ones(3), family.encode(PROMPTS))
+        assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def test_images_are_the_pipelines(tmp_path: Path) -> None:
+    pipe = tiny_sd(tmp_path)
+    family = load_family(pipe)
+    x_0 = latents(2, 4, 8, 8).requires_grad_()
+    images = family.decode(x_0)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(x_0 / pipe.vae.config.scaling_factor).sample
+    assert torch.equal(images, pipe.image_processor.postprocess(decoded, output_type="pt"))
+    images.mean().backward()
+    assert x_0.grad.abs().sum() > 0
+
+
+def test_prompts_are_encoded_without_graph_row_by_row(tmp_path: Path) -> None:
+    family = load_family(tiny_sd(tmp_path))
+    states = family.encode(PROMPTS).tensors["encoder_hidden_states"]
+    assert states.shape == (3, 16, 32)
+    assert not states.requires_grad
+    torch.testing.assert_close(family.encode(PROMPTS[1:2]).tensors["encoder_hidden_states"], states[1:2])
+    assert not torch.allclose(states[0], states[1])
+
+
+def test_everything_in_the_pipeline_is_frozen(tmp_path: Path) -> None:
+    family = load_family(tiny_sd(tmp_path))
+    for part in (family.pipeline.unet, family.pipeline.vae, family.pipeline.text_encoder):
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+        assert not part.training
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_student_times_start_at_noise_and_fall(steps: int, tmp_path: Path) -> None:
+    times = load_family(tiny_sd(tmp_path)).student_times(steps)
+    assert len(times) == steps
+    # The scheduler steps by 1000 // K, so three steps start at timestep 998.
+    assert times[0] == pytest.approx(1, abs=1.5e-3)
+    assert (times[1:] < times[:-1]).all()
+    assert (times - (1 - torch.arange(steps) / steps)).abs().max() < 2e-3
+
+
+def test_student_scheduler_changes_nothing_behind_our_back(tmp_path: Path) -> None:
+    pipe = tiny_sd(tmp_path, "v_prediction")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True, thresholding=True)
+    scheduler = load_family(pipe).student_scheduler(4)
+    config = scheduler.config
+    assert (config.clip_sample, config.thresholding, config.timestep_scaling) == (False, False, 10000)
+    assert config.original_inference_steps == 4
+    assert config.prediction_type == "v_prediction"
+    assert torch.equal(scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_epsilon_has_no_answer_where_there_is_no_signal(tmp_path: Path) -> None:
+    """With zero terminal SNR, alpha is 0 at t = 1 and x_0 cannot be read off the predicted noise."""
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        load_family(tiny_sd(tmp_path, "epsilon", rescale_betas_zero_snr=True))
+    family = load_family(tiny_sd(tmp_path / "v", "v_prediction", rescale_betas_zero_snr=True))
+    assert family.schedule.alpha(torch.tensor(1.0)) == 0
+    x_0 = family.predict_x_0(family.network, latents(2, 4, 8, 8), torch.ones(2), family.encode(PROMPTS[:2]))
+    assert x_0.isfinite().all()
+
+
+def test_unknown_prediction_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prediction_type='flow_prediction'"):
+        load_family(tiny_sd(tmp_path, "flow_prediction"))
+
+
+def test_loads_a_folder_or_a_pipeline(base: Path, tmp_path: Path) -> None:
+    from_folder, given = load_family(base), load_family(tiny_sd(tmp_path))
+    assert isinstance(from_folder, StableDiffusionFamily)
+    states: list[dict[str, Tensor]] = [family.network.state_dict() for family in (from_folder, given)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert from_folder.latent_shape == (4, 8, 8)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "~/missing", "missing", "a/b/c"])
+def test_missing_folder_is_said_before_loading(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="neither an existing folder nor a hub name"):
+        load_family(name)
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_folder_without_a_pipeline_is_said_before_loading(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"without model_index\.json"):
+        load_family(tmp_path)
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_unsupported_pipeline_is_said_before_loading(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match=r"FluxPipeline, which no family supports.*StableDiffusionPipeline"):
+        load_family(tmp_path)
+
+
+def test_unsupported_loaded_pipeline_is_refused() -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    with pytest.raises(ValueError, match="DDIMPipeline, which no family supports"):
+        load_family(DDIMPipeline(unet=unet, scheduler=DDIMScheduler()))
+
+
+def test_hub_names_pass_the_check(bases: Callable[..., Path]) -> None:
+    check_model_name("owner/name")
+    check_model_name(str(bases()))
+
+
+def test_saved_lora_reads_back(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    from rdm_rl.networks import AdapterNetworks
+    from tests.helpers import randomize, same
+
+    networks = AdapterNetworks(load_family(tiny_sd(tmp_path / "a")), LoraConfig(r=2), torch.Generator())
+    randomize(networks)
+    state, metadata = networks.export()
+    networks.family.save_lora(str(tmp_path), state, metadata)
+    assert same(dict(sorted(networks.family.load_lora(str(tmp_path)).items())), dict(sorted(state.items())))
+    assert issubclass(StableDiffusionPipeline, DiffusionPipeline)
