@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from rdm_rl.advantages import Group, Normalization
 from rdm_rl.renoise import RenoiseDistribution
@@ -51,6 +52,16 @@ HONOURED = frozenset(
     ddp_backend ddp_timeout do_train do_eval local_rank log_level log_level_replica
     """.split()
 )
+
+# What TrainingArguments and its argument parser make of defaults: `dataclasses.replace` and the command line set them.
+SETTLED: dict[str, tuple[Any, ...]] = {
+    "include_num_input_tokens_seen": (False,),
+    "debug": ([],),
+    "accelerator_config": (AcceleratorConfig(),),
+    "dataloader_pin_memory": (False,),
+    "fsdp": ([], False),
+    "fsdp_config": ({},),
+}
 
 
 @dataclass
@@ -102,7 +113,10 @@ class RDMConfig(TrainingArguments):
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the policy."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many policy updates."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers to report to."})
+    # The order of the union is TrainingArguments': transformers' argument parser does not read another.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Trackers to report to."}
+    )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Columns beside the prompt always stay: rewards may need them."}
     )
@@ -180,7 +194,7 @@ class RDMConfig(TrainingArguments):
             default = inherited.default
             if inherited.default_factory is not MISSING:
                 default = inherited.default_factory()
-            if getattr(self, inherited.name) != default:
+            if getattr(self, inherited.name) not in (default, None, *SETTLED.get(inherited.name, ())):
                 raise ValueError(
                     f"{inherited.name}={getattr(self, inherited.name)!r} is set, but RDMTrainer does not act on it. "
                     "Remove it; the fields it honours are in rdm_rl.trainers.rdm_config.HONOURED."

@@ -2,28 +2,24 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import trange
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from rdm_rl.checkpointing import find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
 from rdm_rl.data_types import DenseAdvantage, LossOutput, PromptBatch, Rollout
 from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family, check_model_name, load_family
-from rdm_rl.metric_window import MetricWindow, peak_memory_gib
 from rdm_rl.networks import AdapterNetworks, Networks, Role, SeparateNetworks
 from rdm_rl.optimization import RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.policy import rollout
@@ -33,15 +29,16 @@ from rdm_rl.rdm import fake_score_loss, policy_loss
 from rdm_rl.renoise import renoise_times
 from rdm_rl.rewards.registry import BindableReward, RewardContext, RewardSpec, resolve_rewards, reward_weights
 from rdm_rl.student import save_student
-from rdm_rl.trainers.callbacks import log_image, make_callback_handler, make_state
+from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.trainers.training_loop import TrainingLoop
 from rdm_rl.warm_start import OdePairs, collect_pairs, fingerprint, regress
 from rdm_rl.weighting import FixedWeighting, Weighting
 
 EVALUATION_SEED = 12345
 
 
-class RDMTrainer:
+class RDMTrainer(TrainingLoop):
     r"""Distils a diffusion pipeline into a few-step student, guided by rewards.
 
     One step is one policy update: the policy rolls out samples, the fake score learns them, every reward says where
@@ -85,49 +82,40 @@ class RDMTrainer:
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.Optimizer | None] = (None, None),
     ) -> None:
         """Check everything that can be checked without a model, then load."""
-        self.args = args or RDMConfig()
+        args = args or RDMConfig()
         self.rewards = resolve_rewards(reward_funcs)
-        weights = reward_weights(list(self.rewards), self.args.reward_weights)
-        self.weighting = weighting or FixedWeighting(weights)
+        self.weighting = weighting or FixedWeighting(reward_weights(list(self.rewards), args.reward_weights))
         if train_dataset is None:
             raise ValueError("train_dataset is missing: pass rows with a 'prompt' column.")
-        data_seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.prompts = PromptSource(train_dataset, data_seed)
-        self.eval_prompts = self._eval_prompts(train_dataset if eval_dataset is None else eval_dataset)
+        self.prompts = PromptSource(train_dataset, args.seed if args.data_seed is None else args.data_seed)
+        looked_at = train_dataset if eval_dataset is None else eval_dataset
+        count = min(args.per_device_eval_batch_size, len(PromptSource(looked_at, 0)))
+        self.eval_prompts = [looked_at[index]["prompt"] for index in range(count)]
         for one in (model, teacher):
             if isinstance(one, str | Path):
                 check_model_name(str(one))
-        if policy_init is not None and (peft_config is None or self.args.warm_start != "none"):
+        if policy_init is not None and (peft_config is None or args.warm_start != "none"):
             raise ValueError(
                 "policy_init starts the policy from a LoRA: pass peft_config too, and warm_start='none', because a "
                 "warm start would overwrite it."
             )
 
-        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.args.use_cpu)
+        super().__init__(args, len(self.prompts))
         self.model_name = str(model) if isinstance(model, str | Path) else str(model.name_or_path or "the base model")
-        self.networks = self._make_networks(load_family(model), teacher, peft_config, precision)
+        self.networks = self._make_networks(load_family(model), teacher, peft_config)
         if policy_init is not None:
-            state = self.family.load_lora(str(policy_init))
-            self.networks.load_state_dict("policy", {_with_role(name): value for name, value in state.items()})
-        if self.args.gradient_checkpointing:
+            self.networks.load_state_dict("policy", _as_policy(self.family.load_lora(str(policy_init))))
+        if args.gradient_checkpointing:
             self.networks.enable_activation_checkpointing()
-        self.times = self.family.student_times(self.args.num_inference_steps).to(self.device)
-
-        process = self.accelerator
-        self.callback_handler = make_callback_handler(self.args, callbacks, self.networks.module("policy"))
-        self.state: TrainerState = make_state(
-            self.callback_handler, process.is_local_main_process, process.is_main_process
-        )
-        self.control = self.callback_handler.on_init_end(self.args, self.state, TrainerControl())
+        self.times = self.family.student_times(args.num_inference_steps).to(self.device)
+        self.start_callbacks(callbacks, self.networks.module("policy"))
         for reward in self.rewards.values():
             if isinstance(reward, BindableReward):
-                reward.bind(RewardContext(networks=self.networks, args=self.args, global_step=self._global_step))
+                reward.bind(RewardContext(networks=self.networks, args=args, global_step=self._global_step))
         self._own_optimizers = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}
         self.average: PolicyAverage | None = None
         self._last_rollout: Rollout | None = None
-        self._window = MetricWindow()
 
     # ----- what a run is made of -----
 
@@ -136,37 +124,24 @@ class RDMTrainer:
         """The border to the model."""
         return self.networks.family
 
-    @property
-    def device(self) -> torch.device:
-        """Where the networks live."""
-        device: torch.device = self.accelerator.device
-        return device
-
-    def _global_step(self) -> int:
-        return int(self.state.global_step)
-
-    def _eval_prompts(self, dataset: Any) -> list[str]:
-        source = PromptSource(dataset, 0)
-        count = min(self.args.per_device_eval_batch_size, len(source))
-        return [dataset[index]["prompt"] for index in range(count)]
-
-    def _make_networks(self, family: Family, teacher: Any, peft_config: LoraConfig | None, precision: str) -> Networks:
+    def _make_networks(self, family: Family, teacher: Any, peft_config: LoraConfig | None) -> Networks:
         teacher_family = None if teacher is None else load_family(teacher)
         if teacher_family is not None and teacher_family.latent_shape != family.latent_shape:
             raise ValueError(
                 f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
                 "Distribution matching compares them, so both must share one latent space."
             )
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
-        for one in (family, teacher_family):
-            if one is not None:
-                one.pipeline.to(self.device)
-                if half is not None:
-                    one.network.to(half)  # Frozen weights need no master copy.
-        if peft_config is None:
-            return SeparateNetworks(family, teacher_family, self.accelerator.autocast)
+        frozen = [one for one in (family, teacher_family) if one is not None]
+        for one in frozen:
+            one.pipeline.to(self.device)
+        # What is trained stays in float32: full copies are made before the frozen weights are halved, adapters after.
+        autocast = self.accelerator.autocast
+        copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast)
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        for one in frozen:
+            one.network.to(half)
         generator = seeded_generator(self.args.seed, "adapters")
-        return AdapterNetworks(family, peft_config, generator, teacher_family, self.accelerator.autocast)
+        return copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast)
 
     def create_optimizers(self) -> None:
         """Make the optimiser of each role: the policy's from the inherited settings, the fake score's from its own."""
@@ -190,14 +165,8 @@ class RDMTrainer:
             scheduler=make_scheduler(self.args, optimizer, steps),
             scaler=torch.amp.GradScaler(self.device.type, enabled=self.args.fp16),
             max_grad_norm=max_grad_norm,
-            reduce=self._reduce_gradients,
+            reduce=self.reduce_gradients,
         )
-
-    def _reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
-                parameter.grad /= self.accelerator.num_processes
 
     # ----- the run -----
 
@@ -210,7 +179,7 @@ class RDMTrainer:
         Returns:
             The last logged numbers.
         """
-        self.state.max_steps = self._max_steps()
+        self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
         self.create_optimizers()
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
@@ -222,20 +191,7 @@ class RDMTrainer:
             self._start_average()
             self.warm_up_fake_score()
 
-        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        if self.args.eval_on_start and not resume:
-            self.evaluate()
-        self._window = MetricWindow()
-        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
-            metrics = self.training_step()
-            self.state.global_step += 1
-            self.state.epoch = self.state.global_step * self._prompts_per_step / len(self.prompts)
-            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-            self._after_step(metrics)
-        if self.args.save_strategy != "no" and self.state.max_steps == 0:
-            self.save_checkpoint()
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.run_updates(evaluate_first=self.args.eval_on_start and not resume)
         if self.args.push_to_hub:
             self.push_to_hub()
         return self.state.log_history[-1] if self.state.log_history else {}
@@ -248,7 +204,7 @@ class RDMTrainer:
         """
         update = self._global_step()
         rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update)]
-        metrics = self._fake_score_health(rollouts[0]) if self._is_logging_step() else {}
+        metrics = self._fake_score_health(rollouts[0]) if self.is_logging_step() else {}
         count = self.args.fake_score_updates_per_policy_update
         for index in range(count):
             metrics |= self._update_fake_score(rollouts, "fake_score", update * count + index)
@@ -442,9 +398,9 @@ class RDMTrainer:
             batch_size=args.per_device_train_batch_size,
             seed=(args.seed, self.accelerator.process_index),
             device=self.device,
-            show_progress=not self._no_progress,
+            show_progress=not self.hides_progress,
         )
-        self._record_phase("warm_start/loss", losses)
+        self.record_phase("warm_start/loss", losses)
 
     def _collect_pairs(self) -> OdePairs:
         args = self.args
@@ -471,7 +427,7 @@ class RDMTrainer:
             seed=args.seed,
             folder=Path(args.warm_start_cache_dir or Path(args.output_dir) / "warm_start") / name,
             device=self.device,
-            show_progress=not self._no_progress,
+            show_progress=not self.hides_progress,
         )
 
     def warm_up_fake_score(self) -> None:
@@ -479,13 +435,13 @@ class RDMTrainer:
         count = self.args.fake_score_updates_per_policy_update
         rollouts: list[Rollout] = []
         losses = []
-        bar = trange(self.args.fake_score_warmup_steps, desc="fake score: warm-up", disable=self._no_progress)
+        bar = trange(self.args.fake_score_warmup_steps, desc="fake score: warm-up", disable=self.hides_progress)
         for update in bar:
             if update % count == 0:  # As in training: so many updates on each rollout.
                 rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update // count, "warmup")]
             losses.append(self._update_fake_score(rollouts, "fake_score", update)["fake_score/loss"])
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-        self._record_phase("fake_score_warmup/loss", losses)
+        self.record_phase("fake_score_warmup/loss", losses)
 
     def _start_average(self) -> None:
         if self.args.ema_decay:
@@ -544,77 +500,7 @@ class RDMTrainer:
             folder.mkdir(parents=True, exist_ok=True)
             grid.save(folder / f"step-{self.state.global_step:06d}.png")
             log_image(self.callback_handler, "samples", grid, self.state.global_step)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
         return {}
-
-    # ----- the log -----
-
-    def _is_logging_step(self) -> bool:
-        """Whether the running update will be logged: its health numbers cost two more forward passes."""
-        step, args = self._global_step() + 1, self.args
-        return args.logging_strategy == "steps" and (
-            step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        )
-
-    def _after_step(self, metrics: Mapping[str, float]) -> None:
-        self._window.add(metrics)
-        if self.control.should_log:
-            self.log(self._window_means())
-            self.control.should_log = False
-        if self.control.should_evaluate:
-            measured = self.evaluate()
-            if measured:
-                self.log({f"eval/{key}": value for key, value in measured.items()})
-            self.control.should_evaluate = False
-        if self.control.should_save:
-            self.save_checkpoint()
-            self.control.should_save = False
-
-    def _window_means(self) -> dict[str, float]:
-        """Means since the last log, over processes too, with throughput and memory."""
-        steps, seconds, means = self._window.flush()
-        if self.accelerator.num_processes > 1:
-            packed = torch.tensor(list(means.values()), dtype=torch.float64, device=self.device)
-            means = dict(zip(means, self.accelerator.reduce(packed, "mean").tolist(), strict=True))
-        images = steps * self._prompts_per_step * self.args.num_generations
-        passes = 1 + self.args.fake_score_updates_per_policy_update
-        return means | {
-            "images_per_second": images / seconds,
-            "samples_per_second": images * passes / seconds,
-            "memory_gib": peak_memory_gib(self.device),
-        }
-
-    def log(self, logs: dict[str, float]) -> None:
-        """Write numbers to the log history and the trackers.
-
-        Args:
-            logs: Numbers by name; ``docs/metrics.md`` says what each means.
-        """
-        if self.state.epoch is not None:
-            logs = {**logs, "epoch": float(self.state.epoch)}
-        self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
-
-    def _record_phase(self, name: str, losses: Sequence[float]) -> None:
-        """Keep the losses of a phase before the first update; trackers, which count updates, do not see them."""
-        every = max(1, int(self.state.logging_steps or 1))
-        for update in range(every - 1, len(losses), every):
-            self.state.log_history.append({name: losses[update], "step": 0, "phase_step": update + 1})
-
-    @property
-    def _no_progress(self) -> bool:
-        return bool(self.args.disable_tqdm) or not self.accelerator.is_local_main_process
-
-    @property
-    def _prompts_per_step(self) -> int:
-        groups = self.args.per_device_train_batch_size // self.args.num_generations
-        return groups * self.args.gradient_accumulation_steps * int(self.accelerator.num_processes)
-
-    def _max_steps(self) -> int:
-        if self.args.max_steps >= 0:
-            steps: int = self.args.max_steps
-            return steps
-        return math.ceil(self.args.num_train_epochs * len(self.prompts) / self._prompts_per_step)
 
     @property
     def teacher_guidance_scale(self) -> float:
@@ -650,33 +536,6 @@ class RDMTrainer:
             "teacher_guidance_scale": self.teacher_guidance_scale,
             **{name: getattr(self.args, name) for name in names},
         }
-
-    def push_to_hub(self) -> str:
-        """Save the student and upload it to ``hub_model_id``.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            ValueError: If ``hub_model_id`` is not set.
-        """
-        args = self.args
-        if not args.hub_model_id:
-            raise ValueError("push_to_hub needs hub_model_id='owner/name'.")
-        folder = Path(args.output_dir) / "student"
-        self.save_model(folder)
-        if not self.accelerator.is_main_process:
-            return ""
-        api = HfApi(token=args.hub_token)
-        api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
-        return str(
-            api.upload_folder(
-                repo_id=args.hub_model_id,
-                folder_path=folder,
-                revision=args.hub_revision,
-                commit_message=f"{args.num_inference_steps}-step student after {self.state.global_step} updates",
-            )
-        )
 
     def save_checkpoint(self) -> Path:
         """Write ``checkpoint-<step>`` and delete the oldest ones over ``save_total_limit``.
@@ -738,6 +597,9 @@ def _direction_metrics(directions: Mapping[str, DenseAdvantage]) -> dict[str, fl
     return metrics
 
 
-def _with_role(name: str) -> str:
-    """PEFT's name of an adapter weight, with the policy's adapter name in it."""
-    return name.replace(".lora_A.", ".lora_A.policy.").replace(".lora_B.", ".lora_B.policy.")
+def _as_policy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapter weights with the name of the policy's adapter in their names."""
+    return {
+        name.replace(".lora_A.", ".lora_A.policy.").replace(".lora_B.", ".lora_B.policy."): value
+        for name, value in state.items()
+    }

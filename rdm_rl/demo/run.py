@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl.demo.digits import TEACHER_FOLDER, balanced_prompts, digit_prompts, load_digits
-from rdm_rl.evaluation.metrics import SamplerMetrics, judge
+from rdm_rl.evaluation.metrics import Kind, SamplerMetrics, judge
 from rdm_rl.evaluation.pictures import first_of_each
 from rdm_rl.evaluation.report import Report, write_report
 from rdm_rl.evaluation.tables import format_table
@@ -48,6 +48,8 @@ STUDENT_SETTINGS: dict[int, dict[str, Any]] = {
     1: {"learning_rate": 2e-4, "fake_score_learning_rate": 1e-3, "max_steps": 80},
 }
 LORA_RANK = 32
+# A sampler's first word says what it is to the report.
+_KINDS: dict[str, Kind] = {"teacher": "teacher", "warm": "baseline", "student": "student"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +229,6 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, students: tuple[int, ...]
         Report(
             rows=rows,
             pictures={name: first_of_each(draw.images, labels) for name, draw in draws.items()},
-            picture_labels=[str(digit) for digit in range(10) for _ in range(2)],
             histories=histories,
             settings=settings,
             seeds={"training": seed, "judged images": judged, "reference images of the teacher": reference},
@@ -267,7 +268,7 @@ def judge_all(draws: dict[str, Draw], labels: Tensor, reference: Tensor, seed: i
             draw.images,
             labels,
             name=name,
-            kind="teacher" if name.startswith("teacher") else "student",
+            kind=_KINDS[name.replace(",", "").split()[0]],
             data_images=data,
             teacher_images=reference,
             num_inference_steps=draw.steps,
@@ -299,8 +300,7 @@ def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir:
     rows.sort(key=lambda row: [*dict.fromkeys(one.name for one in rows)].index(row.name))
     if output_dir is not None:
         pictures = {name: first_of_each(draw.images, labels) for name, draw in draws.items()}
-        columns = [str(digit) for digit in range(10) for _ in range(2)]
-        write_report(output_dir, Report(rows=rows, pictures=pictures, picture_labels=columns, seeds={"seeds": seeds}))
+        write_report(output_dir, Report(rows=rows, pictures=pictures, seeds={"repetitions": seeds}))
     print(format_table(rows))
 
 

@@ -1,0 +1,200 @@
+"""The machinery around an update: processes, callbacks, trackers, log and upload, as transformers has it."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from huggingface_hub import HfApi
+from torch import nn
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+from rdm_rl.metric_window import MetricWindow, peak_memory_gib
+from rdm_rl.trainers.callbacks import make_callback_handler, make_state
+from rdm_rl.trainers.rdm_config import RDMConfig
+
+
+class TrainingLoop(ABC):
+    """What surrounds the updates of a run; :class:`~rdm_rl.RDMTrainer` says what an update is.
+
+    Args:
+        args: The settings.
+        num_prompts: Prompts in one epoch.
+    """
+
+    state: TrainerState
+
+    def __init__(self, args: RDMConfig, num_prompts: int) -> None:
+        """Find the processes and devices."""
+        self.args = args
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=args.use_cpu)
+        self._num_prompts = num_prompts
+        self._window = MetricWindow()
+
+    def start_callbacks(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], model: nn.Module) -> None:
+        """Make the callback handler and the trainer state that callbacks see.
+
+        Args:
+            callbacks: The user's callbacks.
+            model: What callbacks receive as ``model``.
+        """
+        process = self.accelerator
+        self.callback_handler = make_callback_handler(self.args, callbacks, model)
+        self.state = make_state(self.callback_handler, process.is_local_main_process, process.is_main_process)
+        self.control = self.callback_handler.on_init_end(self.args, self.state, TrainerControl())
+
+    @abstractmethod
+    def training_step(self) -> dict[str, float]:
+        """One update; returns numbers for the log."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """A look at the student; returns numbers for the log."""
+
+    @abstractmethod
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Save the student for use."""
+
+    @abstractmethod
+    def save_checkpoint(self) -> Path:
+        """Save everything that a resumed run needs."""
+
+    def run_updates(self, evaluate_first: bool) -> None:
+        """Make updates until ``max_steps``, or until a callback stops the run.
+
+        Args:
+            evaluate_first: Evaluate before the first update.
+        """
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        if evaluate_first:
+            self._evaluate_and_log()
+        self._window = MetricWindow()
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+            self._window.add(self.training_step())
+            self.state.global_step += 1
+            self.state.epoch = self.state.global_step * self.prompts_per_step / self._num_prompts
+            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            self._act_on_control()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def _act_on_control(self) -> None:
+        """Log, evaluate and save where the callbacks have asked for it."""
+        if self.control.should_log:
+            self.log(self._window_means())
+            self.control.should_log = False
+        if self.control.should_evaluate:
+            self._evaluate_and_log()
+            self.control.should_evaluate = False
+        if self.control.should_save:
+            self.save_checkpoint()
+            self.control.should_save = False
+
+    def _evaluate_and_log(self) -> None:
+        measured = {f"eval/{name}": value for name, value in self.evaluate().items()}
+        if measured:
+            self.log(measured)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks live."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def _global_step(self) -> int:
+        return int(self.state.global_step)
+
+    def is_logging_step(self) -> bool:
+        """Whether the running update will be logged: its health numbers cost two more forward passes."""
+        step, args = int(self.state.global_step) + 1, self.args
+        return args.logging_strategy == "steps" and (
+            step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        )
+
+    def _window_means(self) -> dict[str, float]:
+        """Means since the last log, over processes too, with throughput and memory."""
+        steps, seconds, means = self._window.flush()
+        if self.accelerator.num_processes > 1:
+            packed = torch.tensor(list(means.values()), dtype=torch.float64, device=self.device)
+            means = dict(zip(means, self.accelerator.reduce(packed, "mean").tolist(), strict=True))
+        images = steps * self.prompts_per_step * self.args.num_generations
+        passes = 1 + self.args.fake_score_updates_per_policy_update
+        return means | {
+            "images_per_second": images / seconds,
+            "samples_per_second": images * passes / seconds,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Write numbers to the log history and the trackers.
+
+        Args:
+            logs: Numbers by name; ``docs/metrics.md`` says what each means.
+        """
+        if self.state.epoch is not None:
+            logs = {**logs, "epoch": float(self.state.epoch)}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def record_phase(self, name: str, losses: Sequence[float]) -> None:
+        """Keep the losses of a phase before the first update; trackers, which count updates, do not see them."""
+        every = max(1, int(self.state.logging_steps or 1))
+        for update in range(every - 1, len(losses), every):
+            self.state.log_history.append({name: losses[update], "step": 0, "phase_step": update + 1})
+
+    @property
+    def hides_progress(self) -> bool:
+        """Whether this process shows no progress bars."""
+        return bool(self.args.disable_tqdm) or not self.accelerator.is_local_main_process
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts in one update, over all processes."""
+        groups: int = self.args.per_device_train_batch_size // self.args.num_generations
+        micro_batches: int = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return groups * micro_batches
+
+    def count_steps(self) -> int:
+        """Updates in the run: ``max_steps``, or what ``num_train_epochs`` comes to."""
+        if self.args.max_steps >= 0:
+            return int(self.args.max_steps)
+        return math.ceil(float(self.args.num_train_epochs) * self._num_prompts / self.prompts_per_step)
+
+    def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average the gradients over the processes, in place."""
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
+                parameter.grad /= self.accelerator.num_processes
+
+    def push_to_hub(self) -> str:
+        """Save the student and upload it to ``hub_model_id``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError: If ``hub_model_id`` is not set.
+        """
+        args = self.args
+        if not args.hub_model_id:
+            raise ValueError("push_to_hub needs hub_model_id='owner/name'.")
+        folder = Path(args.output_dir) / "student"
+        self.save_model(folder)
+        if not self.accelerator.is_main_process:
+            return ""
+        api = HfApi(token=args.hub_token)
+        api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
+        return str(
+            api.upload_folder(
+                repo_id=args.hub_model_id,
+                folder_path=folder,
+                revision=args.hub_revision,
+                commit_message=f"{args.num_inference_steps}-step student after {self.state.global_step} updates",
+            )
+        )
