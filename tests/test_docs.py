@@ -1,0 +1,180 @@
+"""The README and the pages in docs: their examples run, their links lead somewhere, and they describe what exists.
+
+A python block runs in an empty folder, in the namespace of the blocks before it on the same page. A comment right
+before a block, invisible in the rendered page, changes that:
+
+    <!-- not run: reason -->                            the block is only compiled
+    <!-- in tests: max_steps=200 => max_steps=2; ... -->  text that is replaced, to make a long example short
+"""
+
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import CodeType
+
+import pytest
+
+from rdm_rl import RDMConfig, cli
+from rdm_rl.evaluation.metrics import SamplerMetrics
+from rdm_rl.rewards import registry
+from rdm_rl.train import TrainArguments
+from rdm_rl.trainers.rdm_config import HONOURED, METHODS
+from tests.helpers import tiny_trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Files that pages link to and that a measurement still has to make. Remove each one here when it is there.
+NOT_YET = {"docs/images/samples.png", "benchmarks/normalization.md"}
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMENT_BEFORE = re.compile(r"<!-- (not run|in tests): ((?:(?!-->).)*) -->\s*\Z", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A python block of a page, as it is to be run."""
+
+    page: Path
+    line: int
+    code: str
+    run: bool = True
+
+    def compile(self) -> CodeType:
+        return compile("\n" * self.line + self.code, str(self.page.relative_to(ROOT)), "exec")
+
+
+@dataclass
+class Page:
+    """A page's text without its code, and its python blocks."""
+
+    path: Path
+    prose: str = ""
+    blocks: list[Block] = field(default_factory=list)
+
+
+def read(path: Path) -> Page:
+    text, page = path.read_text(encoding="utf-8"), Page(path)
+    for match in FENCE.finditer(text):
+        if match[1] != "python":
+            continue
+        comment, code = COMMENT_BEFORE.search(text[: match.start()]), match[2]
+        skipped = comment is not None and comment[1] == "not run"
+        if comment is not None and not skipped:
+            for change in comment[2].split(";"):
+                old, new = (part.strip() for part in change.split("=>"))
+                assert old in code, f"{path.name}: {old!r} is to be shortened in tests but is not in the block"
+                code = code.replace(old, new)
+        page.blocks.append(Block(path, text[: match.start()].count("\n") + 1, code, not skipped))
+    page.prose = FENCE.sub("", text)
+    return page
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def slugs(path: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts make them."""
+    headings = re.findall(r"^#+ +(.+)$", read(path).prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """The rows of every table on a page of docs."""
+    rows = re.findall(r"^\|(.+)\|$", read(ROOT / "docs" / page).prose, re.MULTILINE)
+    return [[cell.strip() for cell in row.split("|")] for row in rows]
+
+
+def names_in_first_column(page: str) -> set[str]:
+    return {name for cells in table_rows(page) for name in re.findall(r"`([^`]+)`", cells[0])}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=relative)
+def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    namespace = {"__name__": "docs"}
+    for block in read(path).blocks:
+        code = block.compile()
+        if block.run:
+            exec(code, namespace)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=relative)
+def test_links_lead_somewhere(path: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(path).prose):
+        if target.startswith(("https://", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        if relative(file) in NOT_YET:
+            continue
+        if not file.exists() or (anchor and anchor not in slugs(file)):
+            broken.append(target)
+    assert not broken
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    seen, queue = set(), [ROOT / "README.md"]
+    while queue:
+        path = queue.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        targets = re.findall(r"\]\(([^)\s#]+\.md)", read(path).prose)
+        files = ((path.parent / target).resolve() for target in targets if not target.startswith("https://"))
+        queue += [file for file in files if file in PAGES]
+    assert set(PAGES) <= seen
+
+
+def test_what_is_not_there_yet_is_not_there() -> None:
+    assert not [name for name in NOT_YET if (ROOT / name).exists()], "It exists now: remove it from NOT_YET."
+
+
+def test_metrics_page_describes_exactly_what_a_run_logs(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path)
+    trainer.train()
+    logged = {key for entry in trainer.state.log_history for key in entry} - {"step", "phase_step"}
+    described = names_in_first_column("metrics.md")
+    assert logged <= {name.replace("<name>", "rdm") for name in described}
+    # The other way round: a name that no run logs is a leftover. Evaluation numbers have no slash.
+    assert {name.replace("<name>", "rdm") for name in described if "/" in name} <= logged
+
+
+def test_metrics_page_describes_every_evaluation_number() -> None:
+    assert {one.name for one in fields(SamplerMetrics)} - {"name", "kind"} <= names_in_first_column("metrics.md")
+
+
+def test_reference_lists_every_setting_with_its_default() -> None:
+    listed = {cells[0].strip("`"): cells[1].strip("`") for cells in table_rows("reference.md") if len(cells) == 3}
+    for one in fields(RDMConfig):
+        if one.name in RDMConfig.__annotations__:
+            default = one.default if one.default is not MISSING else one.default_factory()
+            assert listed.get(one.name) == str(default), one.name
+
+
+def test_reference_lists_every_command_and_flag() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    (commands,) = [action for action in cli._parser()._actions if isinstance(action.choices, dict)]
+    words = {f"rdm-rl {name}" for name in commands.choices} | {f"--{one.name}" for one in fields(TrainArguments)}
+    words |= {
+        option
+        for command in commands.choices.values()
+        for action in command._actions
+        for option in action.option_strings
+        if option not in ("-h", "--help")
+    }
+    assert not [word for word in sorted(words) if f"`{word}`" not in text]
+
+
+def test_reference_lists_every_honoured_field() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert not [name for name in sorted(HONOURED) if f"`{name}`" not in text]
+
+
+def test_methods_are_described() -> None:
+    for page in ("README.md", "docs/method.md", "docs/reference.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert not [name for name in METHODS if f"`{name}`" not in text], page
