@@ -212,6 +212,18 @@ class RDMConfig(TrainingArguments):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown.{_did_you_mean(str(value), known)} Use one of {known}.")
+        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+            value = getattr(getattr(self, name), "value", getattr(self, name))
+            if value not in ("no", "steps"):
+                raise ValueError(f"{name}={value!r}, but a run counts in policy updates. Use 'steps' or 'no'.")
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"lr_scheduler_type={schedule!r} follows an evaluation loss, and a run has none. Use 'constant' or "
+                "'linear', say."
+            )
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub=True needs hub_model_id='owner/name'.")
         if self.dm_group != "prompt":
             if self.dm_normalization not in ("group", "group_rms"):
                 raise ValueError(
