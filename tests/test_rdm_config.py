@@ -1,0 +1,173 @@
+"""Settings that cannot work are refused when they are made, and inherited ones are honoured or refused."""
+
+import dataclasses
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from rdm_rl import RDMConfig
+from rdm_rl.trainers.rdm_config import HONOURED
+
+# A changed value for every inherited field that is not honoured and whose default does not suggest one.
+CHANGED: dict[str, Any] = {
+    "optim_target_modules": ["to_q"],
+    "activation_checkpointing_kwargs": {"use_reentrant": True},
+    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
+    "liger_kernel_config": {"rope": True},
+    "neftune_noise_alpha": 0.1,
+    "torch_empty_cache_steps": 1,
+    "include_num_input_tokens_seen": "all",
+    "eval_accumulation_steps": 1,
+    "include_for_metrics": ["inputs"],
+    "hub_strategy": "end",
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,
+    "accelerator_config": {"split_batches": True},
+    "parallelism_config": object(),
+    "dataloader_prefetch_factor": 2,
+    "dataloader_multiprocessing_context": "spawn",
+    "label_names": ["labels"],
+    "train_sampling_strategy": "sequential",
+    "length_column_name": "size",
+    "ddp_find_unused_parameters": True,
+    "ddp_bucket_cap_mb": 5,
+    "ddp_broadcast_buffers": True,
+    "ddp_static_graph": True,
+    "fsdp": "full_shard",
+    "fsdp_config": {"min_num_params": 1},
+    "deepspeed": "config.json",
+    "debug": "underflow_overflow",
+}
+IGNORED = [one for one in fields(TrainingArguments) if one.init and one.name not in HONOURED]
+
+
+def config(**settings: Any) -> RDMConfig:
+    return RDMConfig(**{"output_dir": "out", "use_cpu": True, **settings})
+
+
+def other_value(inherited: dataclasses.Field) -> Any:
+    if inherited.name in CHANGED:
+        return CHANGED[inherited.name]
+    if isinstance(inherited.default, bool):
+        return not inherited.default
+    assert isinstance(inherited.default, int | float), f"{inherited.name} is new: give it a value in CHANGED"
+    return inherited.default + 1
+
+
+# Pinning is a default that the command line of a machine without accelerator switches off.
+@pytest.mark.parametrize(
+    "inherited", [one for one in IGNORED if one.name != "dataloader_pin_memory"], ids=lambda f: f.name
+)
+def test_a_field_we_do_not_honour_is_refused_when_set(inherited: dataclasses.Field) -> None:
+    with pytest.raises(ValueError, match=rf"^{inherited.name}=.* RDMTrainer does not act on it"):
+        config(**{inherited.name: other_value(inherited)})
+
+
+def test_defaults_work_and_differ_where_documented() -> None:
+    made = RDMConfig(output_dir="out", use_cpu=True)
+    assert (made.num_inference_steps, made.num_generations, made.per_device_train_batch_size) == (4, 8, 8)
+    assert (made.learning_rate, made.logging_steps, made.report_to) == (1e-5, 10, [])
+    assert not made.remove_unused_columns
+    assert not made.bf16
+    assert (made.dm_normalization, made.dm_group, made.dm_scale_floor) == ("group", "prompt", 1e-6)
+    assert made.warm_start == "ode"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dm_normalization": "gruop"}, r"dm_normalization='gruop' is unknown\. Did you mean 'group'\?"),
+        ({"dm_group": "promt"}, r"Did you mean 'prompt'\?"),
+        ({"renoise_distribution": "unifrom"}, r"Did you mean 'uniform'\?"),
+        ({"reward_weighting": "fixt"}, r"Did you mean 'fixed'\?"),
+        ({"warm_start": "odes"}, r"Did you mean 'ode'\?"),
+        ({"warm_start": "xyz"}, r"is unknown\. Use one of"),
+        ({"dm_group": "renoise", "dm_normalization": "sample", "num_renoise": 2}, "uses no group"),
+        ({"dm_group": "renoise", "num_renoise": 1}, "Set num_renoise to 2 or more"),
+        ({"renoise_anneal_steps": 10}, "needs renoise_distribution='annealed_beta'"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0, but it must be at least 1"),
+        ({"num_inference_steps": -4}, "num_inference_steps=-4, but it must be at least 1"),
+        ({"num_generations": 0}, "num_generations=0, but it must be at least 1"),
+        ({"num_renoise": 0}, "num_renoise=0, but it must be at least 1"),
+        ({"fake_score_updates_per_policy_update": 0}, "must be at least 1"),
+        ({"fake_score_warmup_steps": -1}, "must be at least 0"),
+        ({"warm_start_steps": 0}, "must be at least 1"),
+        ({"warm_start_num_states": 0}, "must be at least 1"),
+        ({"warm_start_ode_steps": 0}, "must be at least 1"),
+        ({"dm_scale_floor": -0.1}, "must be at least 0"),
+        ({"fake_score_max_grad_norm": -1.0}, "must be at least 0"),
+        ({"gradient_accumulation_steps": 0}, "must be at least 1"),
+        (
+            {"per_device_train_batch_size": 12, "num_generations": 8},
+            r"not a multiple of num_generations=8.*Set it to 16",
+        ),
+        ({"per_device_train_batch_size": 2, "num_generations": 8}, "Set it to 8"),
+        ({"renoise_range": [0.0, 0.98]}, "0 < low <= high <= 1"),
+        ({"renoise_range": [0.9, 0.2]}, "0 < low <= high <= 1"),
+        ({"renoise_range": [0.02]}, "must be two times"),
+        ({"ema_decay": 1.0}, r"must be in \[0, 1\)"),
+        ({"logging_strategy": "epoch"}, "logging_strategy='epoch'"),
+        ({"eval_strategy": "epoch"}, "eval_strategy='epoch'"),
+        ({"save_strategy": "epoch"}, "save_strategy='epoch'"),
+        ({"save_strategy": "best"}, "save_strategy='best'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau'"),
+        ({"push_to_hub": True}, "hub_model_id"),
+    ],
+)
+def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_methods() -> None:
+    assert RDMConfig.from_method("dmd", output_dir="out", use_cpu=True).dm_normalization == "sample"
+    assert RDMConfig.from_method("gndm", output_dir="out", use_cpu=True).dm_normalization == "group"
+    own = RDMConfig.from_method("dmd", output_dir="out", use_cpu=True, dm_normalization="none", num_generations=4)
+    assert (own.dm_normalization, own.num_generations) == ("none", 4)
+    with pytest.raises(ValueError, match=r"method 'gnmd' is unknown\. Did you mean 'gndm'\?"):
+        RDMConfig.from_method("gnmd")
+
+
+def test_annealing_gets_its_length() -> None:
+    assert config(renoise_distribution="annealed_beta").renoise_anneal_steps == 2000
+    assert config(renoise_distribution="annealed_beta", renoise_anneal_steps=5).renoise_anneal_steps == 5
+    assert config().renoise_anneal_steps is None
+
+
+def test_a_copy_with_changes_is_a_config() -> None:
+    made = config(num_inference_steps=2, renoise_distribution="annealed_beta")
+    copy = dataclasses.replace(made, max_steps=7)
+    assert (copy.max_steps, copy.num_inference_steps, copy.renoise_anneal_steps) == (7, 2, 2000)
+
+
+def test_flags_are_parsed() -> None:
+    flags = "--output_dir out --use_cpu --num_inference_steps 2 --dm_normalization sample --renoise_range 0.1 0.9"
+    (args,) = TrlParser((RDMConfig,)).parse_args_and_config([*flags.split(), "--learning_rate", "3e-5"])
+    assert isinstance(args, RDMConfig)
+    assert (args.num_inference_steps, args.dm_normalization, args.learning_rate) == (2, "sample", 3e-5)
+    assert args.renoise_range == [0.1, 0.9]
+    assert args.report_to == []
+
+
+def test_yaml_is_parsed_and_flags_win(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: out\nuse_cpu: true\nnum_inference_steps: 2\nnum_generations: 4\nema_decay: 0.99\n"
+        "reward_weights: [1.0, 0.5]\n"
+    )
+    words = ["--config", str(tmp_path / "run.yaml"), "--num_generations", "2"]
+    (args,) = TrlParser((RDMConfig,)).parse_args_and_config(words)
+    assert (args.num_inference_steps, args.num_generations, args.ema_decay) == (2, 2, 0.99)
+    assert args.reward_weights == [1.0, 0.5]
+
+
+def test_every_own_field_is_documented() -> None:
+    own = {one.name for one in fields(RDMConfig)} - {one.name for one in fields(TrainingArguments)}
+    assert RDMConfig.__doc__ is not None
+    assert {name for name in own if f"        {name}: " not in RDMConfig.__doc__} == set()
+    assert all(one.metadata.get("help") for one in fields(RDMConfig) if one.name in own)
