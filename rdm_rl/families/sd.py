@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
 from rdm_rl.data_types import Conditioning
@@ -104,7 +104,7 @@ class StableDiffusionFamily(Family):
         """Write the U-Net's adapter."""
         StableDiffusionPipeline.save_lora_weights(
             folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(state),
+            unet_lora_layers=state,  # PEFT's names: diffusers' own cover attention alone, and a mixture loads in part.
             unet_lora_adapter_metadata=metadata,
             safe_serialization=True,
         )
