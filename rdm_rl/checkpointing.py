@@ -18,6 +18,7 @@ There is no generator state: random numbers are functions of the seed and the st
 is the position in the data. ``optimizers.pt`` is read with ``weights_only=True``.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -73,6 +74,28 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
     if not (folder / "trainer_state.json").is_file():
         raise FileNotFoundError(f"resume_from_checkpoint={str(wish)!r} is no complete checkpoint of rdm_rl.")
     return folder
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that a run with these settings can continue a checkpoint: the shapes of its state must be the same.
+
+    Args:
+        folder: The checkpoint.
+        settings: The run's settings by name.
+
+    Raises:
+        ValueError: If a setting differs that must not.
+    """
+    saved = json.loads((folder / "rdm_config.json").read_text(encoding="utf-8"))
+    fixed = ["num_inference_steps", "num_generations", "per_device_train_batch_size"]
+    if bool(saved["ema_decay"]) != bool(settings["ema_decay"]):
+        fixed.append("ema_decay")
+    for name in fixed:
+        if saved[name] != settings[name]:
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} was made with {name}={saved[name]}, but this run has "
+                f"{settings[name]}. Resume with the same value, or start a new run."
+            )
 
 
 def rotate_checkpoints(output_dir: str | Path, limit: int | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import trange
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
-from rdm_rl.checkpointing import find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
+from rdm_rl.checkpointing import check_settings, find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
 from rdm_rl.data_types import DenseAdvantage, LossOutput, PromptBatch, Rollout
 from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
@@ -564,6 +564,7 @@ class RDMTrainer(TrainingLoop):
         return folder
 
     def _load_checkpoint(self, folder: Path) -> None:
+        check_settings(folder, self.args.to_dict())
         tensors, state = read_checkpoint(folder)
         saved = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
