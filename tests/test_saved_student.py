@@ -1,0 +1,218 @@
+"""What is saved works in plain diffusers, in a process that has never heard of this library, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from rdm_rl import RDMTrainer
+from rdm_rl.student import load_student
+from tests.helpers import changed, randomize, tiny_trainer
+
+PROMPTS = ["the digit 3", "the digit 4", "the digit 5"]
+
+# Runs alone: only torch, safetensors and diffusers.
+PLAIN = """
+import json, sys
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors.torch import save_file
+
+def generators():
+    return {"one": torch.Generator().manual_seed(3), "list": [torch.Generator().manual_seed(s) for s in (3, 4, 5)]}
+
+images = {}
+for case in json.load(open(sys.argv[1])):
+    if case["lora"]:
+        pipe = DiffusionPipeline.from_pretrained(case["base"])
+        pipe.load_lora_weights(case["student"], weight_name="pytorch_lora_weights.safetensors")
+        pipe.scheduler = LCMScheduler.from_pretrained(case["student"], subfolder="scheduler")
+    else:
+        pipe = DiffusionPipeline.from_pretrained(case["student"])
+    pipe.set_progress_bar_config(disable=True)
+    for name, generator in generators().items():
+        settings = {"num_inference_steps": case["steps"], "guidance_scale": 1.0, "output_type": "pt"}
+        images[case["name"] + "/" + name] = pipe(case["prompts"], generator=generator, **settings).images.contiguous()
+assert "rdm_rl" not in sys.modules
+save_file(images, sys.argv[2])
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of student."""
+
+    prediction_type: str
+    zero_snr: bool
+    steps: int
+    lora: bool = True
+
+    @property
+    def name(self) -> str:
+        kind = "lora" if self.lora else "full"
+        return f"{kind}-{self.prediction_type}{'-zero_snr' if self.zero_snr else ''}-{self.steps}"
+
+
+CASES = [
+    *(Case("epsilon", False, steps) for steps in (1, 2, 3, 4)),
+    *(Case("v_prediction", False, steps) for steps in (1, 2, 3, 4)),
+    *(Case("v_prediction", True, steps) for steps in (1, 2, 3, 4)),
+    *(Case("v_prediction", False, steps, lora=False) for steps in (1, 4)),
+]
+
+
+def images(trainer: RDMTrainer) -> dict[str, torch.Tensor]:
+    return {
+        "one": trainer.generate(PROMPTS, generator=torch.Generator().manual_seed(3)),
+        "list": trainer.generate(PROMPTS, generator=[torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]),
+    }
+
+
+@pytest.fixture(scope="module")
+def both(bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
+    """Images of every case: by our trainer, by plain diffusers in another process, and by ours before training."""
+    folder = tmp_path_factory.mktemp("students")
+    ours, before, description = {}, {}, []
+    for case in CASES:
+        base = bases(case.prediction_type, **({"rescale_betas_zero_snr": True} if case.zero_snr else {}))
+        trainer = tiny_trainer(
+            base,
+            folder / case.name,
+            lora=case.lora,
+            num_inference_steps=case.steps,
+            warm_start="none",
+            fake_score_warmup_steps=0,
+            fake_score_updates_per_policy_update=1,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+        )
+        before |= {f"{case.name}/{name}": value for name, value in images(trainer).items()}
+        trainer.train()
+        trainer.save_model()
+        ours |= {f"{case.name}/{name}": value for name, value in images(trainer).items()}
+        place = {"base": str(base), "student": str(folder / case.name), "name": case.name, "prompts": PROMPTS}
+        description.append({**asdict(case), **place})
+    (folder / "cases.json").write_text(json.dumps(description))
+    # An empty folder and an empty path: the repository cannot be imported by accident.
+    command = [sys.executable, "-c", PLAIN, str(folder / "cases.json"), str(folder / "images.safetensors")]
+    (folder / "empty").mkdir()
+    result = subprocess.run(
+        command, cwd=folder / "empty", env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return ours, load_file(folder / "images.safetensors"), before
+
+
+@pytest.mark.parametrize("generator", ["one", "list"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_plain_diffusers_makes_our_images(both: tuple[dict, dict, dict], case: Case, generator: str) -> None:
+    ours, plain, before = (images[f"{case.name}/{generator}"] for images in both)
+    assert torch.equal(ours, plain)
+    assert ours.shape == (3, 3, 16, 16)
+    assert ours.min() >= 0
+    assert ours.max() <= 1
+    assert not torch.allclose(ours, before, atol=1e-3), "an untrained student would show nothing"
+
+
+def trained(base: Path, folder: Path, **settings) -> RDMTrainer:
+    trainer = tiny_trainer(
+        base, folder, warm_start="none", learning_rate=1e-2, lr_scheduler_type="constant", max_steps=3, **settings
+    )
+    trainer.train()
+    return trainer
+
+
+def policy(trainer: RDMTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.networks.state_dict("policy").items()}
+
+
+def saved_policy(trainer: RDMTrainer, folder: Path) -> dict[str, torch.Tensor]:
+    """The policy's weights as a fresh trainer reads them back from a saved student."""
+    trainer.save_model(folder)
+    again = tiny_trainer(
+        trainer.model_name, folder / "again", warm_start="none", given={"policy_init": folder}, max_steps=0
+    )
+    return policy(again)
+
+
+def test_the_averaged_policy_is_what_is_saved(base: Path, tmp_path: Path) -> None:
+    averaged, raw = trained(base, tmp_path / "a"), trained(base, tmp_path / "b", save_ema=False)
+    without = trained(base, tmp_path / "c", ema_decay=0.0)
+    last = policy(averaged)
+    assert not changed(last, policy(raw)), "averaging must not change the run"
+    with averaged.averaged_policy():
+        average = policy(averaged)
+    assert not changed(last, policy(averaged)), "looking at the average must not change the run"
+    assert changed(last, average) == last.keys()
+    assert not changed(saved_policy(averaged, tmp_path / "as"), average)
+    assert not changed(saved_policy(raw, tmp_path / "bs"), last)
+    assert not changed(saved_policy(without, tmp_path / "cs"), last)
+    assert not torch.equal(images(averaged)["one"], images(raw)["one"])
+    assert torch.equal(images(raw)["one"], images(without)["one"])
+
+
+def test_policy_init_continues_a_saved_student(base: Path, tmp_path: Path) -> None:
+    first = trained(base, tmp_path / "first")
+    first.save_model(tmp_path / "student")
+    second = tiny_trainer(base, tmp_path / "second", warm_start="none", given={"policy_init": tmp_path / "student"})
+    assert torch.equal(images(second)["one"], images(first)["one"])
+    fake_score = second.networks.state_dict("fake_score")
+    assert all(value.abs().sum() == 0 for name, value in fake_score.items() if "lora_B" in name)
+    second.train()
+    assert not torch.equal(images(second)["one"], images(first)["one"])
+
+
+def test_policy_init_of_another_shape_is_refused(base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path).save_model(tmp_path / "student")
+    from peft import LoraConfig
+
+    given = {"policy_init": tmp_path / "student", "peft_config": LoraConfig(r=2)}
+    with pytest.raises(ValueError, match="The saved policy does not fit"):
+        tiny_trainer(base, tmp_path / "other", warm_start="none", given=given)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_folder_of_a_student(lora: bool, base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run", lora=lora, num_inference_steps=3, teacher_guidance_scale=2.5)
+    randomize(trainer.networks)
+    trainer.save_model(tmp_path / "student")
+    files = {path.relative_to(tmp_path / "student").as_posix() for path in (tmp_path / "student").rglob("*")}
+    assert {"README.md", "scheduler/scheduler_config.json"} <= files
+    assert ("pytorch_lora_weights.safetensors" in files) == lora
+    assert ("unet/diffusion_pytorch_model.safetensors" in files) != lora
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    scheduler = LCMScheduler.from_pretrained(tmp_path / "student", subfolder="scheduler")
+    assert scheduler.config.original_inference_steps == 3
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "num_inference_steps=3" in card
+    assert "guidance_scale=1.0" in card
+    assert "2.5" in card
+    pipe, steps = load_student(tmp_path / "student", base)
+    assert isinstance(pipe, StableDiffusionPipeline)
+    assert steps == 3
+    made = pipe(PROMPTS, num_inference_steps=3, guidance_scale=1.0, generator=torch.Generator().manual_seed(3))
+    assert len(made.images) == 3
+
+
+def test_code_on_the_model_card_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run")
+    trainer.save_model(tmp_path / "student")
+    code = (tmp_path / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert names["image"].size == (16, 16)
+
+
+def test_no_student_no_pipeline(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "something.safetensors")
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        load_student(tmp_path, "owner/name")
