@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from safetensors import safe_open
@@ -156,8 +157,9 @@ def collect_pairs(
     for start in starts:
         chunk = list(prompts[start : start + batch_size])
         first_solution = torch.empty(0)
+        name = crc32("\n".join(chunk).encode())  # Other prompts make other files.
         for index, t in enumerate(times):
-            file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}.safetensors"
+            file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}-{name:08x}.safetensors"
             if not file.exists():
                 generator = seeded_generator(seed, "warm_start", start, round(t * 10000))
                 noise = normal((len(chunk), *shape), generator, device)

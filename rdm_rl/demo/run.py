@@ -1,8 +1,8 @@
 """``rdm-rl demo``: the embedded 50-step teacher becomes a 4-step and a 1-step student, and a report says how well."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.trainer_callback import TrainerCallback
 
-from rdm_rl.demo.digits import TEACHER_FOLDER, balanced_prompts, digit_prompts, load_digits
+from rdm_rl.demo.digits import OPEN_PROMPTS, TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
 from rdm_rl.evaluation.metrics import Kind, SamplerMetrics, judge
-from rdm_rl.evaluation.pictures import first_of_each
 from rdm_rl.evaluation.report import Report, write_report
 from rdm_rl.evaluation.tables import format_table
 from rdm_rl.randomness import seeded_generator
@@ -54,7 +53,7 @@ _KINDS: dict[str, Kind] = {"teacher": "teacher", "warm": "baseline", "student": 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Images that one sampler drew for the evaluation prompts.
+    """Images that one sampler drew for the evaluation's prompts.
 
     Args:
         images: Images, shape (N, 3, 32, 32), in [0, 1].
@@ -67,34 +66,113 @@ class Draw:
     steps: int
 
 
+class Evaluation:
+    """One repetition: the prompts, the noise that every sampler gets, and what their images are compared with.
+
+    Args:
+        seed: Which repetition. The judged images and the teacher's reference images have seeds that never meet.
+    """
+
+    def __init__(self, seed: int) -> None:
+        """Draw the reference images."""
+        self.seed = seed
+        generator = seeded_generator(seed, "demo/evaluation")
+        self.judged_seed, self.reference_seed = torch.randint(2**31, (2,), generator=generator).tolist()
+        self.prompts, self.wanted = mixed_prompts(NUM_IMAGES)
+        self.reference = self.draw(load_teacher(), TEACHER_STEPS, self.reference_seed).images
+
+    def draw(self, pipeline: StableDiffusionPipeline, steps: int, seed: int | None = None) -> Draw:
+        """Images of a pipeline at guidance 1.0, in batches of 250.
+
+        Args:
+            pipeline: The pipeline.
+            steps: Steps for each image.
+            seed: Seed of the noise; None for that of the judged images.
+
+        Returns:
+            The images.
+        """
+        start, parts = time.perf_counter(), []
+        generator = torch.Generator().manual_seed(self.judged_seed if seed is None else seed)
+        for first in range(0, len(self.prompts), 250):
+            prompts = self.prompts[first : first + 250]
+            output = pipeline(
+                prompts, num_inference_steps=steps, guidance_scale=1.0, generator=generator, output_type="pt"
+            )
+            parts.append(output.images)
+        return Draw(images=torch.cat(parts), seconds=time.perf_counter() - start, steps=steps)
+
+    def judge(self, draws: Mapping[str, Draw]) -> list[SamplerMetrics]:
+        """The measurements of every sampler on network B and held-out images, after those of real training images.
+
+        Args:
+            draws: Images by the sampler's name.
+
+        Returns:
+            A row for each.
+        """
+        common: dict[str, Any] = {"data_images": load_digits("held_out").images, "teacher_images": self.reference}
+        train = load_digits("train")
+        chosen = torch.randperm(len(train.labels), generator=seeded_generator(self.seed, "demo/real"))[:NUM_IMAGES]
+        rows = [judge(train.images[chosen], train.labels[chosen], name="real training images", kind="data", **common)]
+        for name, draw in draws.items():
+            row = judge(
+                draw.images,
+                self.wanted,
+                name=name,
+                kind=_KINDS[name.replace(",", "").split()[0]],
+                num_inference_steps=draw.steps,
+                network_evaluations=draw.steps,
+                seconds_per_image=draw.seconds / NUM_IMAGES,
+                **common,
+            )
+            rows.append(row)
+        return rows
+
+    def picture(self, draws: Mapping[str, Draw]) -> tuple[dict[str, Tensor], list[str]]:
+        """What the report shows of each sampler: the first image of each named digit and of some open prompts.
+
+        Args:
+            draws: Images by the sampler's name.
+
+        Returns:
+            Images of shape (M, 3, 32, 32) by name, and the M captions.
+        """
+        shown = [2 * digit for digit in range(10)] + [index for index in range(1, 16, 2)]
+        captions = [str(digit) for digit in range(10)] + [self.prompts[index] for index in shown[10:]]
+        return {name: draw.images[shown] for name, draw in draws.items()}, captions
+
+
 @dataclass
 class _WarmStartImages(TrainerCallback):
     """Draws images with the policy before its first update: what the warm start alone achieves."""
 
-    prompts: list[str]
-    seed: int
+    evaluation: Evaluation
     trainer: RDMTrainer | None = None
-    draw: Draw | None = field(default=None)
+    draw: Draw | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the images."""
         if self.trainer is not None:
             start = time.perf_counter()
-            images = self.trainer.generate(self.prompts, generator=torch.Generator().manual_seed(self.seed))
+            generator = torch.Generator().manual_seed(self.evaluation.judged_seed)
+            images = self.trainer.generate(self.evaluation.prompts, generator=generator)
             self.draw = Draw(images=images, seconds=time.perf_counter() - start, steps=args.num_inference_steps)
 
 
 def training_prompts() -> list[dict[str, Any]]:
-    """Every phrasing of every digit, as rows with ``prompt`` and ``digit``.
+    """The prompts that students are trained on: as often one that names a digit as one that leaves it open.
 
     Returns:
-        120 rows.
+        240 rows with ``prompt``.
 
     Example:
         >>> training_prompts()[0]
-        {'prompt': 'a handwritten zero', 'digit': 0}
+        {'prompt': 'a handwritten zero'}
     """
-    return [{"prompt": prompt, "digit": digit} for digit in range(10) for prompt in digit_prompts(digit)]
+    named = [prompt for digit in range(10) for prompt in digit_prompts(digit)]
+    opened = list(OPEN_PROMPTS) * (len(named) // len(OPEN_PROMPTS))
+    return [{"prompt": prompt} for prompt in named + opened]
 
 
 def demo_config(num_inference_steps: int, output_dir: str | Path, seed: int = 0, **overrides: Any) -> RDMConfig:
@@ -139,32 +217,6 @@ def load_teacher() -> StableDiffusionPipeline:
     return pipeline
 
 
-def draw_images(pipeline: StableDiffusionPipeline, prompts: list[str], steps: int, seed: int) -> Draw:
-    """Images of a pipeline at guidance 1.0.
-
-    Args:
-        pipeline: The pipeline.
-        prompts: The prompts.
-        steps: Steps for each image.
-        seed: Seed of the noise.
-
-    Returns:
-        The images, in batches of at most 250.
-    """
-    start, parts = time.perf_counter(), []
-    generator = torch.Generator().manual_seed(seed)
-    for first in range(0, len(prompts), 250):
-        output = pipeline(
-            prompts[first : first + 250],
-            num_inference_steps=steps,
-            guidance_scale=1.0,
-            generator=generator,
-            output_type="pt",
-        )
-        parts.append(output.images)
-    return Draw(images=torch.cat(parts), seconds=time.perf_counter() - start, steps=steps)
-
-
 def stock_schedulers(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
     """The few-step schedulers that diffusers offers without any training, set up as their users do."""
     config = pipeline.scheduler.config
@@ -175,7 +227,58 @@ def stock_schedulers(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
     }
 
 
-def run_demo(output_dir: str | Path, *, seed: int = 0, students: tuple[int, ...] = (4, 1), **overrides: Any) -> Path:
+def steps_text(count: int) -> str:
+    """The number of steps in words of a table.
+
+    Example:
+        >>> steps_text(1), steps_text(4)
+        ('1 step', '4 steps')
+    """
+    return f"{count} step{'s' if count > 1 else ''}"
+
+
+def draw_teacher(evaluation: Evaluation, students: Sequence[int]) -> dict[str, Draw]:
+    """The teacher's images with all of its steps, and with the students' steps under each stock scheduler.
+
+    Args:
+        evaluation: Prompts and noise.
+        students: Steps of the students.
+
+    Returns:
+        Images by the sampler's name.
+    """
+    teacher = load_teacher()
+    draws = {f"teacher, {steps_text(TEACHER_STEPS)}": evaluation.draw(teacher, TEACHER_STEPS)}
+    for name, scheduler in stock_schedulers(teacher).items():
+        teacher.scheduler = scheduler
+        for steps in students:
+            draws[f"teacher, {steps_text(steps)}, {name}"] = evaluation.draw(teacher, steps)
+    return draws
+
+
+def train_student(args: RDMConfig, folder: Path, evaluation: Evaluation) -> tuple[RDMTrainer, dict[str, Draw]]:
+    """Distil one student, save it, and draw images before and after distribution matching.
+
+    The images after are drawn by plain diffusers from the saved files.
+
+    Args:
+        args: The settings.
+        folder: Where the student is saved.
+        evaluation: Prompts and noise.
+
+    Returns:
+        The trainer, and images by the sampler's name.
+    """
+    before = _WarmStartImages(evaluation=evaluation)
+    before.trainer = trainer = demo_trainer(args, [before])
+    trainer.train()
+    trainer.save_model(folder)
+    pipeline, steps = load_student(folder, TEACHER_FOLDER)
+    draws = {f"student, {steps_text(steps)}": evaluation.draw(pipeline, steps)}
+    return trainer, ({f"warm start, {steps_text(steps)}": before.draw} if before.draw else {}) | draws
+
+
+def run_demo(output_dir: str | Path, *, seed: int = 0, students: Sequence[int] = (4, 1), **overrides: Any) -> Path:
     """Distil the embedded teacher, judge the students as plain diffusers loads them, and write the report.
 
     Args:
@@ -188,95 +291,37 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, students: tuple[int, ...]
         The report, ``report.html``.
     """
     start, folder = time.perf_counter(), Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    judged, reference = evaluation_seeds(seed)
-    prompts, labels = balanced_prompts(NUM_IMAGES)
-    teacher = load_teacher()
-    draws: dict[str, Draw] = {}
-    bar = tqdm(total=2 + 3, desc="teacher: images")
-    reference_images = draw_images(teacher, prompts, TEACHER_STEPS, reference).images
-    bar.update()
-    draws[f"teacher, {TEACHER_STEPS} steps"] = draw_images(teacher, prompts, TEACHER_STEPS, judged)
-    bar.update()
-    for name, scheduler in stock_schedulers(teacher).items():
-        teacher.scheduler = scheduler
-        draws[f"teacher, 4 steps, {name}"] = draw_images(teacher, prompts, 4, judged)
-        bar.update()
-    bar.close()
-
+    print("Teacher: images with 50 steps, and with stock few-step schedulers", flush=True)
+    evaluation = Evaluation(seed)
+    draws = draw_teacher(evaluation, students)
     histories, settings = {}, {}
     for steps in students:
-        print(f"\nStudent with {steps} step{'s' * (steps > 1)}: warm start, then distribution matching", flush=True)
-        # The solutions from pure noise serve every student.
+        print(f"\nStudent with {steps_text(steps)}: warm start, then distribution matching", flush=True)
+        # Both students share the teacher's solutions from pure noise.
         cache = {"warm_start_cache_dir": str(folder / "teacher-solutions")}
         args = demo_config(steps, folder / f"run-{steps}step", seed, **{**cache, **overrides})
-        before = _WarmStartImages(prompts=prompts, seed=judged)
-        before.trainer = trainer = demo_trainer(args, [before])
-        trainer.train()
-        trainer.save_model(folder / f"student-{steps}step")
+        trainer, drawn = train_student(args, folder / f"student-{steps}step", evaluation)
+        draws |= drawn
         histories[f"K={steps}"] = trainer.state.log_history
-        settings[f"student with {steps} steps"] = {
-            name: getattr(args, name) for name in {**COMMON_SETTINGS, **STUDENT_SETTINGS[4], **overrides}
-        } | {"lora_rank": LORA_RANK}
-        if before.draw is not None:
-            draws[f"warm start, {steps} step{'s' * (steps > 1)}"] = before.draw
-        pipeline, saved_steps = load_student(folder / f"student-{steps}step", TEACHER_FOLDER)
-        draws[f"student, {steps} step{'s' * (steps > 1)}"] = draw_images(pipeline, prompts, saved_steps, judged)
+        names = {**COMMON_SETTINGS, **STUDENT_SETTINGS[4], **overrides}
+        settings[f"student, {steps_text(steps)}"] = {name: getattr(args, name) for name in names}
 
-    rows = judge_all(draws, labels, reference_images, seed)
-    report = write_report(
-        folder,
-        Report(
-            rows=rows,
-            pictures={name: first_of_each(draw.images, labels) for name, draw in draws.items()},
-            histories=histories,
-            settings=settings,
-            seeds={"training": seed, "judged images": judged, "reference images of the teacher": reference},
-            command=f"rdm-rl demo --output_dir {folder.name} --seed {seed}",
-            seconds=time.perf_counter() - start,
-        ),
+    rows = evaluation.judge(draws)
+    pictures, captions = evaluation.picture(draws)
+    report = Report(
+        rows=rows,
+        pictures=pictures,
+        picture_labels=captions,
+        histories=histories,
+        settings=settings | {"LoRA rank": LORA_RANK, "weights": "averaged over training (EMA)"},
+        seeds={"training": seed, "judged images": evaluation.judged_seed, "reference": evaluation.reference_seed},
+        command=f"rdm-rl demo --output_dir {folder.name} --seed {seed}",
+        seconds=time.perf_counter() - start,
     )
-    print("\n" + format_table(rows))
-    print(f"\nThe students are the averaged (EMA) policies. {time.perf_counter() - start:.0f} s. Open {report}")
-    return report
-
-
-def judge_all(draws: dict[str, Draw], labels: Tensor, reference: Tensor, seed: int) -> list[SamplerMetrics]:
-    """The measurements of every sampler on network B and held-out images, after those of real training images.
-
-    Args:
-        draws: Images by the sampler's name.
-        labels: The prompted digits, shape (N,), int64.
-        reference: Other images of the teacher, shape (N, 3, 32, 32).
-        seed: Which training images stand for real ones.
-
-    Returns:
-        A row for each.
-    """
-    data, train = load_digits("held_out").images, load_digits("train")
-    chosen = torch.randperm(len(train.labels), generator=seeded_generator(seed, "demo/real"))[: len(labels)]
-    real = judge(
-        train.images[chosen],
-        train.labels[chosen],
-        name="real training images",
-        kind="data",
-        data_images=data,
-        teacher_images=reference,
-    )
-    return [real] + [
-        judge(
-            draw.images,
-            labels,
-            name=name,
-            kind=_KINDS[name.replace(",", "").split()[0]],
-            data_images=data,
-            teacher_images=reference,
-            num_inference_steps=draw.steps,
-            network_evaluations=draw.steps,
-            seconds_per_image=draw.seconds / len(labels),
-        )
-        for name, draw in draws.items()
-    ]
+    file = write_report(folder, report)
+    print(f"\n{format_table(rows)}\n\nThe students are the averaged (EMA) policies.")
+    print(f"{report.seconds:.0f} s on {torch.get_num_threads()} threads. Open {file}")
+    return file
 
 
 def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir: Path | None = None) -> None:
@@ -287,25 +332,17 @@ def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir:
         seeds: One repetition for each seed.
         output_dir: Where a report goes, or None.
     """
-    prompts, labels = balanced_prompts(NUM_IMAGES)
-    pipelines = {f"teacher, {TEACHER_STEPS} steps": (load_teacher(), TEACHER_STEPS)}
+    pipelines = {f"teacher, {steps_text(TEACHER_STEPS)}": (load_teacher(), TEACHER_STEPS)}
     pipelines |= {f"student {folder}": load_student(folder, TEACHER_FOLDER) for folder in folders}
     rows: list[SamplerMetrics] = []
-    draws: dict[str, Draw] = {}
     for seed in tqdm(seeds, desc="repetitions"):
-        judged, reference = evaluation_seeds(seed)
-        references = draw_images(load_teacher(), prompts, TEACHER_STEPS, reference).images
-        draws = {name: draw_images(pipe, prompts, steps, judged) for name, (pipe, steps) in pipelines.items()}
-        rows += judge_all(draws, labels, references, seed)
-    rows.sort(key=lambda row: [*dict.fromkeys(one.name for one in rows)].index(row.name))
+        evaluation = Evaluation(seed)
+        draws = {name: evaluation.draw(pipeline, steps) for name, (pipeline, steps) in pipelines.items()}
+        rows += evaluation.judge(draws)
+        pictures, captions = evaluation.picture(draws)
+    order = [*dict.fromkeys(row.name for row in rows)]
+    rows.sort(key=lambda row: order.index(row.name))
     if output_dir is not None:
-        pictures = {name: first_of_each(draw.images, labels) for name, draw in draws.items()}
-        write_report(output_dir, Report(rows=rows, pictures=pictures, seeds={"repetitions": seeds}))
+        report = Report(rows=rows, pictures=pictures, picture_labels=captions, seeds={"repetitions": list(seeds)})
+        write_report(output_dir, report)
     print(format_table(rows))
-
-
-def evaluation_seeds(seed: int) -> tuple[int, int]:
-    """The seeds of the judged images and of the teacher's reference images, which never meet."""
-    generator = seeded_generator(seed, "demo/evaluation")
-    judged, reference = torch.randint(2**31, (2,), generator=generator).tolist()
-    return judged, reference

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
 from rdm_rl.evaluation.features import digit_features, recognised_digits
@@ -99,7 +100,8 @@ def judge(
 
     Args:
         images: The sampler's images, shape (N, 3, 32, 32), in [0, 1].
-        labels: The digit that each prompt asked for, shape (N,), int64.
+        labels: The digit that each prompt asked for, shape (N,), int64, or which digits answer it, shape (N, 10),
+            bool; prompts that every digit answers do not count for the accuracy.
         name: What the sampler is called in tables.
         data_images: Held-out real images, shape (M, 3, 32, 32), in [0, 1].
         teacher_images: The teacher's images of the same kind of prompts from separate seeds, shape (L, 3, 32, 32), in
@@ -128,8 +130,11 @@ def judge(
         sets.items() if teacher_images is None else (sets | {"teacher_images": teacher_images}).items()
     ):
         check_images(set_name, one)
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{len(images)} images need labels of shape ({len(images)},); got {tuple(labels.shape)}.")
+    if labels.shape not in (images.shape[:1], (len(images), 10)):
+        count = len(images)
+        raise ValueError(f"{count} images need labels of shape ({count},) or ({count}, 10); got {tuple(labels.shape)}.")
+    wanted = labels.cpu() if labels.ndim == 2 else one_hot(labels.cpu(), 10).bool()
+    asked = ~wanted.all(1)
     images = images.float().cpu().clamp(0, 1)
     features, real_features = (digit_features(network, one) for one in (images, data_images))
     overlap = manifold_metrics(features, real_features)
@@ -149,7 +154,7 @@ def judge(
         recall=overlap.recall,
         density=overlap.density,
         coverage=overlap.coverage,
-        accuracy=float((seen == labels.cpu()).double().mean()),
+        accuracy=float(wanted[asked, seen[asked]].double().mean()),
         digit_counts=tuple(torch.bincount(seen, minlength=10).tolist()),
     )
 
