@@ -136,10 +136,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert torch.equal(collect(CountingTeacher(), tmp_path).states, expected.states)
 
 
-def test_other_prompts_are_refused(tmp_path: Path) -> None:
+def test_other_prompts_are_solved_anew(tmp_path: Path) -> None:
     collect(CountingTeacher(), tmp_path)
-    with pytest.raises(ValueError, match="holds solutions of other prompts"):
-        collect(CountingTeacher(), tmp_path, ["a", "bb", "other", "dddd", "eeeee"])
+    kept = set(tmp_path.iterdir())
+    other = collect(CountingTeacher(), tmp_path, ["a", "bb", "other", "dddd", "eeeee"])
+    assert "other" in other.prompts
+    assert kept < set(tmp_path.iterdir())
 
 
 def test_students_share_what_they_have_in_common(tmp_path: Path) -> None:
