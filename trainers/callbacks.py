@@ -34,8 +34,20 @@ def make_callback_handler(
         The handler.
     """
     progress = PrinterCallback if args.disable_tqdm else ProgressCallback
-    trackers = get_reporting_integration_callbacks(args.report_to)
+    trackers = [_without_model(tracker()) for tracker in get_reporting_integration_callbacks(args.report_to)]
     return CallbackHandler([DefaultFlowCallback, *trackers, *callbacks, progress], model, None, None, None)
+
+
+def _without_model(tracker: TrainerCallback) -> TrainerCallback:
+    """The tracker, shown no model when a run begins: several expect its configuration to be of transformers' kind."""
+    begin = tracker.on_train_begin
+
+    def on_train_begin(args: RDMConfig, state: TrainerState, control: TrainerControl, **named: Any) -> Any:
+        named.pop("model", None)
+        return begin(args, state, control, **named)
+
+    tracker.on_train_begin = on_train_begin
+    return tracker
 
 
 def make_state(handler: CallbackHandler, is_local_zero: bool, is_world_zero: bool) -> TrainerState:
