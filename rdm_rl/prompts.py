@@ -17,6 +17,7 @@ class PromptSource:
     Args:
         dataset: Rows with a ``prompt``: a ``datasets.Dataset``, or a list of dictionaries.
         seed: Seed of the permutations.
+        name: What an error calls the data set.
 
     Raises:
         ValueError: If the data set is empty or has no ``prompt`` column, or a prompt is no text.
@@ -27,22 +28,22 @@ class PromptSource:
         ['a', 'b']
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, name: str = "train_dataset") -> None:
         """Check the data set."""
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(
-                f"train_dataset is a {type(dataset).__name__}, which has no length. Use a datasets.Dataset (not a "
+                f"{name} is a {type(dataset).__name__}, which has no length. Use a datasets.Dataset (not a "
                 "streaming one) or a list of dictionaries."
             )
         if len(dataset) == 0:
-            raise ValueError("train_dataset is empty. Give it at least one row with a 'prompt'.")
+            raise ValueError(f"{name} is empty. Give it at least one row with a 'prompt'.")
         first = dataset[0]
         if not isinstance(first, dict) or "prompt" not in first:
             columns = list(first) if isinstance(first, dict) else type(first).__name__
-            raise ValueError(f"train_dataset has no 'prompt' column; its rows hold {columns}. Rename the text column.")
+            raise ValueError(f"{name} has no 'prompt' column; its rows hold {columns}. Rename the text column.")
         if not isinstance(first["prompt"], str):
             raise ValueError(
-                f"The 'prompt' column of train_dataset holds {type(first['prompt']).__name__}, not text. Make it str."
+                f"The 'prompt' column of {name} holds {type(first['prompt']).__name__}, not text. Make it str."
             )
         self._dataset, self._seed = dataset, seed
         self._epoch, self._order = -1, [0]

@@ -89,7 +89,7 @@ class RDMTrainer(TrainingLoop):
             raise ValueError("train_dataset is missing: pass rows with a 'prompt' column.")
         self.prompts = PromptSource(train_dataset, args.seed if args.data_seed is None else args.data_seed)
         looked_at = train_dataset if eval_dataset is None else eval_dataset
-        count = min(args.per_device_eval_batch_size, len(PromptSource(looked_at, 0)))
+        count = min(args.per_device_eval_batch_size, len(PromptSource(looked_at, 0, "eval_dataset")))
         self.eval_prompts = [looked_at[index]["prompt"] for index in range(count)]
         for one in (model, teacher):
             if isinstance(one, str | Path):
@@ -98,6 +98,11 @@ class RDMTrainer(TrainingLoop):
             raise ValueError(
                 "policy_init starts the policy from a LoRA: pass peft_config too, and warm_start='none', because a "
                 "warm start would overwrite it."
+            )
+        if policy_init is not None and not (Path(policy_init) / "pytorch_lora_weights.safetensors").is_file():
+            raise FileNotFoundError(
+                f"policy_init={str(policy_init)!r} holds no pytorch_lora_weights.safetensors. Pass the folder that "
+                "save_model() wrote."
             )
 
         super().__init__(args, len(self.prompts))
@@ -178,7 +183,12 @@ class RDMTrainer(TrainingLoop):
 
         Returns:
             The last logged numbers.
+
+        Raises:
+            RuntimeError: If this trainer has trained before; a warm start would undo what it learnt.
         """
+        if self.optimizers:
+            raise RuntimeError("This trainer has already trained. Make a new one, and resume from a checkpoint there.")
         self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
         self.create_optimizers()
