@@ -32,17 +32,20 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rdm_rl.demo.digits import (
     DIGIT_WORDS,
+    OPEN_PROMPTS,
     PROMPT_TEMPLATES,
     Digits,
     balanced_prompts,
     digit_prompts,
     load_digits,
+    open_prompts,
 )
 from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
 from rdm_rl.evaluation.features import WIDTHS, DigitNetwork, digit_accuracy, digit_features
 
 HELD_OUT_PER_DIGIT = 50
 PROMPT_LENGTH = 16
+OPEN_PROMPT_SHARE = 0.5
 EMPTY_PROMPT_SHARE = 0.1
 
 
@@ -94,9 +97,8 @@ def train_networks(file: Path, digits: Digits, steps: int = 3000) -> None:
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges spell the words of the known phrasings; other text falls back to characters."""
-    words = sorted(
-        {word for template in PROMPT_TEMPLATES for word in template.split() if word != "{}"} | set(DIGIT_WORDS)
-    )
+    phrases = [*PROMPT_TEMPLATES, *OPEN_PROMPTS, *DIGIT_WORDS]
+    words = sorted({word for phrase in phrases for word in phrase.split() if word != "{}"})
     characters = [chr(code) for code in range(33, 127)]
     tokens = characters + [character + "</w>" for character in characters]
     merges: list[str] = []
@@ -199,9 +201,9 @@ def train_unet(
     )
     with torch.no_grad():
         latents = vae.encode(digits.images * 2 - 1).latent_dist.mean * vae.config.scaling_factor
-    prompts = [prompt for digit in range(10) for prompt in digit_prompts(digit)]
-    per_digit = len(prompts) // 10
-    tokens = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
+    named = [prompt for digit in range(10) for prompt in digit_prompts(digit)]
+    opened = [prompt for digit in range(10) for prompt in open_prompts(digit)]
+    tokens = tokenizer([*named, *opened, ""], padding="max_length", return_tensors="pt").input_ids
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     ema = EMAModel(parameters, decay=0.999)
@@ -214,8 +216,13 @@ def train_unet(
     for _ in bar:
         chosen = torch.randint(len(latents), (batch,), generator=generator)
         x_0, labels = latents[chosen], digits.labels[chosen]
-        phrase = labels * per_digit + torch.randint(per_digit, (batch,), generator=generator)
-        phrase[torch.rand(batch, generator=generator) < EMPTY_PROMPT_SHARE] = len(prompts)
+        # Both lists hold equally many phrasings for each digit, in the order of the digits.
+        phrase, other = (
+            start + labels * (size // 10) + torch.randint(size // 10, (batch,), generator=generator)
+            for start, size in ((0, len(named)), (len(named), len(opened)))
+        )
+        phrase = torch.where(torch.rand(batch, generator=generator) < OPEN_PROMPT_SHARE, other, phrase)
+        phrase[torch.rand(batch, generator=generator) < EMPTY_PROMPT_SHARE] = len(tokens) - 1
         noise = torch.randn(x_0.shape, generator=generator)
         timesteps = torch.randint(1000, (batch,), generator=generator)
         x_t, target = scheduler.add_noise(x_0, noise, timesteps), scheduler.get_velocity(x_0, noise, timesteps)
@@ -274,7 +281,7 @@ def main() -> None:
     """Build whatever is missing in the output folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/demo"), help="where the three results go")
-    parser.add_argument("--steps", type=int, default=7000, help="training steps of the U-Net")
+    parser.add_argument("--steps", type=int, default=5500, help="training steps of the U-Net")
     parser.add_argument("--report", action="store_true", help="only print the quality figures of what is there")
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(True)

@@ -1,6 +1,7 @@
 """The command line: ``rdm-rl demo | train | sample | evaluate | methods | env``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
     """
+    # transformers announces on import that torchvision is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -7,6 +7,7 @@ pass they silently zero the gradients. Under activation checkpointing the recomp
 forward pass had.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -156,7 +157,9 @@ class AdapterNetworks(Networks):
         if self.config.target_modules is None:
             self.config.target_modules = list(family.lora_targets)
         # PEFT draws initial weights from the global generator; the fork gives it back untouched.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # PEFT warns of the second adapter on one model; here both share their base on purpose.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             for role in ADAPTERS:
                 inject_adapter_in_model(deepcopy(self.config), family.network, role)

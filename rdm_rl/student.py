@@ -53,6 +53,7 @@ def save_student(
     else:
         networks.family.save_pipeline(str(folder), networks.module("policy"), scheduler)
     kind = type(scheduler).__name__
+    base = Path(base).name if Path(base).is_absolute() else base  # A card is published; a machine's paths are not.
     text = _CARD.format(
         name=folder.name,
         steps=num_inference_steps,

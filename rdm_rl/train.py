@@ -2,16 +2,17 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from rdm_rl.demo.digits import TEACHER_FOLDER
-from rdm_rl.trainers.rdm_config import METHODS, RDMConfig, method_settings
+from rdm_rl.trainers.rdm_config import HONOURED, METHODS, RDMConfig, method_settings
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
 
@@ -87,6 +88,10 @@ def train_command(words: Sequence[str]) -> None:
     """
     parser = TrlParser((TrainArguments, RDMConfig), prog="rdm-rl train", formatter_class=argparse.HelpFormatter)
     parser.add_argument("--method", choices=sorted(METHODS), help="Settings of a method; `rdm-rl methods` lists them.")
+    inherited = {one.name for one in fields(TrainingArguments)} - HONOURED
+    for action in parser._actions:
+        if action.dest in inherited or action.dest.removeprefix("no_") in inherited:
+            action.help = argparse.SUPPRESS  # RDMConfig refuses it when it is set.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--method")
     method = first.parse_known_args(list(words))[0].method
