@@ -157,12 +157,9 @@ def train_autoencoder(digits: Digits, steps: int = 1500, batch: int = 64) -> Aut
     return vae
 
 
-def train_unet(
-    digits: Digits, vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, batch: int = 96
-) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
-    """Train U-Net and text encoder on v-prediction and return them with averaged weights."""
+def build_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """The pipeline with an untrained U-Net and text encoder."""
     torch.manual_seed(2)
-    generator = torch.Generator().manual_seed(22)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64, 80),
@@ -187,7 +184,7 @@ def train_unet(
             eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1,
         )
-    ).train()
+    )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -199,15 +196,34 @@ def train_unet(
         set_alpha_to_one=True,
         steps_offset=1,  # Not used with trailing spacing, but another value makes the pipeline warn.
     )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+
+
+def fit(pipeline: StableDiffusionPipeline, digits: Digits, *, steps: int, batch: int, rate: float, seed: int) -> None:
+    """Train U-Net and text encoder on v-prediction, in place, and leave averaged weights in them."""
+    unet, text_encoder, vae, scheduler = pipeline.unet, pipeline.text_encoder, pipeline.vae, pipeline.scheduler
+    generator = torch.Generator().manual_seed(seed)
+    unet.train().requires_grad_(True)
+    text_encoder.train().requires_grad_(True)
     with torch.no_grad():
         latents = vae.encode(digits.images * 2 - 1).latent_dist.mean * vae.config.scaling_factor
     named = [prompt for digit in range(10) for prompt in digit_prompts(digit)]
     opened = [prompt for digit in range(10) for prompt in open_prompts(digit)]
-    tokens = tokenizer([*named, *opened, ""], padding="max_length", return_tensors="pt").input_ids
+    tokens = pipeline.tokenizer([*named, *opened, ""], padding="max_length", return_tensors="pt").input_ids
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     ema = EMAModel(parameters, decay=0.999)
-    optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     lr = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
@@ -238,7 +254,15 @@ def train_unet(
         average = 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
     ema.copy_to(parameters)
-    return unet.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), scheduler
+    unet.eval().requires_grad_(False)
+    text_encoder.eval().requires_grad_(False)
+
+
+def save(pipeline: StableDiffusionPipeline, folder: Path, spelling: Path) -> None:
+    """Write the pipeline; older tokenizers read vocab.json and merges.txt, which newer ones do not write."""
+    pipeline.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(spelling / name, folder / "tokenizer" / name)
 
 
 def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int = 50) -> Tensor:
@@ -281,41 +305,30 @@ def main() -> None:
     """Build whatever is missing in the output folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/demo"), help="where the three results go")
-    parser.add_argument("--steps", type=int, default=5500, help="training steps of the U-Net")
+    parser.add_argument("--work_dir", type=Path, default=Path("digits-teacher"), help="where the stages before it go")
     parser.add_argument("--report", action="store_true", help="only print the quality figures of what is there")
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(True)
-    data, networks, teacher = (
-        arguments.output_dir / name for name in ("digits.npz", "networks.safetensors", "teacher")
-    )
+    output_dir, work = arguments.output_dir, arguments.work_dir
+    data, networks, teacher = (output_dir / name for name in ("digits.npz", "networks.safetensors", "teacher"))
     if not arguments.report:
         if not data.exists():
             build_data(data)
         digits = load_digits("train")
         if not networks.exists():
             train_networks(networks, digits)
-        if not (teacher / "vae").exists():
-            train_autoencoder(digits).save_pretrained(teacher / "vae")
-        if not (teacher / "unet").exists():
-            vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
-            tokenizer = build_tokenizer(teacher / "tokenizer")
-            unet, text_encoder, scheduler = train_unet(digits, vae, tokenizer, arguments.steps)
-            pipeline = StableDiffusionPipeline(
-                vae=vae,
-                text_encoder=text_encoder,
-                tokenizer=tokenizer,
-                unet=unet,
-                scheduler=scheduler,
-                safety_checker=None,
-                feature_extractor=None,
-                image_encoder=None,
-                requires_safety_checker=False,
-            )
-            spelling = {name: (teacher / "tokenizer" / name).read_bytes() for name in ("vocab.json", "merges.txt")}
-            shutil.rmtree(teacher)
-            pipeline.save_pretrained(teacher)
-            for name, content in spelling.items():  # Older tokenizers read these two; newer ones write one other file.
-                (teacher / "tokenizer" / name).write_bytes(content)
+        if not (work / "vae").exists():
+            train_autoencoder(digits).save_pretrained(work / "vae")
+        if not (work / "draft").exists():
+            vae = AutoencoderKL.from_pretrained(work / "vae").requires_grad_(False)
+            pipeline = build_pipeline(vae, build_tokenizer(work / "spelling"))
+            fit(pipeline, digits, steps=5500, batch=96, rate=1.5e-3, seed=22)
+            save(pipeline, work / "draft", work / "spelling")
+        if not teacher.exists():
+            # A second, gentler round: it made the prompted digits more often recognisable.
+            pipeline = StableDiffusionPipeline.from_pretrained(work / "draft")
+            fit(pipeline, digits, steps=1600, batch=128, rate=5e-4, seed=23)
+            save(pipeline, teacher, work / "spelling")
     pipeline = StableDiffusionPipeline.from_pretrained(teacher)
     pipeline.set_progress_bar_config(disable=True)
     for key, value in report(pipeline, range(5)).items():

@@ -62,7 +62,7 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
     Raises:
         FileNotFoundError: If there is none.
     """
-    if wish is True:
+    if str(wish).lower() == "true":  # The command line gives text.
         found = checkpoints(output_dir)
         if not found:
             raise FileNotFoundError(

@@ -68,6 +68,7 @@ class PromptBatch:
             sample's noise, so a sample does not depend on how a batch is cut.
         columns: The data set's other columns, each of length N.
         stream: The phase of the run, so that phases do not share random numbers.
+        update: The update it belongs to, which seeds its noise too.
 
     Raises:
         ValueError: If the lengths differ.
@@ -79,6 +80,7 @@ class PromptBatch:
     sample_ids: Sequence[int]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     stream: str = "train"
+    update: int = 0
 
     def __post_init__(self) -> None:
         """Check the lengths."""

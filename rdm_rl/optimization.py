@@ -12,6 +12,8 @@ from transformers.optimization import get_scheduler
 if TYPE_CHECKING:
     from rdm_rl.trainers.rdm_config import RDMConfig
 
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
 
 @dataclass(kw_only=True)
 class RoleOptimizer:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -389,12 +390,9 @@ def test_own_weighting_decides(base: Path, tmp_path: Path) -> None:
 
 
 def test_own_optimizers_are_used(base: Path, tmp_path: Path) -> None:
-    trainer = tiny_trainer(
-        base, tmp_path, max_steps=1, lr_scheduler_type="constant", ema_decay=0, max_grad_norm=0, **COLD
-    )
-    policy = torch.optim.SGD(trainer.networks.parameters("policy"), lr=0.0)
-    fake_score = torch.optim.SGD(trainer.networks.parameters("fake_score"), lr=0.5)
-    trainer._own_optimizers = (policy, fake_score)  # As RDMTrainer(optimizers=...): they need the adapters first.
+    still, fast = partial(torch.optim.SGD, lr=0.0), partial(torch.optim.SGD, lr=0.5)
+    settings = {"lr_scheduler_type": "constant", "ema_decay": 0, "max_grad_norm": 0}
+    trainer = tiny_trainer(base, tmp_path, max_steps=1, given={"optimizers": (still, fast)}, **settings, **COLD)
     before = weights(trainer)
     trainer.train()
     assert not changed(before["policy"], trainer.networks.state_dict("policy"))
@@ -616,8 +614,8 @@ def test_the_log_says_what_is_documented(base: Path, tmp_path: Path) -> None:
         assert row["memory_gib"] > 0.1
 
 
-def test_the_lag_compares_fresh_samples_with_those_last_seen(base: Path, tmp_path: Path) -> None:
-    """Same times and noise for both, so that only the samples differ."""
+def test_the_lag_repeats_the_last_rollout_with_the_current_policy(base: Path, tmp_path: Path) -> None:
+    """Same prompts, initial noise, times and noise for both, so that only the policy's last update differs."""
     asked: list[tuple[str, int, list[int], torch.Tensor, float]] = []
 
     class Watching(RDMTrainer):
@@ -628,14 +626,15 @@ def test_the_lag_compares_fresh_samples_with_those_last_seen(base: Path, tmp_pat
 
     trainer = tiny_trainer(base, tmp_path, kind=Watching, max_steps=2, **COLD)
     trainer.train()
-    assert [one[0] for one in asked] == ["health", *["fake_score"] * 2, "health", "health", *["fake_score"] * 2]
-    (fresh, seen), last, now = asked[3:5], asked[2], asked[5]
-    assert fresh[:3] == seen[:3]
+    assert [one[0] for one in asked] == ["health", *["fake_score"] * 2, *["health"] * 3, *["fake_score"] * 2]
+    (fresh, again, seen), last, now = asked[3:6], asked[2], asked[6]
+    assert again[:3] == seen[:3]
     assert torch.equal(seen[3], last[3])
     assert torch.equal(fresh[3], now[3])
+    assert not torch.equal(again[3], seen[3])
     row = trainer.state.log_history[1]
     assert row["fake_score/fresh_loss"] == fresh[4]
-    assert row["fake_score/lag"] == fresh[4] - seen[4]
+    assert row["fake_score/lag"] == again[4] - seen[4]
     assert "fake_score/lag" not in trainer.state.log_history[0]
 
 

@@ -49,7 +49,7 @@ HONOURED = frozenset(
     trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay eval_on_start
     per_device_eval_batch_size save_strategy save_steps save_total_limit push_to_hub hub_token
     hub_private_repo hub_model_id hub_revision remove_unused_columns seed data_seed use_cpu resume_from_checkpoint
-    ddp_backend ddp_timeout do_train do_eval local_rank log_level log_level_replica
+    ddp_backend ddp_timeout do_train do_eval local_rank
     """.split()
 )
 

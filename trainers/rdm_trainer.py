@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family, check_model_name, load_family
 from rdm_rl.networks import AdapterNetworks, Networks, Role, SeparateNetworks
-from rdm_rl.optimization import RoleOptimizer, make_optimizer, make_scheduler
+from rdm_rl.optimization import OptimizerFactory, RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.policy import rollout
 from rdm_rl.prompts import PromptSource, other_columns
 from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
@@ -59,7 +58,8 @@ class RDMTrainer(TrainingLoop):
         peft_config: The adapters of policy and fake score; None trains two full copies of the network.
         weighting: Combines the rewards' directions; None for ``args.reward_weighting``.
         callbacks: Transformers callbacks.
-        optimizers: An optimiser for the policy and one for the fake score; None for ``args.optim``.
+        optimizers: A function from parameters to an optimiser for the policy, and one for the fake score; None for
+            ``args.optim``. (The trained parameters exist only after the adapters or copies are made.)
 
     Raises:
         ValueError: If settings, data or rewards cannot work together; before a model is loaded where possible.
@@ -79,7 +79,7 @@ class RDMTrainer(TrainingLoop):
         peft_config: LoraConfig | None = None,
         weighting: Weighting | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.Optimizer | None] = (None, None),
+        optimizers: tuple[OptimizerFactory | None, OptimizerFactory | None] = (None, None),
     ) -> None:
         """Check everything that can be checked without a model, then load."""
         args = args or RDMConfig()
@@ -163,7 +163,7 @@ class RDMTrainer(TrainingLoop):
         self, role: Role, own: Any, learning_rate: float, steps: int, max_grad_norm: float
     ) -> RoleOptimizer:
         parameters = self.networks.parameters(role)
-        optimizer = own or make_optimizer(self.args, parameters, learning_rate)
+        optimizer = own(parameters) if own else make_optimizer(self.args, parameters, learning_rate)
         return RoleOptimizer(
             parameters=parameters,
             optimizer=optimizer,
@@ -249,6 +249,7 @@ class RDMTrainer(TrainingLoop):
                 sample_ids=range(first * args.num_generations, (first + groups) * args.num_generations),
                 columns=other_columns(rows, args.num_generations),
                 stream=stream,
+                update=update,
             )
 
     def generate_rollout(self, batch: PromptBatch) -> Rollout:
@@ -345,7 +346,7 @@ class RDMTrainer(TrainingLoop):
 
     def generators(self, stream: str, batch: PromptBatch, update: int | None = None) -> list[torch.Generator]:
         """One generator for each sample of a batch, a function of seed, stream, update and sample."""
-        number = self._global_step() if update is None else update
+        number = batch.update if update is None else update
         return seeded_generators(self.args.seed, f"{batch.stream}/{stream}", number, batch.sample_ids)
 
     def _update_fake_score(self, rollouts: Sequence[Rollout], stream: str, update: int) -> dict[str, float]:
@@ -354,11 +355,11 @@ class RDMTrainer(TrainingLoop):
             output = self.compute_fake_score_loss(one, stream, update)
             optimizer.backward(output.loss, 1 / len(rollouts))
             losses.append(output.metrics["loss"])
-        norm = optimizer.step()
+        rate = optimizer.learning_rate  # That of this update: the step below sets the next one's.
         return {
             "fake_score/loss": sum(losses) / len(losses),
-            "fake_score/grad_norm": norm,
-            "fake_score/learning_rate": optimizer.learning_rate,
+            "fake_score/grad_norm": optimizer.step(),
+            "fake_score/learning_rate": rate,
         }
 
     def _update_policy(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -372,23 +373,26 @@ class RDMTrainer(TrainingLoop):
             optimizer.backward(output.loss, 1 / len(rollouts))
             for key, value in (_direction_metrics(directions) | _prefixed("policy", output.metrics)).items():
                 totals[key] += value / len(rollouts)
-        totals["policy/grad_norm"] = optimizer.step()
         totals["policy/learning_rate"] = optimizer.learning_rate
+        totals["policy/grad_norm"] = optimizer.step()
         if self.average is not None:
             self.average.step()
         return dict(totals)
 
     @torch.no_grad()
     def _fake_score_health(self, fresh: Rollout) -> dict[str, float]:
-        """The fake score's loss on fresh samples, and by how much that exceeds its loss on those it last saw."""
+        """The fake score's loss on fresh samples, and its lag behind the policy.
+
+        For the lag, the current policy repeats the rollout that the fake score last saw, from the same prompts and
+        noise, and both are judged at the same times and noise: only the policy's last update differs. Two rollouts
+        of other prompts would differ by chance far more than by that.
+        """
         update = self._global_step()
-        loss = self.compute_fake_score_loss(fresh, "health", update).metrics["loss"]
-        metrics = {"fake_score/fresh_loss": loss}
+        metrics = {"fake_score/fresh_loss": self.compute_fake_score_loss(fresh, "health", update).metrics["loss"]}
         if self._last_rollout is not None:
-            # The same times and noise for both, so that only the samples differ.
-            batch = replace(self._last_rollout.batch, sample_ids=fresh.batch.sample_ids)
-            seen = replace(self._last_rollout, batch=batch)
-            metrics["fake_score/lag"] = loss - self.compute_fake_score_loss(seen, "health", update).metrics["loss"]
+            again, seen = self.generate_rollout(self._last_rollout.batch), self._last_rollout
+            now, before = (self.compute_fake_score_loss(one, "health", update).metrics["loss"] for one in (again, seen))
+            metrics["fake_score/lag"] = now - before
         return metrics
 
     # ----- before the first update -----
