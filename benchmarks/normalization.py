@@ -1,0 +1,96 @@
+"""Compare the scales of distribution matching: ``dm_normalization`` sample, group, group_rms and none.
+
+    python benchmarks/normalization.py --output_dir benchmark-output            # every K, 5 seeds: hours on 2 cores
+    python benchmarks/normalization.py --output_dir benchmark-output --table    # only write the table again
+
+All arms of one (K, seed) start from one checkpoint, taken after the warm start and the fake score's warm-up, and make
+the same number of updates with the same prompts and noise. Each is judged once, on network B and held-out images, with
+noise that no setting was chosen on. Every result is one JSON file, so an interrupted benchmark goes on where it was.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from rdm_rl.demo.run import Draw, Evaluation, demo_config, demo_trainer
+
+NORMALIZATIONS = ("sample", "group", "group_rms", "none")
+FIGURES = ("distance_to_data", "distance_to_teacher", "precision", "recall", "accuracy")
+FIRST_SEED = 9000  # Development used seeds below.
+
+
+def draw(trainer, evaluation):
+    images = trainer.generate(evaluation.prompts, generator=torch.Generator().manual_seed(evaluation.judged_seed))
+    return Draw(images=images, seconds=0.0, steps=trainer.args.num_inference_steps)
+
+
+def judge_once(file, trainer, evaluation):
+    _, row = evaluation.judge({"student": draw(trainer, evaluation)})
+    file.write_text(json.dumps({name: getattr(row, name) for name in FIGURES}))
+
+
+def run_one(steps, seed, updates, folder, evaluation):
+    """The shared start and the four arms of one number of steps and one seed."""
+    arms = [folder / f"K{steps}-{name}-{seed}.json" for name in NORMALIZATIONS]
+    if all(file.exists() for file in arms):
+        return
+    work = folder / "work" / f"K{steps}-{seed}"
+    settings = {"disable_tqdm": True, "warm_start_cache_dir": str(folder / "work" / f"solutions-{seed}")}
+    start = demo_trainer(demo_config(steps, work, seed, **settings, max_steps=0))
+    start.train()
+    checkpoint = start.save_checkpoint()
+    judge_once(folder / f"K{steps}-start-{seed}.json", start, evaluation)
+    for name, file in zip(NORMALIZATIONS, arms, strict=True):
+        args = demo_config(steps, work / name, seed, **settings, max_steps=updates, dm_normalization=name)
+        trainer = demo_trainer(args)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        judge_once(file, trainer, evaluation)
+        print(f"K={steps} seed={seed} {name}: {file.read_text()}", flush=True)
+
+
+def table(folder, step_counts, seeds, updates):
+    """Mean and standard deviation over the seeds, as Markdown."""
+    lines = [
+        f"| K | start or `dm_normalization` | {' | '.join(FIGURES)} |",
+        f"|---|---|{'---|' * len(FIGURES)}",
+    ]
+    for steps in step_counts:
+        for name in ("start", *NORMALIZATIONS):
+            files = [folder / f"K{steps}-{name}-{seed}.json" for seed in seeds]
+            rows = [json.loads(file.read_text()) for file in files if file.exists()]
+            if not rows:
+                continue
+            cells = []
+            for figure in FIGURES:
+                values = [row[figure] for row in rows]
+                spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+                digits = 2 if figure.startswith("distance") else 3
+                cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+            lines.append(f"| {steps} | {name} ({len(rows)} seeds) | {' | '.join(cells)} |")
+    lines.append(f"\n{updates} policy updates after the start; mean ± standard deviation over seeds; network B.")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output"))
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="numbers of student steps K")
+    parser.add_argument("--num_seeds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=40, help="policy updates of each arm")
+    parser.add_argument("--table", action="store_true", help="only print the table of the results there are")
+    options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    seeds = range(FIRST_SEED, FIRST_SEED + options.num_seeds)
+    if not options.table:
+        for seed in seeds:
+            evaluation = Evaluation(seed)
+            for steps in options.steps:
+                run_one(steps, seed, options.updates, options.output_dir, evaluation)
+    print(table(options.output_dir, options.steps, seeds, options.updates))
+
+
+if __name__ == "__main__":
+    main()
