@@ -32,20 +32,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rdm_rl.demo.digits import (
     DIGIT_WORDS,
-    OPEN_PROMPTS,
     PROMPT_TEMPLATES,
     Digits,
     balanced_prompts,
     digit_prompts,
     load_digits,
-    open_prompts,
 )
 from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
 from rdm_rl.evaluation.features import WIDTHS, DigitNetwork, digit_accuracy, digit_features
 
 HELD_OUT_PER_DIGIT = 50
 PROMPT_LENGTH = 16
-OPEN_PROMPT_SHARE = 0.5
 EMPTY_PROMPT_SHARE = 0.1
 
 
@@ -97,8 +94,9 @@ def train_networks(file: Path, digits: Digits, steps: int = 3000) -> None:
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges spell the words of the known phrasings; other text falls back to characters."""
-    phrases = [*PROMPT_TEMPLATES, *OPEN_PROMPTS, *DIGIT_WORDS]
-    words = sorted({word for phrase in phrases for word in phrase.split() if word != "{}"})
+    words = sorted(
+        {word for template in PROMPT_TEMPLATES for word in template.split() if word != "{}"} | set(DIGIT_WORDS)
+    )
     characters = [chr(code) for code in range(33, 127)]
     tokens = characters + [character + "</w>" for character in characters]
     merges: list[str] = []
@@ -157,9 +155,12 @@ def train_autoencoder(digits: Digits, steps: int = 1500, batch: int = 64) -> Aut
     return vae
 
 
-def build_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
-    """The pipeline with an untrained U-Net and text encoder."""
+def train_unet(
+    digits: Digits, vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, batch: int = 96
+) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
+    """Train U-Net and text encoder on v-prediction and return them with averaged weights."""
     torch.manual_seed(2)
+    generator = torch.Generator().manual_seed(22)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64, 80),
@@ -184,7 +185,7 @@ def build_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffus
             eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1,
         )
-    )
+    ).train()
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -196,34 +197,15 @@ def build_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffus
         set_alpha_to_one=True,
         steps_offset=1,  # Not used with trailing spacing, but another value makes the pipeline warn.
     )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-    )
-
-
-def fit(pipeline: StableDiffusionPipeline, digits: Digits, *, steps: int, batch: int, rate: float, seed: int) -> None:
-    """Train U-Net and text encoder on v-prediction, in place, and leave averaged weights in them."""
-    unet, text_encoder, vae, scheduler = pipeline.unet, pipeline.text_encoder, pipeline.vae, pipeline.scheduler
-    generator = torch.Generator().manual_seed(seed)
-    unet.train().requires_grad_(True)
-    text_encoder.train().requires_grad_(True)
     with torch.no_grad():
         latents = vae.encode(digits.images * 2 - 1).latent_dist.mean * vae.config.scaling_factor
-    named = [prompt for digit in range(10) for prompt in digit_prompts(digit)]
-    opened = [prompt for digit in range(10) for prompt in open_prompts(digit)]
-    tokens = pipeline.tokenizer([*named, *opened, ""], padding="max_length", return_tensors="pt").input_ids
+    prompts = [prompt for digit in range(10) for prompt in digit_prompts(digit)]
+    per_digit = len(prompts) // 10
+    tokens = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     ema = EMAModel(parameters, decay=0.999)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)
     lr = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
@@ -232,13 +214,8 @@ def fit(pipeline: StableDiffusionPipeline, digits: Digits, *, steps: int, batch:
     for _ in bar:
         chosen = torch.randint(len(latents), (batch,), generator=generator)
         x_0, labels = latents[chosen], digits.labels[chosen]
-        # Both lists hold equally many phrasings for each digit, in the order of the digits.
-        phrase, other = (
-            start + labels * (size // 10) + torch.randint(size // 10, (batch,), generator=generator)
-            for start, size in ((0, len(named)), (len(named), len(opened)))
-        )
-        phrase = torch.where(torch.rand(batch, generator=generator) < OPEN_PROMPT_SHARE, other, phrase)
-        phrase[torch.rand(batch, generator=generator) < EMPTY_PROMPT_SHARE] = len(tokens) - 1
+        phrase = labels * per_digit + torch.randint(per_digit, (batch,), generator=generator)
+        phrase[torch.rand(batch, generator=generator) < EMPTY_PROMPT_SHARE] = len(prompts)
         noise = torch.randn(x_0.shape, generator=generator)
         timesteps = torch.randint(1000, (batch,), generator=generator)
         x_t, target = scheduler.add_noise(x_0, noise, timesteps), scheduler.get_velocity(x_0, noise, timesteps)
@@ -254,15 +231,7 @@ def fit(pipeline: StableDiffusionPipeline, digits: Digits, *, steps: int, batch:
         average = 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
     ema.copy_to(parameters)
-    unet.eval().requires_grad_(False)
-    text_encoder.eval().requires_grad_(False)
-
-
-def save(pipeline: StableDiffusionPipeline, folder: Path, spelling: Path) -> None:
-    """Write the pipeline; older tokenizers read vocab.json and merges.txt, which newer ones do not write."""
-    pipeline.save_pretrained(folder)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(spelling / name, folder / "tokenizer" / name)
+    return unet.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), scheduler
 
 
 def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int = 50) -> Tensor:
@@ -305,30 +274,41 @@ def main() -> None:
     """Build whatever is missing in the output folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/demo"), help="where the three results go")
-    parser.add_argument("--work_dir", type=Path, default=Path("digits-teacher"), help="where the stages before it go")
+    parser.add_argument("--steps", type=int, default=7000, help="training steps of the U-Net")
     parser.add_argument("--report", action="store_true", help="only print the quality figures of what is there")
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(True)
-    output_dir, work = arguments.output_dir, arguments.work_dir
-    data, networks, teacher = (output_dir / name for name in ("digits.npz", "networks.safetensors", "teacher"))
+    data, networks, teacher = (
+        arguments.output_dir / name for name in ("digits.npz", "networks.safetensors", "teacher")
+    )
     if not arguments.report:
         if not data.exists():
             build_data(data)
         digits = load_digits("train")
         if not networks.exists():
             train_networks(networks, digits)
-        if not (work / "vae").exists():
-            train_autoencoder(digits).save_pretrained(work / "vae")
-        if not (work / "draft").exists():
-            vae = AutoencoderKL.from_pretrained(work / "vae").requires_grad_(False)
-            pipeline = build_pipeline(vae, build_tokenizer(work / "spelling"))
-            fit(pipeline, digits, steps=5500, batch=96, rate=1.5e-3, seed=22)
-            save(pipeline, work / "draft", work / "spelling")
-        if not teacher.exists():
-            # A second, gentler round: it made the prompted digits more often recognisable.
-            pipeline = StableDiffusionPipeline.from_pretrained(work / "draft")
-            fit(pipeline, digits, steps=1600, batch=128, rate=5e-4, seed=23)
-            save(pipeline, teacher, work / "spelling")
+        if not (teacher / "vae").exists():
+            train_autoencoder(digits).save_pretrained(teacher / "vae")
+        if not (teacher / "unet").exists():
+            vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
+            tokenizer = build_tokenizer(teacher / "tokenizer")
+            unet, text_encoder, scheduler = train_unet(digits, vae, tokenizer, arguments.steps)
+            pipeline = StableDiffusionPipeline(
+                vae=vae,
+                text_encoder=text_encoder,
+                tokenizer=tokenizer,
+                unet=unet,
+                scheduler=scheduler,
+                safety_checker=None,
+                feature_extractor=None,
+                image_encoder=None,
+                requires_safety_checker=False,
+            )
+            spelling = {name: (teacher / "tokenizer" / name).read_bytes() for name in ("vocab.json", "merges.txt")}
+            shutil.rmtree(teacher)
+            pipeline.save_pretrained(teacher)
+            for name, content in spelling.items():  # Older tokenizers read these two; newer ones write one other file.
+                (teacher / "tokenizer" / name).write_bytes(content)
     pipeline = StableDiffusionPipeline.from_pretrained(teacher)
     pipeline.set_progress_bar_config(disable=True)
     for key, value in report(pipeline, range(5)).items():

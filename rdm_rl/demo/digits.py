@@ -1,7 +1,5 @@
 """The embedded data set: 1,797 handwritten digits, their prompts, and the split that keeps evaluation honest.
 
-Some prompts name the digit ("a handwritten seven"), others leave it open ("an odd digit", "a handwritten digit").
-
 The images are the test part of the "Optical Recognition of Handwritten Digits" data set (Alpaydin and Kaynak, 1998,
 UCI Machine Learning Repository, CC BY 4.0), as shipped with scikit-learn: 8x8 pixels with 17 grey levels. They are
 enlarged to 32x32 RGB here. ``digits.npz`` holds the 8x8 originals, the labels and the split.
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.functional import one_hot
 
 DATA_FILE = Path(__file__).parent / "digits.npz"
 TEACHER_FOLDER = Path(__file__).parent / "teacher"
@@ -30,19 +29,6 @@ PROMPT_TEMPLATES = (
     "a drawing of a {}",
     "{}",
 )
-
-# Prompts that leave the digit open, and the digits that answer them. They make the teacher's distribution
-# multi-modal for one prompt, which is what a few-step student finds hard.
-OPEN_PROMPTS: dict[str, tuple[int, ...]] = {
-    "a handwritten digit": tuple(range(10)),
-    "a digit": tuple(range(10)),
-    "a picture of a digit": tuple(range(10)),
-    "a drawing of a number": tuple(range(10)),
-    "an even digit": (0, 2, 4, 6, 8),
-    "an odd digit": (1, 3, 5, 7, 9),
-    "a digit below five": (0, 1, 2, 3, 4),
-    "a digit above four": (5, 6, 7, 8, 9),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +96,7 @@ def load_digits(split: Literal["train", "held_out"]) -> Digits:
 
 
 def digit_prompts(digit: int) -> list[str]:
-    """Every phrasing that names one digit: each template with the word and the numeral.
+    """Every phrasing that the embedded teacher knows for one digit: each template with the word and the numeral.
 
     Args:
         digit: The digit, 0..9.
@@ -126,24 +112,11 @@ def digit_prompts(digit: int) -> list[str]:
     return [template.format(name) for template in PROMPT_TEMPLATES for name in names]
 
 
-def open_prompts(digit: int) -> list[str]:
-    """Every prompt that leaves the digit open and that this digit answers.
-
-    Args:
-        digit: The digit, 0..9.
-
-    Returns:
-        The prompts.
-
-    Example:
-        >>> open_prompts(7)[-2:]
-        ['an odd digit', 'a digit above four']
-    """
-    return [prompt for prompt, digits in OPEN_PROMPTS.items() if digit in digits]
-
-
 def mixed_prompts(count: int) -> tuple[list[str], Tensor]:
-    """Prompts of which every second names a digit, in turn, and the others leave it open.
+    """Prompts of which every second names a digit, in turn, and the others are empty.
+
+    The teacher was trained with empty prompts too, as classifier-free guidance needs it. Then any digit will do, so
+    the distribution for one prompt has many modes, which is what a few-step student finds hard.
 
     Args:
         count: How many prompts.
@@ -154,18 +127,14 @@ def mixed_prompts(count: int) -> tuple[list[str], Tensor]:
     Example:
         >>> prompts, wanted = mixed_prompts(4)
         >>> prompts
-        ['a handwritten zero', 'a handwritten digit', 'a handwritten one', 'a digit']
+        ['a handwritten zero', '', 'a handwritten one', '']
         >>> wanted.sum(1).tolist()
         [1, 10, 1, 10]
     """
     named, digits = balanced_prompts((count + 1) // 2)
-    open_ones = list(OPEN_PROMPTS)
-    prompts, wanted = [], torch.zeros(count, 10, dtype=torch.bool)
-    for index in range(count):
-        prompt = named[index // 2] if index % 2 == 0 else open_ones[index // 2 % len(open_ones)]
-        answers = OPEN_PROMPTS.get(prompt, (int(digits[index // 2]),))
-        prompts.append(prompt)
-        wanted[index, list(answers)] = True
+    prompts = [named[index // 2] if index % 2 == 0 else "" for index in range(count)]
+    wanted = torch.ones(count, 10, dtype=torch.bool)
+    wanted[::2] = one_hot(digits, 10).bool()
     return prompts, wanted
 
 

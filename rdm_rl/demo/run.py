@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.trainer_callback import TrainerCallback
 
-from rdm_rl.demo.digits import OPEN_PROMPTS, TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
+from rdm_rl.demo.digits import TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
 from rdm_rl.evaluation.metrics import Kind, SamplerMetrics, judge
 from rdm_rl.evaluation.report import Report, write_report
 from rdm_rl.evaluation.tables import format_table
@@ -130,7 +130,7 @@ class Evaluation:
         return rows
 
     def picture(self, draws: Mapping[str, Draw]) -> tuple[dict[str, Tensor], list[str]]:
-        """What the report shows of each sampler: the first image of each named digit and of some open prompts.
+        """What the report shows of each sampler: the first image of each named digit, and six of the empty prompt.
 
         Args:
             draws: Images by the sampler's name.
@@ -138,8 +138,8 @@ class Evaluation:
         Returns:
             Images of shape (M, 3, 32, 32) by name, and the M captions.
         """
-        shown = [2 * digit for digit in range(10)] + [index for index in range(1, 16, 2)]
-        captions = [str(digit) for digit in range(10)] + [self.prompts[index] for index in shown[10:]]
+        shown = [2 * digit for digit in range(10)] + [2 * index + 1 for index in range(6)]
+        captions = [str(digit) for digit in range(10)] + ["any"] * 6
         return {name: draw.images[shown] for name, draw in draws.items()}, captions
 
 
@@ -161,7 +161,7 @@ class _WarmStartImages(TrainerCallback):
 
 
 def training_prompts() -> list[dict[str, Any]]:
-    """The prompts that students are trained on: as often one that names a digit as one that leaves it open.
+    """The prompts that students are trained on: as often one that names a digit as the empty one.
 
     Returns:
         240 rows with ``prompt``.
@@ -171,8 +171,7 @@ def training_prompts() -> list[dict[str, Any]]:
         {'prompt': 'a handwritten zero'}
     """
     named = [prompt for digit in range(10) for prompt in digit_prompts(digit)]
-    opened = list(OPEN_PROMPTS) * (len(named) // len(OPEN_PROMPTS))
-    return [{"prompt": prompt} for prompt in named + opened]
+    return [{"prompt": prompt} for prompt in named + [""] * len(named)]
 
 
 def demo_config(num_inference_steps: int, output_dir: str | Path, seed: int = 0, **overrides: Any) -> RDMConfig:

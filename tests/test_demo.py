@@ -1,0 +1,127 @@
+"""The embedded teacher, its data, and the demo."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdm_rl.demo.digits import (
+    TEACHER_FOLDER,
+    balanced_prompts,
+    digit_prompts,
+    load_digits,
+    mixed_prompts,
+)
+from rdm_rl.demo.run import Evaluation, demo_config, load_teacher, run_demo, stock_schedulers, training_prompts
+from rdm_rl.evaluation import digit_accuracy, digit_features, frechet_distance, read_rows
+
+SETS = 5  # Generated sets over which the teacher's figures are averaged.
+
+
+def test_the_split_keeps_the_held_out_images_apart() -> None:
+    train, held_out = load_digits("train"), load_digits("held_out")
+    assert len(train.labels) + len(held_out.labels) == 1797
+    assert torch.bincount(held_out.labels).tolist() == [50] * 10
+    known = {image.numpy().tobytes() for image in train.images}
+    assert not any(image.numpy().tobytes() in known for image in held_out.images)
+
+
+def test_the_data_are_scikit_learns() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    original = datasets.load_digits()
+    ours = torch.cat([load_digits("train").labels, load_digits("held_out").labels])
+    assert torch.bincount(ours).tolist() == torch.bincount(torch.from_numpy(original.target)).tolist()
+
+
+def test_prompts_name_the_digits_that_answer_them() -> None:
+    prompts, wanted = mixed_prompts(40)
+    assert prompts[0] == digit_prompts(0)[0]
+    assert wanted[0].nonzero().flatten().tolist() == [0]
+    assert set(prompts[1::2]) == {""}
+    assert bool(wanted[1::2].all())
+    assert [row["prompt"] == "" for row in training_prompts()].count(True) == 120
+
+
+def test_the_teacher_is_a_small_plain_pipeline() -> None:
+    files = [file for file in TEACHER_FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 8_000_000
+    assert {file.suffix for file in files} <= {".json", ".txt", ".safetensors"}
+    assert (TEACHER_FOLDER / "tokenizer" / "vocab.json").is_file()
+    assert (TEACHER_FOLDER / "tokenizer" / "merges.txt").is_file()
+    teacher = load_teacher()
+    assert type(teacher).__name__ == "StableDiffusionPipeline"
+    assert teacher.scheduler.config.prediction_type == "v_prediction"
+    assert teacher.scheduler.config.clip_sample is False
+    assert teacher.unet.config.sample_size == 8
+
+
+@pytest.mark.slow
+def test_the_teachers_quality() -> None:
+    """50 DDIM steps, no guidance, mean over sets of as many images as are held out."""
+    held_out, train, teacher = load_digits("held_out"), load_digits("train"), load_teacher()
+    count = len(held_out.labels)
+    prompts, labels = balanced_prompts(count)
+    accuracy, distances, floors = 0.0, {"A": 0.0, "B": 0.0}, {"A": 0.0, "B": 0.0}
+    for seed in range(SETS):
+        generator = torch.Generator().manual_seed(seed)
+        images = teacher(
+            prompts, num_inference_steps=50, guidance_scale=1.0, generator=generator, output_type="pt"
+        ).images
+        accuracy += digit_accuracy(images, labels) / SETS
+        chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))[:count]
+        for name in ("A", "B"):
+            reference = digit_features(name, held_out.images)
+            distances[name] += frechet_distance(digit_features(name, images), reference) / SETS
+            floors[name] += frechet_distance(digit_features(name, train.images[chosen]), reference) / SETS
+    assert distances["A"] <= 2.5 * floors["A"]
+    assert distances["B"] <= 2.5 * floors["B"]
+    assert accuracy >= digit_accuracy(held_out.images, held_out.labels) - 0.01
+
+
+def test_judged_and_reference_images_have_other_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 20)
+    monkeypatch.setattr("rdm_rl.demo.run.TEACHER_STEPS", 2)
+    first, again, other = Evaluation(0), Evaluation(0), Evaluation(1)
+    assert torch.equal(first.reference, again.reference)
+    assert len({first.judged_seed, first.reference_seed, other.judged_seed, other.reference_seed}) == 4
+
+
+def test_the_stock_schedulers_start_from_noise() -> None:
+    teacher = load_teacher()
+    for scheduler in stock_schedulers(teacher).values():
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps[0] == 999
+
+
+def test_other_numbers_of_steps_have_settings_too(tmp_path: Path) -> None:
+    assert demo_config(2, tmp_path).num_inference_steps == 2
+
+
+def test_the_demo_writes_what_it_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 40)
+    monkeypatch.setattr("rdm_rl.demo.run.TEACHER_STEPS", 3)
+    short = {
+        "max_steps": 2,
+        "warm_start_steps": 2,
+        "warm_start_num_states": 8,
+        "warm_start_ode_steps": 2,
+        "fake_score_warmup_steps": 2,
+        "per_device_train_batch_size": 8,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    report = run_demo(tmp_path / "out", seed=3, **short)
+    assert report == tmp_path / "out" / "report.html"
+    for steps in (4, 1):
+        student = tmp_path / "out" / f"student-{steps}step"
+        assert (student / "pytorch_lora_weights.safetensors").is_file()
+        assert (student / "scheduler" / "scheduler_config.json").is_file()
+    for name in ("samples.png", "curves.png", "metrics.json", "report.md"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    rows = {row.name: row for row in read_rows(tmp_path / "out" / "metrics.json")}
+    assert rows["student, 4 steps"].network_evaluations == 4
+    assert rows["warm start, 1 step"].kind == "baseline"
+    assert rows["real training images"].kind == "data"
+    assert "student, 1 step" in capsys.readouterr().out
