@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rdm_rl.demo.digits import (
     TEACHER_FOLDER,
@@ -49,6 +50,9 @@ def test_the_teacher_is_a_small_plain_pipeline() -> None:
     assert (TEACHER_FOLDER / "tokenizer" / "vocab.json").is_file()
     assert (TEACHER_FOLDER / "tokenizer" / "merges.txt").is_file()
     teacher = load_teacher()
+    # The oldest supported transformers initialises weights without this prefix at random, and only warns.
+    weights = load_file(TEACHER_FOLDER / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in weights)
     assert type(teacher).__name__ == "StableDiffusionPipeline"
     assert teacher.scheduler.config.prediction_type == "v_prediction"
     assert teacher.scheduler.config.clip_sample is False
