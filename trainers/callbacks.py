@@ -20,6 +20,22 @@ from transformers.trainer_callback import (
 from rdm_rl.trainers.rdm_config import RDMConfig
 
 
+class QuietProgressCallback(ProgressCallback):
+    """A progress bar with two health numbers beside it, instead of a printed line for every log entry."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("distribution matching")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the gap and the lag."""
+        if self.training_bar is not None:
+            names = [name for name in ("rdm/gap", "fake_score/lag") if name in (logs or {})]
+            self.training_bar.set_postfix({name: f"{logs[name]:.3g}" for name in names}, refresh=False)
+
+
 def make_callback_handler(
     args: RDMConfig, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], model: torch.nn.Module
 ) -> CallbackHandler:

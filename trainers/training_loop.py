@@ -47,6 +47,14 @@ class TrainingLoop(ABC):
         self.state = make_state(self.callback_handler, process.is_local_main_process, process.is_main_process)
         self.control = self.callback_handler.on_init_end(self.args, self.state, TrainerControl())
 
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback, as in transformers' trainer."""
+        self.callback_handler.add_callback(callback)
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Remove a callback, as in transformers' trainer."""
+        self.callback_handler.remove_callback(callback)
+
     @abstractmethod
     def training_step(self) -> dict[str, float]:
         """One update; returns numbers for the log."""

@@ -16,7 +16,7 @@ from diffusers import (
 from peft import LoraConfig
 from torch import Tensor
 from tqdm import tqdm
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from rdm_rl.demo.digits import TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
 from rdm_rl.evaluation.metrics import Kind, SamplerMetrics, judge
@@ -24,6 +24,7 @@ from rdm_rl.evaluation.report import Report, write_report
 from rdm_rl.evaluation.tables import format_table
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.student import load_student
+from rdm_rl.trainers.callbacks import QuietProgressCallback
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
@@ -210,7 +211,13 @@ def demo_trainer(args: RDMConfig, callbacks: list[TrainerCallback] | None = None
         The trainer, ready to train.
     """
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK)
-    return RDMTrainer(str(TEACHER_FOLDER), "rdm", args, training_prompts(), peft_config=lora, callbacks=callbacks or [])
+    trainer = RDMTrainer(
+        str(TEACHER_FOLDER), "rdm", args, training_prompts(), peft_config=lora, callbacks=callbacks or []
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(QuietProgressCallback)
+    return trainer
 
 
 def load_teacher() -> StableDiffusionPipeline:
@@ -254,7 +261,8 @@ def draw_teacher(evaluation: Evaluation, students: Sequence[int]) -> dict[str, D
     draws = {f"teacher, {steps_text(TEACHER_STEPS)}": evaluation.draw(teacher, TEACHER_STEPS)}
     for name, scheduler in stock_schedulers(teacher).items():
         teacher.scheduler = scheduler
-        for steps in students:
+        # In a single step from pure noise all schedulers do the same.
+        for steps in [steps for steps in students if steps > 1 or name == "DDIM"]:
             draws[f"teacher, {steps_text(steps)}, {name}"] = evaluation.draw(teacher, steps)
     return draws
 
