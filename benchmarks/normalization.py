@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rdm_rl.demo.run import Draw, Evaluation, demo_config, demo_trainer
+from rdm_rl.demo.run import Draw, Evaluation, demo_config, demo_trainer, draw_teacher
 
 NORMALIZATIONS = ("sample", "group", "group_rms", "none")
 FIGURES = ("distance_to_data", "distance_to_teacher", "precision", "recall", "accuracy")
@@ -32,11 +32,20 @@ def judge_once(file, trainer, evaluation):
     file.write_text(json.dumps({name: getattr(row, name) for name in FIGURES}))
 
 
+def judge_teacher(steps, seed, folder, evaluation):
+    """The teacher with 50 steps, and with as many steps as the student under each stock scheduler."""
+    for name, drawn in draw_teacher(evaluation, [steps]).items():
+        _, row = evaluation.judge({name: drawn})
+        file = folder / f"K{steps}-{name.replace(', ', '_').replace(' ', '_')}-{seed}.json"
+        file.write_text(json.dumps({figure: getattr(row, figure) for figure in FIGURES}))
+
+
 def run_one(steps, seed, updates, folder, evaluation):
     """The shared start and the four arms of one number of steps and one seed."""
     arms = [folder / f"K{steps}-{name}-{seed}.json" for name in NORMALIZATIONS]
     if all(file.exists() for file in arms):
         return
+    judge_teacher(steps, seed, folder, evaluation)
     work = folder / "work" / f"K{steps}-{seed}"
     settings = {"disable_tqdm": True, "warm_start_cache_dir": str(folder / "work" / f"solutions-{seed}")}
     start = demo_trainer(demo_config(steps, work, seed, **settings, max_steps=0))
@@ -54,22 +63,23 @@ def run_one(steps, seed, updates, folder, evaluation):
 def table(folder, step_counts, seeds, updates):
     """Mean and standard deviation over the seeds, as Markdown."""
     lines = [
-        f"| K | start or `dm_normalization` | {' | '.join(FIGURES)} |",
+        f"| K | sampler: teacher, start, or `dm_normalization` | {' | '.join(FIGURES)} |",
         f"|---|---|{'---|' * len(FIGURES)}",
     ]
     for steps in step_counts:
-        for name in ("start", *NORMALIZATIONS):
+        found = {file.stem.split("-")[1] for file in folder.glob(f"K{steps}-teacher*.json")}
+        for name in (*sorted(found), "start", *NORMALIZATIONS):
             files = [folder / f"K{steps}-{name}-{seed}.json" for seed in seeds]
             rows = [json.loads(file.read_text()) for file in files if file.exists()]
             if not rows:
                 continue
-            cells = []
+            cells, label = [], name.replace("_", " ")
             for figure in FIGURES:
                 values = [row[figure] for row in rows]
                 spread = statistics.stdev(values) if len(values) > 1 else float("nan")
                 digits = 2 if figure.startswith("distance") else 3
                 cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-            lines.append(f"| {steps} | {name} ({len(rows)} seeds) | {' | '.join(cells)} |")
+            lines.append(f"| {steps} | {name.replace('_', ' ')} ({len(rows)} seeds) | {' | '.join(cells)} |")
     lines.append(f"\n{updates} policy updates after the start; mean ± standard deviation over seeds; network B.")
     return "\n".join(lines) + "\n"
 
