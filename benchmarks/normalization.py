@@ -73,7 +73,7 @@ def table(folder, step_counts, seeds, updates):
             rows = [json.loads(file.read_text()) for file in files if file.exists()]
             if not rows:
                 continue
-            cells, label = [], name.replace("_", " ")
+            cells = []
             for figure in FIGURES:
                 values = [row[figure] for row in rows]
                 spread = statistics.stdev(values) if len(values) > 1 else float("nan")

@@ -56,8 +56,8 @@ def other_value(inherited: dataclasses.Field) -> Any:
         return CHANGED[inherited.name]
     if isinstance(inherited.default, bool):
         return not inherited.default
-    assert isinstance(inherited.default, int | float), f"{inherited.name} is new: give it a value in CHANGED"
-    return inherited.default + 1
+    # Other versions of transformers have further fields; any text differs from their defaults.
+    return inherited.default + 1 if isinstance(inherited.default, int | float) else "set"
 
 
 # Pinning is a default that the command line of a machine without accelerator switches off.

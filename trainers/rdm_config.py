@@ -60,7 +60,8 @@ SETTLED: dict[str, tuple[Any, ...]] = {
     "accelerator_config": (AcceleratorConfig(),),
     "dataloader_pin_memory": (False,),
     "fsdp": ([], False),
-    "fsdp_config": ({},),
+    "fsdp_config": ({}, {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False}),
+    "average_tokens_across_devices": (False,),
 }
 
 
