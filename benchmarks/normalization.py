@@ -13,22 +13,25 @@ import json
 import statistics
 from pathlib import Path
 
-import torch
+from transformers.trainer_callback import TrainerCallback
 
-from rdm_rl.demo.run import Draw, Evaluation, demo_config, demo_trainer, draw_teacher
+from rdm_rl.demo.run import Evaluation, demo_config, demo_trainer, draw_teacher
 
 NORMALIZATIONS = ("sample", "group", "group_rms", "none")
 FIGURES = ("distance_to_data", "distance_to_teacher", "precision", "recall", "accuracy")
 SEEDS = [9000, 9001, 9002, 9003, 9004]  # No setting was chosen on these.
 
 
-def draw(trainer, evaluation):
-    images = trainer.generate(evaluation.prompts, generator=torch.Generator().manual_seed(evaluation.judged_seed))
-    return Draw(images=images, seconds=0.0, steps=trainer.args.num_inference_steps)
+class StopAtOnce(TrainerCallback):
+    """Ends a run before its first update, so that its checkpoint is where every arm begins."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = True
 
 
 def judge_once(file, trainer, evaluation):
-    _, row = evaluation.judge({"student": draw(trainer, evaluation)})
+    drawn = evaluation.collect(lambda prompts, noise: trainer.generate(prompts, generator=noise), len(trainer.times))
+    _, row = evaluation.judge({"student": drawn})
     file.write_text(json.dumps({name: getattr(row, name) for name in FIGURES}))
 
 
@@ -48,7 +51,7 @@ def run_one(steps, seed, updates, folder, evaluation):
     judge_teacher(steps, seed, folder, evaluation)
     work = folder / "work" / f"K{steps}-{seed}"
     settings = {"disable_tqdm": True, "warm_start_cache_dir": str(folder / "work" / f"solutions-{seed}")}
-    start = demo_trainer(demo_config(steps, work, seed, **settings, max_steps=0))
+    start = demo_trainer(demo_config(steps, work, seed, **settings, max_steps=updates), [StopAtOnce()])
     start.train()
     checkpoint = start.save_checkpoint()
     judge_once(folder / f"K{steps}-start-{seed}.json", start, evaluation)

@@ -10,7 +10,7 @@ file                           content
 ``ema.safetensors``            averaged weights of the policy, if averaging is on
 ``optimizers.pt``              both optimisers, their schedules and loss scalers, the weighting
 ``last_samples.safetensors``   the samples that the fake score last saw, for its lag
-``trainer_state.json``         step, epoch, log history and callbacks, in transformers' format
+``trainer_state.json``         step, epoch and log history, in transformers' format
 ``rdm_config.json``            the settings
 =============================  ======================================================================
 
@@ -87,7 +87,10 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         ValueError: If a setting differs that must not.
     """
     saved = json.loads((folder / "rdm_config.json").read_text(encoding="utf-8"))
-    fixed = ["num_inference_steps", "num_generations", "per_device_train_batch_size"]
+    # The first three shape the state; the others live in it, or say where in the data the run is.
+    fixed = ["num_inference_steps", "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps"]
+    fixed += ["learning_rate", "fake_score_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
+    fixed += ["optim", "seed", "data_seed"]
     if bool(saved["ema_decay"]) != bool(settings["ema_decay"]):
         fixed.append("ema_decay")
     for name in fixed:
@@ -98,10 +101,17 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
-def rotate_checkpoints(output_dir: str | Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints until at most ``limit`` are left; None keeps all."""
+def rotate_checkpoints(newest: Path, limit: int | None) -> None:
+    """Delete checkpoints beside the newest one, those written first going first.
+
+    Args:
+        newest: The checkpoint that was just written. It stays, whatever an earlier run left beside it.
+        limit: How many may be left; None keeps all.
+    """
     if limit is not None:
-        for folder in checkpoints(output_dir)[: -max(1, limit)]:
+        others = [folder for folder in checkpoints(newest.parent) if folder != newest]
+        others.sort(key=lambda folder: (folder / "trainer_state.json").stat().st_mtime)
+        for folder in others[: max(0, len(others) - max(1, limit) + 1)]:
             shutil.rmtree(folder)
 
 
@@ -122,6 +132,7 @@ def write_checkpoint(
         trainer_state: Step, epoch and log history.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer_state.json").unlink(missing_ok=True)
     for name, content in tensors.items():
         weights = {key: value.detach().cpu().contiguous() for key, value in content.items()}
         save_file(weights, folder / f"{name}.safetensors")

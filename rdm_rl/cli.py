@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             options = _parser().parse_args(words)
             options.run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # The hub's and diffusers' errors of loading are OSErrors.
         if debug:
             raise
         print(f"rdm-rl: {error} (--debug shows where)", file=sys.stderr)

@@ -1,6 +1,5 @@
 """What the log says of a run between two entries: means of its numbers, its speed and its memory."""
 
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -57,5 +56,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # Not on Windows.
+
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

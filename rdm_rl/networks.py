@@ -154,13 +154,21 @@ class AdapterNetworks(Networks):
                 f"peft_config has lora_dropout={self.config.lora_dropout}, but the policy that is updated must be the "
                 "one that made the samples, so dropout stays off. Set lora_dropout=0."
             )
+        if self.config.init_lora_weights not in (True, "gaussian") or self.config.modules_to_save:
+            raise ValueError(
+                f"peft_config has init_lora_weights={self.config.init_lora_weights!r} and modules_to_save="
+                f"{self.config.modules_to_save!r}, but the teacher is the base with adapters off and the policy must "
+                "start as the teacher: set init_lora_weights to True or 'gaussian', and leave modules_to_save empty."
+            )
+        if self.config.bias != "none":
+            raise ValueError(f"peft_config has bias={self.config.bias!r}, which trains the teacher's too. Set 'none'.")
         if self.config.target_modules is None:
             self.config.target_modules = list(family.lora_targets)
         # PEFT draws initial weights from the global generator; the fork gives it back untouched.
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT warns of the second adapter on one model; here both share their base on purpose.
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             for role in ADAPTERS:
                 inject_adapter_in_model(deepcopy(self.config), family.network, role)
         family.network.eval()

@@ -74,6 +74,11 @@ class RoleOptimizer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+        # The saved rate is that of the saved run's length; this run may be longer.
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(self.scheduler.last_epoch)
 
 
 def make_optimizer(args: "RDMConfig", parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
@@ -93,13 +98,14 @@ def make_optimizer(args: "RDMConfig", parameters: list[nn.Parameter], learning_r
     return optimizer
 
 
-def make_scheduler(args: "RDMConfig", optimizer: torch.optim.Optimizer, steps: int) -> Any:
+def make_scheduler(args: "RDMConfig", optimizer: torch.optim.Optimizer, steps: int, *, warm_up: bool = True) -> Any:
     """The learning-rate schedule that the settings name.
 
     Args:
         args: The settings.
         optimizer: Whose learning rate it sets.
         steps: Updates in the whole run.
+        warm_up: Whether the rate rises over ``warmup_steps`` first.
 
     Returns:
         The schedule.
@@ -107,7 +113,7 @@ def make_scheduler(args: "RDMConfig", optimizer: torch.optim.Optimizer, steps: i
     return get_scheduler(
         args.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=args.get_warmup_steps(steps),
+        num_warmup_steps=args.get_warmup_steps(steps) if warm_up else 0,
         num_training_steps=steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
     )

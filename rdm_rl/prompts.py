@@ -41,10 +41,11 @@ class PromptSource:
         if not isinstance(first, dict) or "prompt" not in first:
             columns = list(first) if isinstance(first, dict) else type(first).__name__
             raise ValueError(f"{name} has no 'prompt' column; its rows hold {columns}. Rename the text column.")
-        if not isinstance(first["prompt"], str):
-            raise ValueError(
-                f"The 'prompt' column of {name} holds {type(first['prompt']).__name__}, not text. Make it str."
-            )
+        texts = [row["prompt"] for row in dataset] if isinstance(dataset, list) else dataset["prompt"]
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise ValueError(f"Row {index} of the 'prompt' column of {name} holds {kind}, not text.")
         self._dataset, self._seed = dataset, seed
         self._epoch, self._order = -1, [0]
 

@@ -33,7 +33,13 @@ pipe.scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")"""
 
 
 def save_student(
-    folder: Path, networks: Networks, *, num_inference_steps: int, base: str, facts: Mapping[str, Any]
+    folder: Path,
+    networks: Networks,
+    *,
+    num_inference_steps: int,
+    base: str,
+    facts: Mapping[str, Any],
+    name: str | None = None,
 ) -> None:
     """Write the policy, its scheduler and a model card.
 
@@ -43,6 +49,7 @@ def save_student(
         num_inference_steps: Steps K of the student.
         base: Name or path of the base model.
         facts: What else the card says, a row each.
+        name: What the student is called in the card's code: its name on the hub; None is the folder's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scheduler = networks.family.student_scheduler(num_inference_steps)
@@ -52,16 +59,16 @@ def save_student(
         scheduler.save_pretrained(folder / "scheduler")
     else:
         networks.family.save_pipeline(str(folder), networks.module("policy"), scheduler)
-    kind = type(scheduler).__name__
+    kind, name = type(scheduler).__name__, name or folder.name
     base = Path(base).name if Path(base).is_absolute() else base  # A card is published; a machine's paths are not.
     text = _CARD.format(
-        name=folder.name,
+        name=name,
         steps=num_inference_steps,
         base=base,
         version=__version__,
         imports=f"DiffusionPipeline, {kind}" if lora else "DiffusionPipeline",
-        source=base if lora else folder.name,
-        load_lora=_LOAD_LORA.format(name=folder.name, scheduler=kind) if lora else "",
+        source=base if lora else name,
+        load_lora=_LOAD_LORA.format(name=name, scheduler=kind) if lora else "",
         rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )
     data = ModelCardData(
@@ -84,6 +91,7 @@ def load_student(folder: str | Path, model: str | Path) -> tuple[DiffusionPipeli
 
     Raises:
         FileNotFoundError: If the folder holds no student.
+        ValueError: If it holds another pipeline.
     """
     folder = Path(folder)
     if (folder / "pytorch_lora_weights.safetensors").is_file():
@@ -95,4 +103,6 @@ def load_student(folder: str | Path, model: str | Path) -> tuple[DiffusionPipeli
     else:
         raise FileNotFoundError(f"{str(folder)!r} holds neither pytorch_lora_weights.safetensors nor model_index.json.")
     pipeline.set_progress_bar_config(disable=True)
+    if "original_inference_steps" not in pipeline.scheduler.config:
+        raise ValueError(f"{str(folder)!r} holds no student: the pipeline's scheduler names no number of steps.")
     return pipeline, int(pipeline.scheduler.config.original_inference_steps)

@@ -14,7 +14,6 @@ References:
     | https://arxiv.org/abs/2405.14867
 """
 
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from zlib import crc32
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm, trange
 
 from rdm_rl.data_types import Conditioning
@@ -95,27 +94,6 @@ def ode_solution(
     return x_t
 
 
-@torch.no_grad()
-def fingerprint(network: nn.Module, **settings: object) -> str:
-    """A short name for a network's weights and some settings: files made with others never mix.
-
-    Args:
-        network: The network; a sample of each of its weights is read.
-        settings: Anything that JSON can hold.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, parameter in network.named_parameters():
-        if "lora_" not in name:
-            flat = parameter.flatten()
-            part = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
-            # Adapters wrap a layer as base_layer; the weights are the same.
-            digest.update(name.replace(".base_layer", "").encode() + part.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def collect_pairs(
     teacher: X0Predictor,
     encode: Callable[[Sequence[str]], Conditioning],
@@ -128,6 +106,7 @@ def collect_pairs(
     batch_size: int,
     seed: int,
     folder: Path,
+    first: int = 0,
     device: torch.device,
     show_progress: bool = True,
 ) -> OdePairs:
@@ -144,6 +123,7 @@ def collect_pairs(
         batch_size: States solved together.
         seed: Seed of the noise.
         folder: Where the files are; it must be a folder of its own for each teacher and setting.
+        first: Number of the first prompt over all processes, so that each draws noise of its own.
         device: Where the networks are.
         show_progress: Show a progress bar.
 
@@ -161,7 +141,7 @@ def collect_pairs(
         for index, t in enumerate(times):
             file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}-{name:08x}.safetensors"
             if not file.exists():
-                generator = seeded_generator(seed, "warm_start", start, round(t * 10000))
+                generator = seeded_generator(seed, "warm_start", first + start, round(t * 10000))
                 noise = normal((len(chunk), *shape), generator, device)
                 # The first time is noise; the others start from the teacher's own samples.
                 state = noise if index == 0 else schedule.perturb(first_solution, noise, torch.tensor(t, device=device))

@@ -87,9 +87,9 @@ def log_image(handler: CallbackHandler, name: str, image: Image.Image, step: int
         match type(callback).__name__:
             case "TensorBoardCallback" if callback.tb_writer is not None:
                 callback.tb_writer.add_image(name, np.asarray(image), step, dataformats="HWC")
-            case "WandbCallback":
+            case "WandbCallback" if callback._initialized:
                 tracker: Any = callback._wandb
                 tracker.log({name: tracker.Image(image), "train/global_step": step})
-            case "TrackioCallback":
+            case "TrackioCallback" if callback._initialized:
                 tracker = callback._trackio
                 tracker.log({name: tracker.Image(image)}, step=step)

@@ -97,7 +97,7 @@ class RDMConfig(TrainingArguments):
         ema_decay: Decay of the averaged policy, reached after about 9 / (1 - decay) updates; 0 switches averaging off.
         save_ema: Save and evaluate the averaged policy instead of the last one.
         warm_start: ``ode`` regresses the policy on the teacher's ODE solutions first; ``none`` does not (a student that
-            is already distilled).
+            is already distilled), nor does None.
         warm_start_steps: Updates of that regression.
         warm_start_learning_rate: Its highest learning rate.
         warm_start_num_states: Teacher solutions for each student step.
@@ -154,7 +154,7 @@ class RDMConfig(TrainingArguments):
     )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the averaged policy; 0 switches it off."})
     save_ema: bool = field(default=True, metadata={"help": "Save and evaluate the averaged policy."})
-    warm_start: Literal["ode", "none"] = field(
+    warm_start: Literal["ode", "none"] | None = field(
         default="ode", metadata={"help": "Regression on the teacher's ODE solutions before distribution matching."}
     )
     warm_start_steps: int = field(default=300, metadata={"help": "Updates of the warm start."})
@@ -165,6 +165,7 @@ class RDMConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded, and settle defaults that depend on others."""
+        self.warm_start = self.warm_start or "none"
         self._refuse_ignored_fields()
         self._check_choices()
         self._check_numbers()
@@ -255,6 +256,8 @@ class RDMConfig(TrainingArguments):
             "dm_scale_floor": 0,
             "fake_score_max_grad_norm": 0,
             "gradient_accumulation_steps": 1,
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
         }
         for name, lowest in at_least.items():
             if getattr(self, name) < lowest:

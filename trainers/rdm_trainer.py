@@ -1,6 +1,5 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from rdm_rl.data_types import DenseAdvantage, LossOutput, PromptBatch, Rollout
 from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family, check_model_name, load_family
+from rdm_rl.families.base import fingerprint
 from rdm_rl.networks import AdapterNetworks, Networks, Role, SeparateNetworks
 from rdm_rl.optimization import OptimizerFactory, RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.policy import rollout
@@ -31,7 +31,7 @@ from rdm_rl.student import save_student
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.training_loop import TrainingLoop
-from rdm_rl.warm_start import OdePairs, collect_pairs, fingerprint, regress
+from rdm_rl.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import FixedWeighting, Weighting
 
 EVALUATION_SEED = 12345
@@ -109,7 +109,7 @@ class RDMTrainer(TrainingLoop):
         self.model_name = str(model) if isinstance(model, str | Path) else str(model.name_or_path or "the base model")
         self.networks = self._make_networks(load_family(model), teacher, peft_config)
         if policy_init is not None:
-            self.networks.load_state_dict("policy", _as_policy(self.family.load_lora(str(policy_init))))
+            self._start_policy(str(policy_init), peft_config)
         if args.gradient_checkpointing:
             self.networks.enable_activation_checkpointing()
         self.times = self.family.student_times(args.num_inference_steps).to(self.device)
@@ -136,17 +136,34 @@ class RDMTrainer(TrainingLoop):
                 f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
                 "Distribution matching compares them, so both must share one latent space."
             )
+        if teacher_family is not None and teacher_family.border() != family.border():
+            raise ValueError(
+                "The teacher has another noise schedule or text encoder than the student. Both are given the same "
+                "noisy samples and the same encoded prompts, so these must be equal."
+            )
         frozen = [one for one in (family, teacher_family) if one is not None]
         for one in frozen:
             one.pipeline.to(self.device)
         # What is trained stays in float32: full copies are made before the frozen weights are halved, adapters after.
         autocast = self.accelerator.autocast
         copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast)
-        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         for one in frozen:
             one.network.to(half)
         generator = seeded_generator(self.args.seed, "adapters")
         return copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast)
+
+    def _start_policy(self, folder: str, peft_config: Any) -> None:
+        """Load a LoRA into the policy's adapter; with another scale the same weights would be another student."""
+        state, saved = self.family.load_lora(folder)
+        names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+        own = peft_config.to_dict()
+        wanted = {name: own[name] for name in names}
+        # Without its configuration in the file, diffusers takes an adapter's alpha to be its rank.
+        found = {**wanted, "lora_alpha": wanted["r"]} if saved is None else {name: saved.get(name) for name in names}
+        if found != wanted:
+            raise ValueError(f"policy_init={folder!r} has {found}, but peft_config has {wanted}. Make them equal.")
+        self.networks.load_state_dict("policy", _as_policy(state))
 
     def create_optimizers(self) -> None:
         """Make the optimiser of each role: the policy's from the inherited settings, the fake score's from its own."""
@@ -160,14 +177,14 @@ class RDMTrainer(TrainingLoop):
             self.optimizers[role] = self._role_optimizer(role, own, learning_rate, steps, max_grad_norm)
 
     def _role_optimizer(
-        self, role: Role, own: Any, learning_rate: float, steps: int, max_grad_norm: float
+        self, role: Role, own: Any, learning_rate: float, steps: int, max_grad_norm: float, *, warm_up: bool = True
     ) -> RoleOptimizer:
         parameters = self.networks.parameters(role)
         optimizer = own(parameters) if own else make_optimizer(self.args, parameters, learning_rate)
         return RoleOptimizer(
             parameters=parameters,
             optimizer=optimizer,
-            scheduler=make_scheduler(self.args, optimizer, steps),
+            scheduler=make_scheduler(self.args, optimizer, steps, warm_up=warm_up),
             scaler=torch.amp.GradScaler(self.device.type, enabled=self.args.fp16),
             max_grad_norm=max_grad_norm,
             reduce=self.reduce_gradients,
@@ -189,12 +206,15 @@ class RDMTrainer(TrainingLoop):
         """
         if self.optimizers:
             raise RuntimeError("This trainer has already trained. Make a new one, and resume from a checkpoint there.")
+        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        checkpoint = find_checkpoint(self.args.output_dir, resume) if resume else None
+        if checkpoint is not None:
+            check_settings(checkpoint, self.args.to_dict())
         self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
         self.create_optimizers()
-        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
-        if resume:
-            self._load_checkpoint(find_checkpoint(self.args.output_dir, resume))
+        if checkpoint is not None:
+            self._load_checkpoint(checkpoint)
         else:
             if self.args.warm_start == "ode":
                 self.run_warm_start()
@@ -401,7 +421,7 @@ class RDMTrainer(TrainingLoop):
         """Regress the policy on the teacher's ODE solutions (see :mod:`rdm_rl.warm_start`)."""
         args = self.args
         optimizer = self._role_optimizer(
-            "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm
+            "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm, warm_up=False
         )
         losses = regress(
             self.networks.predictor("policy"),
@@ -419,11 +439,13 @@ class RDMTrainer(TrainingLoop):
     def _collect_pairs(self) -> OdePairs:
         args = self.args
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        count = math.ceil(args.warm_start_num_states / processes)
+        count = -(-args.warm_start_num_states // processes)
         rows = self.prompts.rows(rank * count, count)
         guidance = self.teacher_guidance_scale
         name = fingerprint(
             self.networks.module("teacher"),
+            border=self.networks.teacher_family.border(),
+            shape=list(self.family.latent_shape),
             guidance=guidance,
             ode_steps=args.warm_start_ode_steps,
             seed=args.seed,
@@ -439,6 +461,7 @@ class RDMTrainer(TrainingLoop):
             ode_steps=args.warm_start_ode_steps,
             batch_size=args.per_device_train_batch_size,
             seed=args.seed,
+            first=rank * count,
             folder=Path(args.warm_start_cache_dir or Path(args.output_dir) / "warm_start") / name,
             device=self.device,
             show_progress=not self.hides_progress,
@@ -537,16 +560,18 @@ class RDMTrainer(TrainingLoop):
                     self.networks,
                     num_inference_steps=self.args.num_inference_steps,
                     base=self.model_name,
+                    name=self.args.hub_model_id,
                     facts=self._card_facts(),
                 )
 
     def _card_facts(self) -> dict[str, Any]:
         """What the model card says of the run."""
         averaged = self.average is not None and self.args.save_ema
-        names = ("dm_normalization", "dm_group", "num_generations", "learning_rate", "max_steps", "seed")
+        names = ("dm_normalization", "dm_group", "num_generations", "learning_rate", "seed")
         return {
             "weights": "averaged over training (EMA)" if averaged else "of the last update",
             "rewards": ", ".join(self.rewards),
+            "policy updates": self.state.global_step,
             "teacher_guidance_scale": self.teacher_guidance_scale,
             **{name: getattr(self.args, name) for name in names},
         }
@@ -572,13 +597,12 @@ class RDMTrainer(TrainingLoop):
                 "ema_updates": 0 if self.average is None else self.average.updates,
             }
             write_checkpoint(folder, tensors, state, self.args.to_json_string(), self.state)
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            rotate_checkpoints(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
 
     def _load_checkpoint(self, folder: Path) -> None:
-        check_settings(folder, self.args.to_dict())
         tensors, state = read_checkpoint(folder)
         saved = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
@@ -590,7 +614,8 @@ class RDMTrainer(TrainingLoop):
         if self.average is not None:
             self.average.load(tensors["ema"], state["ema_updates"])
         self.weighting.load_state_dict(state["weighting"])
-        if "last_samples" in tensors and self.state.global_step > 0:
+        # Another process's samples are not saved: with several, the first lag after resuming is left out.
+        if "last_samples" in tensors and self.state.global_step > 0 and self.accelerator.num_processes == 1:
             batch = next(self.prompt_batches(self.state.global_step - 1))
             samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
             self._last_rollout = Rollout(batch=batch, times=self.times, **samples)

@@ -4,10 +4,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -118,7 +120,7 @@ class TrainingLoop(ABC):
         return int(self.state.global_step)
 
     def is_logging_step(self) -> bool:
-        """Whether the running update will be logged: its health numbers cost two more forward passes."""
+        """Whether the running update will be logged: its health numbers cost a rollout and three forward passes."""
         step, args = int(self.state.global_step) + 1, self.args
         return args.logging_strategy == "steps" and (
             step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
@@ -128,8 +130,10 @@ class TrainingLoop(ABC):
         """Means since the last log, over processes too, with throughput and memory."""
         steps, seconds, means = self._window.flush()
         if self.accelerator.num_processes > 1:
-            packed = torch.tensor(list(means.values()), dtype=torch.float64, device=self.device)
-            means = dict(zip(means, self.accelerator.reduce(packed, "mean").tolist(), strict=True))
+            # By name: a reward that applied to no sample of a process has no number there.
+            everyone = gather_object([means])
+            names = {name: None for one in everyone for name in one}
+            means = {name: fmean(one[name] for one in everyone if name in one) for name in names}
         images = steps * self.prompts_per_step * self.args.num_generations
         passes = 1 + self.args.fake_score_updates_per_policy_update
         return means | {
@@ -177,6 +181,8 @@ class TrainingLoop(ABC):
         """Average the gradients over the processes, in place."""
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
                 parameter.grad /= self.accelerator.num_processes
 

@@ -1,7 +1,7 @@
 """``rdm-rl demo``: the embedded 50-step teacher becomes a 4-step and a 1-step student, and a report says how well."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Evaluation:
         self.reference = self.draw(load_teacher(), TEACHER_STEPS, self.reference_seed).images
 
     def draw(self, pipeline: StableDiffusionPipeline, steps: int, seed: int | None = None) -> Draw:
-        """Images of a pipeline at guidance 1.0, in batches of 250.
+        """Images of a pipeline at guidance 1.0.
 
         Args:
             pipeline: The pipeline.
@@ -97,15 +97,34 @@ class Evaluation:
         Returns:
             The images.
         """
-        start, parts = time.perf_counter(), []
-        generator = torch.Generator().manual_seed(self.judged_seed if seed is None else seed)
-        for first in range(0, len(self.prompts), 250):
-            prompts = self.prompts[first : first + 250]
+
+        def sample(prompts: list[str], generator: torch.Generator) -> Tensor:
             output = pipeline(
                 prompts, num_inference_steps=steps, guidance_scale=1.0, generator=generator, output_type="pt"
             )
-            parts.append(output.images)
-        return Draw(images=torch.cat(parts), seconds=time.perf_counter() - start, steps=steps)
+            images: Tensor = output.images
+            return images
+
+        return self.collect(sample, steps, seed)
+
+    def collect(
+        self, sample: Callable[[list[str], torch.Generator], Tensor], steps: int, seed: int | None = None
+    ) -> Draw:
+        """Images of any sampler, in batches of 250 from one generator, so that all samplers get the same noise.
+
+        Args:
+            sample: Makes images of some prompts, shape (M, 3, 32, 32), in [0, 1].
+            steps: Steps for each image.
+            seed: Seed of the noise; None for that of the judged images.
+
+        Returns:
+            The images.
+        """
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(self.judged_seed if seed is None else seed)
+        batches = [self.prompts[first : first + 250] for first in range(0, len(self.prompts), 250)]
+        images = torch.cat([sample(batch, generator) for batch in batches])
+        return Draw(images=images, seconds=time.perf_counter() - start, steps=steps)
 
     def judge(self, draws: Mapping[str, Draw]) -> list[SamplerMetrics]:
         """The measurements of every sampler on network B and held-out images, after those of real training images.
@@ -159,10 +178,10 @@ class _WarmStartImages(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the images."""
         if self.trainer is not None:
-            start = time.perf_counter()
-            generator = torch.Generator().manual_seed(self.evaluation.judged_seed)
-            images = self.trainer.generate(self.evaluation.prompts, generator=generator)
-            self.draw = Draw(images=images, seconds=time.perf_counter() - start, steps=args.num_inference_steps)
+            generate = self.trainer.generate
+            self.draw = self.evaluation.collect(
+                lambda prompts, noise: generate(prompts, generator=noise), len(self.trainer.times)
+            )
 
 
 def training_prompts() -> list[dict[str, Any]]:

@@ -425,9 +425,7 @@ def _samples(report: Report) -> str:
             f'<figure class="sampler"><figcaption>{escape(name)}</figcaption>'
             f'<img src="{source}" alt="{alternative}"></figure>'
         )
-    note = (
-        "Each column was asked for the digit above it. These are the first images of the evaluation; nobody chose them."
-    )
+    note = "Each column was asked for what stands above it (any: an empty prompt). Nobody chose the images: they come first."
     return "\n".join([f"<p>{note}</p>", *strips])
 
 

@@ -1,10 +1,13 @@
 """What the library asks of a family of diffusion pipelines: the border where foreign models become one interface."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rdm_rl.data_types import Conditioning
@@ -36,6 +39,12 @@ class Family(ABC):
     def __init__(self, pipeline: Any) -> None:
         """Keep the pipeline and freeze everything in it."""
         self.pipeline = pipeline
+        self._empty: Conditioning | None = None
+        if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
+            raise ValueError(
+                "The pipeline already has adapters, which would be switched off without a word. Call pipe.fuse_lora() "
+                "and pipe.unload_lora_weights() first, or load the pipeline again."
+            )
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
@@ -87,8 +96,15 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def load_lora(self, folder: str) -> dict[str, Tensor]:
-        """The weights of an adapter saved for diffusers, under PEFT's names without an adapter's name."""
+    def load_lora(self, folder: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """The weights of an adapter saved for diffusers, under PEFT's names without an adapter's name.
+
+        Args:
+            folder: Where it is.
+
+        Returns:
+            The weights, and the adapter's configuration if the file has it.
+        """
 
     def save_pipeline(self, folder: str, network: nn.Module, scheduler: Any) -> None:
         """Write a whole pipeline with another network and scheduler.
@@ -100,6 +116,17 @@ class Family(ABC):
         """
         components = {**self.pipeline.components, self.network_name: network, "scheduler": scheduler}
         type(self.pipeline)(**components).save_pretrained(folder)
+
+    @abstractmethod
+    def border(self) -> str:
+        """A short name of what a teacher and a student must share: noise schedule, prediction and text encoder."""
+
+    def empty_prompt(self) -> Conditioning:
+        """The encoded empty prompt, one row, kept after the first call and outside of any autocast, as prompts are."""
+        if self._empty is None:
+            with torch.autocast(self.device.type, enabled=False):
+                self._empty = self.encode([""])
+        return self._empty
 
     def predict_x_0(
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
@@ -123,7 +150,28 @@ class Family(ABC):
         if guidance_scale == 1.0:
             output = self.forward(network, x_t, t, conditioning)
         else:
-            both = self.encode([""]).repeat(len(x_t)).then(conditioning)
+            both = self.empty_prompt().repeat(len(x_t)).then(conditioning)
             without, with_prompt = self.forward(network, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
             output = without + guidance_scale * (with_prompt - without)
         return x_0_from_output(output, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module, **settings: object) -> str:
+    """A short name for a network's weights and some settings: files made with others never mix.
+
+    Args:
+        network: The network; a sample of each of its weights is read.
+        settings: Anything that JSON can hold.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, parameter in network.named_parameters():
+        if "lora_" not in name:
+            flat = parameter.flatten()
+            part = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+            # Adapters wrap a layer as base_layer; the weights are the same.
+            digest.update(name.replace(".base_layer", "").encode() + part.tobytes())
+    return digest.hexdigest()[:16]

@@ -9,7 +9,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
 from rdm_rl.data_types import Conditioning
-from rdm_rl.families.base import Family
+from rdm_rl.families.base import Family, fingerprint
 from rdm_rl.noise_schedule import VariancePreserving
 
 
@@ -28,6 +28,8 @@ class StableDiffusionFamily(Family):
         *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", "downsamplers.0.conv"),
         "upsamplers.0.conv",
     )
+    schedule: VariancePreserving
+
     # DMD2's setting for SD1.5 (its public scripts); a guidance of 1 leaves the teacher as it was trained.
     teacher_guidance_scale: ClassVar[float] = 1.75
 
@@ -109,10 +111,18 @@ class StableDiffusionFamily(Family):
             safe_serialization=True,
         )
 
-    def load_lora(self, folder: str) -> dict[str, Tensor]:
+    def load_lora(self, folder: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """The U-Net's part of a saved adapter."""
-        state, _ = StableDiffusionPipeline.lora_state_dict(folder, weight_name="pytorch_lora_weights.safetensors")
+        state, _, metadata = StableDiffusionPipeline.lora_state_dict(
+            folder, weight_name="pytorch_lora_weights.safetensors", return_lora_metadata=True
+        )
         prefix = f"{self.network_name}."
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         converted: dict[str, Tensor] = convert_unet_state_dict_to_peft(own)
-        return converted
+        known = {name: value for name, value in (metadata or {}).items() if name.startswith(prefix)}
+        return converted, {name.removeprefix(prefix): value for name, value in known.items()} or None
+
+    def border(self) -> str:
+        """Schedule and text encoder; the prediction type may differ, as both are wrapped to predict x_0."""
+        levels = self.schedule.alphas_cumprod.tolist()
+        return fingerprint(self.pipeline.text_encoder, levels=levels)
