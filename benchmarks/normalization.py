@@ -32,15 +32,18 @@ class StopAtOnce(TrainerCallback):
 def judge_once(file, trainer, evaluation):
     drawn = evaluation.collect(lambda prompts, noise: trainer.generate(prompts, generator=noise), len(trainer.times))
     _, row = evaluation.judge({"student": drawn})
-    file.write_text(json.dumps({name: getattr(row, name) for name in FIGURES}))
+    write(file, row)
 
 
-def judge_teacher(steps, seed, folder, evaluation):
-    """The teacher with 50 steps, and with as many steps as the student under each stock scheduler."""
-    for name, drawn in draw_teacher(evaluation, [steps]).items():
+def judge_teacher(step_counts, seed, folder, evaluation):
+    """The teacher with 50 steps, and with as many steps as the students under each stock scheduler."""
+    for name, drawn in draw_teacher(evaluation, step_counts).items():
         _, row = evaluation.judge({name: drawn})
-        file = folder / f"K{steps}-{name.replace(', ', '_').replace(' ', '_')}-{seed}.json"
-        file.write_text(json.dumps({figure: getattr(row, figure) for figure in FIGURES}))
+        write(folder / f"{name}-{seed}.json", row)
+
+
+def write(file, row):
+    file.write_text(json.dumps({name: getattr(row, name) for name in FIGURES}))
 
 
 def run_one(steps, seed, updates, folder, evaluation):
@@ -48,7 +51,6 @@ def run_one(steps, seed, updates, folder, evaluation):
     arms = [folder / f"K{steps}-{name}-{seed}.json" for name in NORMALIZATIONS]
     if all(file.exists() for file in arms):
         return
-    judge_teacher(steps, seed, folder, evaluation)
     work = folder / "work" / f"K{steps}-{seed}"
     settings = {"disable_tqdm": True, "warm_start_cache_dir": str(folder / "work" / f"solutions-{seed}")}
     start = demo_trainer(demo_config(steps, work, seed, **settings, max_steps=updates), [StopAtOnce()])
@@ -65,24 +67,21 @@ def run_one(steps, seed, updates, folder, evaluation):
 
 def table(folder, step_counts, seeds, updates):
     """Mean and standard deviation over the seeds, as Markdown."""
-    lines = [
-        f"| K | sampler: teacher, start, or `dm_normalization` | {' | '.join(FIGURES)} |",
-        f"|---|---|{'---|' * len(FIGURES)}",
-    ]
-    for steps in step_counts:
-        found = {file.stem.split("-")[1] for file in folder.glob(f"K{steps}-teacher*.json")}
-        for name in (*sorted(found), "start", *NORMALIZATIONS):
-            files = [folder / f"K{steps}-{name}-{seed}.json" for seed in seeds]
-            rows = [json.loads(file.read_text()) for file in files if file.exists()]
-            if not rows:
-                continue
-            cells = []
-            for figure in FIGURES:
-                values = [row[figure] for row in rows]
-                spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-                digits = 2 if figure.startswith("distance") else 3
-                cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-            lines.append(f"| {steps} | {name.replace('_', ' ')} ({len(rows)} seeds) | {' | '.join(cells)} |")
+    teachers = sorted({file.stem.rsplit("-", 1)[0] for file in folder.glob("teacher*.json")})
+    arms = [f"K{steps}-{name}" for steps in step_counts for name in ("start", *NORMALIZATIONS)]
+    lines = [f"| sampler | seeds | {' | '.join(FIGURES)} |", f"|---|---|{'---|' * len(FIGURES)}"]
+    for name in (*teachers, *arms):
+        files = [folder / f"{name}-{seed}.json" for seed in seeds]
+        rows = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not rows:
+            continue
+        cells = []
+        for figure in FIGURES:
+            values = [row[figure] for row in rows]
+            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+            digits = 2 if figure.startswith("distance") else 3
+            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+        lines.append(f"| {name.replace('-', ', ')} | {len(rows)} | {' | '.join(cells)} |")
     lines.append(f"\n{updates} policy updates after the start; mean ± standard deviation over seeds; network B.")
     return "\n".join(lines) + "\n"
 
@@ -99,6 +98,7 @@ def main():
     if not options.table:
         for seed in options.seeds:
             evaluation = Evaluation(seed)
+            judge_teacher(options.steps, seed, options.output_dir, evaluation)
             for steps in options.steps:
                 run_one(steps, seed, options.updates, options.output_dir, evaluation)
     print(table(options.output_dir, options.steps, options.seeds, options.updates))

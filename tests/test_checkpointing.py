@@ -165,10 +165,11 @@ def test_what_is_found(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
     assert find_checkpoint(tmp_path, True) == tmp_path / "checkpoint-100"
     assert find_checkpoint(tmp_path / "nowhere", tmp_path / "checkpoint-9") == tmp_path / "checkpoint-9"
-    rotate_checkpoints(tmp_path, None)
+    rotate_checkpoints(tmp_path / "checkpoint-100", None)
     assert len(checkpoints(tmp_path)) == 3
-    rotate_checkpoints(tmp_path, 1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-100"]
+    # The one just written stays, whatever numbers an earlier run left in the folder.
+    rotate_checkpoints(tmp_path / "checkpoint-9", 1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9"]
 
 
 def test_what_is_not_found(tmp_path: Path) -> None:

@@ -175,5 +175,8 @@ def test_saved_lora_reads_back(tmp_path: Path) -> None:
     randomize(networks)
     state, metadata = networks.export()
     networks.family.save_lora(str(tmp_path), state, metadata)
-    assert same(dict(sorted(networks.family.load_lora(str(tmp_path)).items())), dict(sorted(state.items())))
+    loaded, settings = networks.family.load_lora(str(tmp_path))
+    assert same(dict(sorted(loaded.items())), dict(sorted(state.items())))
+    assert settings is not None
+    assert settings["r"] == 2
     assert issubclass(StableDiffusionPipeline, DiffusionPipeline)

@@ -234,3 +234,24 @@ def test_a_separate_teacher_is_asked(tmp_path: Path) -> None:
     x_t, prompts = latents(2, 4, 8, 8, seed=1), conditioning(made)
     assert torch.equal(ask(made, "teacher"), teacher.predict_x_0(teacher.network, x_t, T, prompts))
     torch.testing.assert_close(ask(made, "policy"), family.predict_x_0(family.network, x_t, T, prompts))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"modules_to_save": ["conv_out"]}, "modules_to_save=.'conv_out'"),
+        ({"bias": "all"}, "bias='all'"),
+    ],
+)
+def test_adapters_that_change_the_base_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, **settings)
+    with pytest.raises(ValueError, match=message):
+        AdapterNetworks(load_family(tiny_sd(tmp_path)), config, torch.Generator())
+
+
+def test_a_pipeline_with_adapters_is_refused(tmp_path: Path) -> None:
+    pipeline = tiny_sd(tmp_path)
+    AdapterNetworks(load_family(pipeline), LoraConfig(r=2), torch.Generator())
+    with pytest.raises(ValueError, match="already has adapters"):
+        load_family(pipeline)

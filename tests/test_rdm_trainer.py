@@ -312,12 +312,13 @@ def test_every_hook_is_called_and_acts(base: Path, tmp_path: Path) -> None:
     trainer.save_model(tmp_path / "student")
     assert trainer.called == {
         "create_optimizers": 1,
-        "generate_rollout": 2,
+        "generate_rollout": 3,
         "compute_rewards": 2,
         "compute_advantages": 2,
         "compute_policy_loss": 2,
-        # Two updates of two each, and the health of the fake score: on fresh samples, from step 2 on old ones too.
-        "compute_fake_score_loss": 2 * 2 + 1 + 2,
+        # Two updates of two each, and the health of the fake score: on fresh samples, and from step 2 on the last
+        # rollout too, as it was and repeated (the third rollout above).
+        "compute_fake_score_loss": 2 * 2 + 1 + 3,
         "training_step": 2,
         "evaluate": 2,
         "log": 4,
@@ -439,11 +440,37 @@ def test_a_callback_can_ask_for_everything(base: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000001.png"]
 
 
+def test_a_teacher_with_another_text_encoder_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another noise schedule or text encoder"):
+        tiny_trainer(base, tmp_path, given={"teacher": tiny_sd(tmp_path / "other", seed=1)}, **COLD)
+
+
+def test_a_failed_start_can_be_repeated(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path, max_steps=1, **COLD)
+    with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_longer_run_resumes_with_its_own_rate(base: Path, tmp_path: Path) -> None:
+    """A run that ended at rate 0 goes on, when it is made longer, at the rate that the longer run has there."""
+    short = tiny_trainer(base, tmp_path / "short", max_steps=2, lr_scheduler_type="linear", **COLD)
+    short.train()
+    folder = short.save_checkpoint()
+    longer = tiny_trainer(base, tmp_path / "longer", max_steps=4, lr_scheduler_type="linear", **COLD)
+    longer.train(resume_from_checkpoint=folder)
+    rates = [row["policy/learning_rate"] for row in longer.state.log_history if "policy/learning_rate" in row]
+    assert rates[2:] == pytest.approx([longer.args.learning_rate * share for share in (0.5, 0.25)])
+
+
 def test_another_teacher_changes_the_direction(base: Path, tmp_path: Path) -> None:
-    other = tiny_sd(tmp_path / "other", seed=1)
+    other, third = tiny_sd(tmp_path / "other", seed=1), tiny_sd(tmp_path / "x", seed=1)
+    for pipeline in (other, third):  # They share the student's text encoder; only the U-Net is another.
+        pipeline.text_encoder = tiny_sd(tmp_path / "same").text_encoder
     trainers = [
         tiny_trainer(base, tmp_path / str(index), given={"teacher": teacher}, lora=lora, **COLD)
-        for index, (teacher, lora) in enumerate([(None, True), (other, True), (tiny_sd(tmp_path / "x", seed=1), False)])
+        for index, (teacher, lora) in enumerate([(None, True), (other, True), (third, False)])
     ]
     before = snapshot(other.unet)
     for trainer in trainers:

@@ -170,12 +170,12 @@ def test_policy_init_continues_a_saved_student(base: Path, tmp_path: Path) -> No
     assert not torch.equal(images(second)["one"], images(first)["one"])
 
 
-def test_policy_init_of_another_shape_is_refused(base: Path, tmp_path: Path) -> None:
+def test_policy_init_of_another_scale_is_refused(base: Path, tmp_path: Path) -> None:
     trained(base, tmp_path).save_model(tmp_path / "student")
     from peft import LoraConfig
 
-    given = {"policy_init": tmp_path / "student", "peft_config": LoraConfig(r=2)}
-    with pytest.raises(ValueError, match="The saved policy does not fit"):
+    given = {"policy_init": tmp_path / "student", "peft_config": LoraConfig(r=4, lora_alpha=8)}
+    with pytest.raises(ValueError, match=r"'lora_alpha': 4.*'lora_alpha': 8.* Make them equal"):
         tiny_trainer(base, tmp_path / "other", warm_start="none", given=given)
 
 

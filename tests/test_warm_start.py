@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rdm_rl.data_types import Conditioning
 from rdm_rl.families import load_family
+from rdm_rl.families.base import fingerprint
 from rdm_rl.noise_schedule import FlowMatching, VariancePreserving, append_dims
-from rdm_rl.warm_start import OdePairs, collect_pairs, fingerprint, ode_solution
+from rdm_rl.warm_start import OdePairs, collect_pairs, ode_solution
 from tests.helpers import changed, latents, tiny_sd, tiny_trainer
 
 VP = VariancePreserving(DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod)

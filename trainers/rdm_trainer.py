@@ -149,7 +149,8 @@ class RDMTrainer(TrainingLoop):
         copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast)
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         for one in frozen:
-            one.network.to(half)
+            if next(one.network.parameters()).dtype != half:
+                one.network.to(half)
         generator = seeded_generator(self.args.seed, "adapters")
         return copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast)
 

@@ -425,7 +425,7 @@ def _samples(report: Report) -> str:
             f'<figure class="sampler"><figcaption>{escape(name)}</figcaption>'
             f'<img src="{source}" alt="{alternative}"></figure>'
         )
-    note = "Each column was asked for what stands above it (any: an empty prompt). Nobody chose the images: they come first."
+    note = "Each column was asked for what stands above it (any: an empty prompt). The images are the first ones."
     return "\n".join([f"<p>{note}</p>", *strips])
 
 
