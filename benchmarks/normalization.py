@@ -65,24 +65,41 @@ def run_one(steps, seed, updates, folder, evaluation):
         print(f"K={steps} seed={seed} {name}: {file.read_text()}", flush=True)
 
 
+def read(folder, name, seeds):
+    files = {seed: folder / f"{name}-{seed}.json" for seed in seeds}
+    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+
+
+def mean_and_spread(values, digits):
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
 def table(folder, step_counts, seeds, updates):
-    """Mean and standard deviation over the seeds, as Markdown."""
+    """Mean and standard deviation over the seeds, and of the differences to DMD and to the start, as Markdown."""
     teachers = sorted({file.stem.rsplit("-", 1)[0] for file in folder.glob("teacher*.json")})
     arms = [f"K{steps}-{name}" for steps in step_counts for name in ("start", *NORMALIZATIONS)]
     lines = [f"| sampler | seeds | {' | '.join(FIGURES)} |", f"|---|---|{'---|' * len(FIGURES)}"]
     for name in (*teachers, *arms):
-        files = [folder / f"{name}-{seed}.json" for seed in seeds]
-        rows = [json.loads(file.read_text()) for file in files if file.exists()]
-        if not rows:
-            continue
-        cells = []
-        for figure in FIGURES:
-            values = [row[figure] for row in rows]
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            digits = 2 if figure.startswith("distance") else 3
-            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-        lines.append(f"| {name.replace('-', ', ')} | {len(rows)} | {' | '.join(cells)} |")
-    lines.append(f"\n{updates} policy updates after the start; mean ± standard deviation over seeds; network B.")
+        rows = read(folder, name, seeds).values()
+        if rows:
+            cells = [mean_and_spread([row[one] for row in rows], 2 if "distance" in one else 3) for one in FIGURES]
+            lines.append(f"| {name.replace('-', ', ')} | {len(rows)} | {' | '.join(cells)} |")
+    lines += ["", f"{updates} policy updates after the start; mean ± standard deviation over seeds; network B.", ""]
+
+    lines += ["Differences within a seed (the arms of a seed share their start, noise and reference images):", ""]
+    lines += ["| K | arm | minus | distance_to_data | distance_to_teacher | recall |", "|---|---|---|---|---|---|"]
+    pairs = [(name, "start") for name in NORMALIZATIONS] + [(name, "sample") for name in NORMALIZATIONS[1:]]
+    for steps in step_counts:
+        for name, other in pairs:
+            first, second = (read(folder, f"K{steps}-{one}", seeds) for one in (name, other))
+            both = sorted(first.keys() & second.keys())
+            if both:
+                cells = [
+                    mean_and_spread([first[seed][one] - second[seed][one] for seed in both], 3)
+                    for one in ("distance_to_data", "distance_to_teacher", "recall")
+                ]
+                lines.append(f"| {steps} | {name} | {other} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
