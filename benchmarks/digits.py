@@ -1,11 +1,14 @@
-"""Compare the scales of distribution matching: ``dm_normalization`` sample, group, group_rms and none.
+"""Compare settings on the embedded digits, from one start and with the same noise.
 
-    python benchmarks/normalization.py --output_dir benchmark-output            # every K, 5 seeds: hours on 2 cores
-    python benchmarks/normalization.py --output_dir benchmark-output --table    # only write the table again
+    python benchmarks/digits.py --study normalization      # every K, 5 seeds: an hour on 2 cores
+    python benchmarks/digits.py --study length --steps 1 4
+    python benchmarks/digits.py --study normalization --table    # only print the tables again
 
-All arms of one (K, seed) start from one checkpoint, taken after the warm start and the fake score's warm-up, and make
-the same number of updates with the same prompts and noise. Each is judged once, on network B and held-out images, with
-noise that no setting was chosen on. Every result is one JSON file, so an interrupted benchmark goes on where it was.
+``normalization`` compares ``dm_normalization`` sample, group, group_rms and none after the same number of updates;
+``length`` compares the demo's number of updates with twice as many. All arms of one (K, seed) start from one
+checkpoint, taken after the warm start and the fake score's warm-up. Each is judged once, on network B and held-out
+images, with noise that no setting was chosen on. Every result is one JSON file, so an interrupted benchmark goes on
+where it was.
 """
 
 import argparse
@@ -17,7 +20,19 @@ from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl.demo.run import Evaluation, demo_config, demo_trainer, draw_teacher
 
-NORMALIZATIONS = ("sample", "group", "group_rms", "none")
+
+def length_arm(times):
+    return lambda steps: {"max_steps": times * demo_config(steps, "unused").max_steps}
+
+
+# What each arm of a study changes, given the number of student steps. Differences are shown to the first arm.
+STUDIES = {
+    "normalization": {
+        name: lambda steps, name=name: {"dm_normalization": name, "max_steps": 30}
+        for name in ("sample", "group", "group_rms", "none")
+    },
+    "length": {"once": length_arm(1), "twice": length_arm(2)},
+}
 FIGURES = ("distance_to_data", "distance_to_teacher", "precision", "recall", "accuracy")
 SEEDS = [9000, 9001, 9002, 9003, 9004]  # No setting was chosen on these.
 
@@ -46,23 +61,24 @@ def write(file, row):
     file.write_text(json.dumps({name: getattr(row, name) for name in FIGURES}))
 
 
-def run_one(steps, seed, updates, folder, evaluation):
-    """The shared start and the four arms of one number of steps and one seed."""
-    arms = [folder / f"K{steps}-{name}-{seed}.json" for name in NORMALIZATIONS]
-    if all(file.exists() for file in arms):
+def run_one(study, steps, seed, folder, evaluation):
+    """The shared start and the arms of one number of steps and one seed."""
+    arms = {name: arm(steps) for name, arm in STUDIES[study].items()}
+    files = {name: folder / f"K{steps}-{name}-{seed}.json" for name in arms}
+    if all(file.exists() for file in files.values()):
         return
     work = folder / "work" / f"K{steps}-{seed}"
     settings = {"disable_tqdm": True, "warm_start_cache_dir": str(folder / "work" / f"solutions-{seed}")}
-    start = demo_trainer(demo_config(steps, work, seed, **settings, max_steps=updates), [StopAtOnce()])
+    shortest = min(arm["max_steps"] for arm in arms.values())
+    start = demo_trainer(demo_config(steps, work, seed, **settings, max_steps=shortest), [StopAtOnce()])
     start.train()
     checkpoint = start.save_checkpoint()
     judge_once(folder / f"K{steps}-start-{seed}.json", start, evaluation)
-    for name, file in zip(NORMALIZATIONS, arms, strict=True):
-        args = demo_config(steps, work / name, seed, **settings, max_steps=updates, dm_normalization=name)
-        trainer = demo_trainer(args)
+    for name, arm in arms.items():
+        trainer = demo_trainer(demo_config(steps, work / name, seed, **settings, **arm))
         trainer.train(resume_from_checkpoint=checkpoint)
-        judge_once(file, trainer, evaluation)
-        print(f"K={steps} seed={seed} {name}: {file.read_text()}", flush=True)
+        judge_once(files[name], trainer, evaluation)
+        print(f"K={steps} seed={seed} {name}: {files[name].read_text()}", flush=True)
 
 
 def read(folder, name, seeds):
@@ -75,21 +91,21 @@ def mean_and_spread(values, digits):
     return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
-def table(folder, step_counts, seeds, updates):
-    """Mean and standard deviation over the seeds, and of the differences to DMD and to the start, as Markdown."""
+def tables(study, folder, step_counts, seeds):
+    """Mean and standard deviation over the seeds, and of differences within a seed, as Markdown."""
+    names = list(STUDIES[study])
     teachers = sorted({file.stem.rsplit("-", 1)[0] for file in folder.glob("teacher*.json")})
-    arms = [f"K{steps}-{name}" for steps in step_counts for name in ("start", *NORMALIZATIONS)]
+    arms = [f"K{steps}-{name}" for steps in step_counts for name in ("start", *names)]
     lines = [f"| sampler | seeds | {' | '.join(FIGURES)} |", f"|---|---|{'---|' * len(FIGURES)}"]
     for name in (*teachers, *arms):
         rows = read(folder, name, seeds).values()
         if rows:
             cells = [mean_and_spread([row[one] for row in rows], 2 if "distance" in one else 3) for one in FIGURES]
             lines.append(f"| {name.replace('-', ', ')} | {len(rows)} | {' | '.join(cells)} |")
-    lines += ["", f"{updates} policy updates after the start; mean ± standard deviation over seeds; network B.", ""]
-
+    lines += ["", "Mean ± standard deviation over seeds; network B.", ""]
     lines += ["Differences within a seed (the arms of a seed share their start, noise and reference images):", ""]
     lines += ["| K | arm | minus | distance_to_data | distance_to_teacher | recall |", "|---|---|---|---|---|---|"]
-    pairs = [(name, "start") for name in NORMALIZATIONS] + [(name, "sample") for name in NORMALIZATIONS[1:]]
+    pairs = [(name, "start") for name in names] + [(name, names[0]) for name in names[1:]]
     for steps in step_counts:
         for name, other in pairs:
             first, second = (read(folder, f"K{steps}-{one}", seeds) for one in (name, other))
@@ -105,20 +121,22 @@ def table(folder, step_counts, seeds, updates):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=sorted(STUDIES), required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output"))
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="numbers of student steps K")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--updates", type=int, default=30, help="policy updates of each arm")
-    parser.add_argument("--table", action="store_true", help="only print the table of the results there are")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results there are")
     options = parser.parse_args()
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    folder = options.output_dir / options.study
+    folder.mkdir(parents=True, exist_ok=True)
     if not options.table:
         for seed in options.seeds:
             evaluation = Evaluation(seed)
-            judge_teacher(options.steps, seed, options.output_dir, evaluation)
+            if options.study == "normalization":
+                judge_teacher(options.steps, seed, folder, evaluation)
             for steps in options.steps:
-                run_one(steps, seed, options.updates, options.output_dir, evaluation)
-    print(table(options.output_dir, options.steps, options.seeds, options.updates))
+                run_one(options.study, steps, seed, folder, evaluation)
+    print(tables(options.study, folder, options.steps, options.seeds))
 
 
 if __name__ == "__main__":
