@@ -16,6 +16,16 @@ RenoiseDistribution = Literal["uniform", "beta", "annealed_beta"]
 HIGH_NOISE_BETA = (4.0, 1.5)
 
 
+def anneal_progress(step: int, anneal_steps: int | None) -> float:
+    """How far an annealed distribution is at an update, in [0, 1]; 1 if nothing is annealed.
+
+    Example:
+        >>> anneal_progress(500, 2000), anneal_progress(500, None)
+        (0.25, 1.0)
+    """
+    return min(step / anneal_steps, 1.0) if anneal_steps else 1.0
+
+
 def beta_parameters(distribution: RenoiseDistribution, progress: float) -> tuple[float, float]:
     """Parameters of the Beta distribution that t is drawn from.
 

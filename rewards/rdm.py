@@ -5,7 +5,7 @@ import torch
 from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.rdm import distribution_matching
-from rdm_rl.renoise import group_times
+from rdm_rl.renoise import anneal_progress, group_times
 from rdm_rl.rewards.registry import RewardContext
 
 
@@ -48,7 +48,7 @@ class DistributionMatchingReward:
             raise RuntimeError("The reward 'rdm' needs the networks: RDMTrainer calls bind() before training.")
         args, networks = self._context.args, self._context.networks
         x_0, groups = rollout.x_0[step], rollout.batch.group_ids
-        progress = self._context.global_step() / args.renoise_anneal_steps if args.renoise_anneal_steps else 1.0
+        progress = anneal_progress(self._context.global_step(), args.renoise_anneal_steps)
         times, noises = [], []
         for _ in range(args.num_renoise):
             times.append(
@@ -61,14 +61,11 @@ class DistributionMatchingReward:
                 )
             )
             noises.append(normal(x_0.shape, generator, x_0.device))
-        guidance = args.teacher_guidance_scale
-        if guidance is None:
-            guidance = networks.teacher_family.teacher_guidance_scale
         return distribution_matching(
             x_0,
             rollout.batch.conditioning,
             groups,
-            teacher=networks.predictor("teacher", guidance),
+            teacher=networks.predictor("teacher", self._context.teacher_guidance_scale),
             fake_score=networks.predictor("fake_score"),
             schedule=networks.family.schedule,
             t=torch.stack(times),

@@ -25,11 +25,13 @@ class RewardContext:
     Args:
         networks: The policy, the teacher and the fake score.
         args: The run's settings.
+        teacher_guidance_scale: Guidance of the teacher: the setting, or the family's published value.
         global_step: Gives the number of policy updates made so far.
     """
 
     networks: "Networks"
     args: "RDMConfig"
+    teacher_guidance_scale: float
     global_step: Callable[[], int]
 
 

@@ -25,7 +25,7 @@ from rdm_rl.policy import rollout
 from rdm_rl.prompts import PromptSource, other_columns
 from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
 from rdm_rl.rdm import fake_score_loss, policy_loss
-from rdm_rl.renoise import renoise_times
+from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.registry import BindableReward, RewardContext, RewardSpec, resolve_rewards, reward_weights
 from rdm_rl.student import save_student
 from rdm_rl.trainers.callbacks import log_image
@@ -116,7 +116,13 @@ class RDMTrainer(TrainingLoop):
         self.start_callbacks(callbacks, self.networks.module("policy"))
         for reward in self.rewards.values():
             if isinstance(reward, BindableReward):
-                reward.bind(RewardContext(networks=self.networks, args=args, global_step=self._global_step))
+                context = RewardContext(
+                    networks=self.networks,
+                    args=args,
+                    teacher_guidance_scale=self.teacher_guidance_scale,
+                    global_step=self._global_step,
+                )
+                reward.bind(context)
         self._own_optimizers = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}
         self.average: PolicyAverage | None = None
@@ -346,13 +352,12 @@ class RDMTrainer(TrainingLoop):
         generator = self.generators(stream, rollout.batch, update)
         count, steps = len(rollout.batch.prompts), len(rollout.times)
         drawn = torch.cat([torch.randint(steps, (1,), generator=one) for one in generator])
-        anneal = self.args.renoise_anneal_steps
         t = renoise_times(
             count,
             generator,
             distribution=self.args.renoise_distribution,
             interval=(1e-3, 1.0),
-            progress=self._global_step() / anneal if anneal else 1.0,
+            progress=anneal_progress(self._global_step(), self.args.renoise_anneal_steps),
         )
         x_0 = rollout.x_0[drawn.to(self.device), torch.arange(count, device=self.device)]
         return fake_score_loss(
