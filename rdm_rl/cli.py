@@ -18,8 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
     """
-    # transformers announces on import that torchvision is missing, which nothing here needs.
+    # Both announce what is no news here: that torchvision is missing, and that an adapter has no text-encoder part.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
