@@ -226,6 +226,28 @@ class AdapterNetworks(Networks):
         network: Any = self.family.network
         network.enable_gradient_checkpointing(checkpointed)
 
+    def start_policy(self, folder: str) -> None:
+        """Load a LoRA saved for diffusers into the policy's adapter: a student that is already distilled.
+
+        Args:
+            folder: Where it is.
+
+        Raises:
+            ValueError: If its rank or scale is another than the adapter's: the same weights would be another student.
+        """
+        state, saved = self.family.load_lora(folder)
+        own = self.config.to_dict()
+        names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+        wanted = {name: own[name] for name in names}
+        # Without its configuration in the file, diffusers takes an adapter's alpha to be its rank.
+        found = {**wanted, "lora_alpha": wanted["r"]} if saved is None else {name: saved.get(name) for name in names}
+        if found != wanted:
+            raise ValueError(f"policy_init={folder!r} has {found}, but peft_config has {wanted}. Make them equal.")
+        parts = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
+        for part in parts:
+            state = {name.replace(part, f"{part}policy."): value for name, value in state.items()}
+        self.load_state_dict("policy", state)
+
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The policy's adapter under PEFT's names without the adapter's name, and its configuration."""
         network: Any = self.family.network
@@ -264,3 +286,51 @@ class SeparateNetworks(Networks):
         trained: Any = self._trained
         for network in trained.values():
             network.enable_gradient_checkpointing()
+
+
+def make_networks(
+    family: Family,
+    teacher_family: Family | None,
+    peft_config: LoraConfig | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Networks:
+    """The three roles of a run, on its device, with frozen weights in its precision and trained ones in float32.
+
+    Args:
+        family: The border to the model.
+        teacher_family: A separate teacher, or None.
+        peft_config: The adapters; None makes full copies.
+        device: Where the pipelines go.
+        dtype: Precision of the frozen networks.
+        generator: Source of the adapters' initial weights.
+        autocast: Makes the context in which networks run.
+
+    Returns:
+        The networks.
+
+    Raises:
+        ValueError: If the teacher shares too little with the student.
+    """
+    if teacher_family is not None and teacher_family.latent_shape != family.latent_shape:
+        raise ValueError(
+            f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
+            "Distribution matching compares them, so both must share one latent space."
+        )
+    if teacher_family is not None and teacher_family.border() != family.border():
+        raise ValueError(
+            "The teacher has another noise schedule or text encoder than the student. Both are given the same noisy "
+            "samples and the same encoded prompts, so these must be equal."
+        )
+    frozen = [one for one in (family, teacher_family) if one is not None]
+    for one in frozen:
+        one.pipeline.to(device)
+    # Full copies are made before the frozen weights are halved, adapters after: what is trained stays in float32.
+    copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast)
+    for one in frozen:
+        if next(one.network.parameters()).dtype != dtype:
+            one.network.to(dtype)
+    return copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast)

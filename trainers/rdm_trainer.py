@@ -19,7 +19,7 @@ from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family, check_model_name, load_family
 from rdm_rl.families.base import fingerprint
-from rdm_rl.networks import AdapterNetworks, Networks, Role, SeparateNetworks
+from rdm_rl.networks import AdapterNetworks, Role, make_networks
 from rdm_rl.optimization import OptimizerFactory, RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.policy import rollout
 from rdm_rl.prompts import PromptSource, other_columns
@@ -107,9 +107,17 @@ class RDMTrainer(TrainingLoop):
 
         super().__init__(args, len(self.prompts))
         self.model_name = str(model) if isinstance(model, str | Path) else str(model.name_or_path or "the base model")
-        self.networks = self._make_networks(load_family(model), teacher, peft_config)
-        if policy_init is not None:
-            self._start_policy(str(policy_init), peft_config)
+        self.networks = make_networks(
+            load_family(model),
+            None if teacher is None else load_family(teacher),
+            peft_config,
+            device=self.device,
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+            generator=seeded_generator(args.seed, "adapters"),
+            autocast=self.accelerator.autocast,
+        )
+        if policy_init is not None and isinstance(self.networks, AdapterNetworks):
+            self.networks.start_policy(str(policy_init))
         if args.gradient_checkpointing:
             self.networks.enable_activation_checkpointing()
         self.times = self.family.student_times(args.num_inference_steps).to(self.device)
@@ -134,43 +142,6 @@ class RDMTrainer(TrainingLoop):
     def family(self) -> Family:
         """The border to the model."""
         return self.networks.family
-
-    def _make_networks(self, family: Family, teacher: Any, peft_config: LoraConfig | None) -> Networks:
-        teacher_family = None if teacher is None else load_family(teacher)
-        if teacher_family is not None and teacher_family.latent_shape != family.latent_shape:
-            raise ValueError(
-                f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
-                "Distribution matching compares them, so both must share one latent space."
-            )
-        if teacher_family is not None and teacher_family.border() != family.border():
-            raise ValueError(
-                "The teacher has another noise schedule or text encoder than the student. Both are given the same "
-                "noisy samples and the same encoded prompts, so these must be equal."
-            )
-        frozen = [one for one in (family, teacher_family) if one is not None]
-        for one in frozen:
-            one.pipeline.to(self.device)
-        # What is trained stays in float32: full copies are made before the frozen weights are halved, adapters after.
-        autocast = self.accelerator.autocast
-        copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast)
-        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        for one in frozen:
-            if next(one.network.parameters()).dtype != half:
-                one.network.to(half)
-        generator = seeded_generator(self.args.seed, "adapters")
-        return copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast)
-
-    def _start_policy(self, folder: str, peft_config: Any) -> None:
-        """Load a LoRA into the policy's adapter; with another scale the same weights would be another student."""
-        state, saved = self.family.load_lora(folder)
-        names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-        own = peft_config.to_dict()
-        wanted = {name: own[name] for name in names}
-        # Without its configuration in the file, diffusers takes an adapter's alpha to be its rank.
-        found = {**wanted, "lora_alpha": wanted["r"]} if saved is None else {name: saved.get(name) for name in names}
-        if found != wanted:
-            raise ValueError(f"policy_init={folder!r} has {found}, but peft_config has {wanted}. Make them equal.")
-        self.networks.load_state_dict("policy", _as_policy(state))
 
     def create_optimizers(self) -> None:
         """Make the optimiser of each role: the policy's from the inherited settings, the fake score's from its own."""
@@ -641,11 +612,3 @@ def _direction_metrics(directions: Mapping[str, DenseAdvantage]) -> dict[str, fl
             metrics[f"rewards/{name}/mean"] = values.mean().item()
             metrics[f"rewards/{name}/std"] = values.std(correction=0).item()
     return metrics
-
-
-def _as_policy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adapter weights with the name of the policy's adapter in their names."""
-    return {
-        name.replace(".lora_A.", ".lora_A.policy.").replace(".lora_B.", ".lora_B.policy."): value
-        for name, value in state.items()
-    }
