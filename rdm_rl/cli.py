@@ -79,7 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _load_silently() -> None:
+    """Leave the bars to what takes time: loading the embedded teacher does not."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def _demo(options: argparse.Namespace) -> None:
+    _load_silently()
     from rdm_rl.demo.run import run_demo
 
     run_demo(options.output_dir, seed=options.seed)
@@ -110,6 +120,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    _load_silently()
     from rdm_rl.demo.run import evaluate_students
 
     evaluate_students(options.student, options.seeds, options.output_dir)

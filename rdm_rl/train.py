@@ -95,8 +95,9 @@ def train_command(words: Sequence[str]) -> None:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--method")
     method = first.parse_known_args(list(words))[0].method
-    if method is not None:
-        parser.set_defaults_with_config(**method_settings(method))
+    # Left open, disable_tqdm would follow transformers' log level, which the command line lowers.
+    defaults = {"disable_tqdm": False} | (method_settings(method) if method else {})
+    parser.set_defaults_with_config(**defaults)
     arguments, args, _ = parser.parse_args_and_config(list(words))
     data = load_prompts(arguments)
     lora = LoraConfig(

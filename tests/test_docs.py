@@ -23,8 +23,6 @@ from tests.helpers import tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Files that pages link to and that a measurement still has to make. Remove each one here when it is there.
-NOT_YET = {"docs/images/samples.png"}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMENT_BEFORE = re.compile(r"<!-- (not run|in tests): ((?:(?!-->).)*) -->\s*\Z", re.DOTALL)
@@ -109,8 +107,6 @@ def test_links_lead_somewhere(path: Path) -> None:
             continue
         name, _, anchor = target.partition("#")
         file = (path.parent / name).resolve() if name else path
-        if relative(file) in NOT_YET:
-            continue
         if not file.exists() or (anchor and anchor not in slugs(file)):
             broken.append(target)
     assert not broken
@@ -127,10 +123,6 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         files = ((path.parent / target).resolve() for target in targets if not target.startswith("https://"))
         queue += [file for file in files if file in PAGES]
     assert set(PAGES) <= seen
-
-
-def test_what_is_not_there_yet_is_not_there() -> None:
-    assert not [name for name in NOT_YET if (ROOT / name).exists()], "It exists now: remove it from NOT_YET."
 
 
 def test_metrics_page_describes_exactly_what_a_run_logs(base: Path, tmp_path: Path) -> None:

@@ -215,7 +215,14 @@ def demo_config(num_inference_steps: int, output_dir: str | Path, seed: int = 0,
         1
     """
     own = STUDENT_SETTINGS[max(steps for steps in STUDENT_SETTINGS if steps <= num_inference_steps)]
-    fixed = {"output_dir": str(output_dir), "seed": seed, "use_cpu": True, "save_strategy": "no", "report_to": "none"}
+    fixed: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    fixed["disable_tqdm"] = False  # Left open, it would follow transformers' log level, which the command line lowers.
     return RDMConfig(**{"num_inference_steps": num_inference_steps, **COMMON_SETTINGS, **own, **fixed, **overrides})
 
 
@@ -277,12 +284,15 @@ def draw_teacher(evaluation: Evaluation, students: Sequence[int]) -> dict[str, D
         Images by the sampler's name.
     """
     teacher = load_teacher()
-    draws = {f"teacher, {steps_text(TEACHER_STEPS)}": evaluation.draw(teacher, TEACHER_STEPS)}
+    plan = [(f"teacher, {steps_text(TEACHER_STEPS)}", teacher.scheduler, TEACHER_STEPS)]
     for name, scheduler in stock_schedulers(teacher).items():
-        teacher.scheduler = scheduler
         # In a single step from pure noise all schedulers do the same.
-        for steps in [steps for steps in students if steps > 1 or name == "DDIM"]:
-            draws[f"teacher, {steps_text(steps)}, {name}"] = evaluation.draw(teacher, steps)
+        counts = [steps for steps in students if steps > 1 or name == "DDIM"]
+        plan += [(f"teacher, {steps_text(steps)}, {name}", scheduler, steps) for steps in counts]
+    draws = {}
+    for name, scheduler, steps in tqdm(plan, desc="images of the teacher"):
+        teacher.scheduler = scheduler
+        draws[name] = evaluation.draw(teacher, steps)
     return draws
 
 
