@@ -44,8 +44,8 @@ COMMON_SETTINGS: dict[str, Any] = {
     "warm_start_steps": 150,
     "logging_steps": 2,
 }
-# The fewer the steps, the more the warm start leaves to do. A rate that falls to 0 and the averaged policy keep a
-# longer run from drifting.
+# The fewer the steps, the more the warm start leaves to do. The rate falls to 0, and the averaged policy is judged;
+# twice as many updates are still no better (benchmarks/normalization.md).
 STUDENT_SETTINGS: dict[int, dict[str, Any]] = {
     4: {"learning_rate": 5e-5, "max_steps": 30},
     2: {"learning_rate": 1e-4, "max_steps": 40},
