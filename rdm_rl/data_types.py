@@ -45,10 +45,6 @@ class Conditioning:
         """Each row repeated ``count`` times, neighbours together: (N, ...) becomes (N * count, ...)."""
         return Conditioning(tensors={key: value.repeat_interleave(count, 0) for key, value in self.tensors.items()})
 
-    def select(self, rows: Tensor) -> "Conditioning":
-        """The rows at the given indices, shape (M,), int64."""
-        return Conditioning(tensors={key: value[rows] for key, value in self.tensors.items()})
-
     def then(self, other: "Conditioning") -> "Conditioning":
         """The rows of this record followed by those of another one."""
         return Conditioning(

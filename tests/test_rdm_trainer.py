@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from PIL import Image
 from transformers import TrainerCallback
 
@@ -29,6 +30,7 @@ from tests.helpers import (
     randomize,
     same,
     snapshot,
+    tiny_config,
     tiny_sd,
     tiny_trainer,
 )
@@ -754,3 +756,12 @@ def test_training_again_is_refused(base: Path, tmp_path: Path) -> None:
     trainer.train()
     with pytest.raises(RuntimeError, match="already trained"):
         trainer.train()
+
+
+def test_solutions_of_another_prediction_type_are_kept_apart(base: Path, tmp_path: Path) -> None:
+    """Correcting the type in the model's scheduler must not find what the wrong type made."""
+    settings = {"warm_start_cache_dir": str(tmp_path / "cache"), "max_steps": 0}
+    for kind in ("epsilon", "v_prediction"):
+        args = tiny_config(tmp_path / kind, **settings)
+        RDMTrainer(tiny_sd(tmp_path / kind, kind), "rdm", args, PROMPTS, peft_config=LoraConfig(r=2)).train()
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -422,6 +422,7 @@ class RDMTrainer(TrainingLoop):
         name = fingerprint(
             self.networks.module("teacher"),
             border=self.networks.teacher_family.border(),
+            prediction_type=self.networks.teacher_family.prediction_type,
             shape=list(self.family.latent_shape),
             guidance=guidance,
             ode_steps=args.warm_start_ode_steps,

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.functional import one_hot
 
 DATA_FILE = Path(__file__).parent / "digits.npz"
 TEACHER_FOLDER = Path(__file__).parent / "teacher"
@@ -134,7 +133,7 @@ def mixed_prompts(count: int) -> tuple[list[str], Tensor]:
     named, digits = balanced_prompts((count + 1) // 2)
     prompts = [named[index // 2] if index % 2 == 0 else "" for index in range(count)]
     wanted = torch.ones(count, 10, dtype=torch.bool)
-    wanted[::2] = one_hot(digits, 10).bool()
+    wanted[::2] = F.one_hot(digits, 10).bool()
     return prompts, wanted
 
 

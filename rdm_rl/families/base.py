@@ -119,7 +119,7 @@ class Family(ABC):
 
     @abstractmethod
     def border(self) -> str:
-        """A short name of what a teacher and a student must share: noise schedule, prediction and text encoder."""
+        """A short name of what a teacher and a student must share: the noise schedule and the text encoder."""
 
     def empty_prompt(self) -> Conditioning:
         """The encoded empty prompt, one row, kept after the first call and outside of any autocast, as prompts are."""
