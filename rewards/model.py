@@ -1,0 +1,86 @@
+"""The base of rewards that hold a network."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rdm_rl.rewards.info import RewardInfo
+
+
+class RewardModel(ABC):
+    """A reward with a network, loaded at the first call and frozen.
+
+    The network lives where the images are unless ``device`` says otherwise. With ``offload`` it waits on the CPU between
+    uses: whoever calls the reward says when one is over, because a backward pass still needs the weights (see
+    :meth:`release`).
+
+    Args:
+        model: A folder, or a hub name; None for the published weights (``info.weights``).
+        device: Where it runs; None for where the images are.
+        dtype: Precision of its weights, as a ``torch.dtype`` or its name. Values are float32 whatever it is.
+        offload: Keep the network on the CPU between uses.
+
+    Raises:
+        ValueError: If ``dtype`` is no floating-point type of torch.
+    """
+
+    info: ClassVar[RewardInfo]
+    differentiable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = torch.float32,
+        offload: bool = False,
+    ) -> None:
+        """Remember what to load; nothing is loaded yet."""
+        self.model = str(model or self.info.weights)
+        self.device = None if device is None else torch.device(device)
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+            raise ValueError(f"dtype={dtype!r} is no floating-point type; use 'float32', 'bfloat16' or 'float16'.")
+        self.dtype = kind
+        self.offload = offload
+        self._network: nn.Module | None = None
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """Load the network, and whatever else the reward needs (tokenizer, settings), on the CPU."""
+
+    @abstractmethod
+    def score(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+        """The values of some images.
+
+        Args:
+            network: The loaded network, on the images' device.
+            images: Images, shape (N, 3, H, W), float32 in [0, 1].
+            prompts: Their prompts, length N.
+            columns: Further columns of the data set, for rewards that read any.
+
+        Returns:
+            The values, shape (N,).
+        """
+
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+        """The values of some images; the arguments are those of :meth:`score`.
+
+        Returns:
+            The values, shape (N,), float32, on the images' device, with a graph if the images have one.
+        """
+        if self._network is None:
+            self._network = self.load().to(self.dtype).eval().requires_grad_(False)
+        device = self.device or images.device
+        self._network.to(device)
+        with torch.autocast(device.type, enabled=False):
+            values = self.score(self._network, images.to(device), list(prompts), **columns)
+        return values.float().to(images.device)
+
+    def release(self) -> None:
+        """The end of one use: move the network away if ``offload`` is set. No backward pass may be outstanding."""
+        if self.offload and self._network is not None:
+            self._network.to("cpu")
