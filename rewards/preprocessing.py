@@ -1,0 +1,168 @@
+"""From images in [0, 1] to what an image encoder reads, with gradients."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import ImageProcessingMixin
+
+# What OpenAI's CLIP was trained with; most of its descendants keep it.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Numbers by which the saved settings name Pillow's filters.
+_FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+
+
+def resize(images: Tensor, size: int | tuple[int, int], *, mode: Literal["bilinear", "bicubic"] = "bicubic") -> Tensor:
+    """Images at another size, resampled as Pillow does: with antialiasing, rows first, clamped after each pass.
+
+    Pillow rounds 8-bit images after each pass, and we do not. Measured on photo-like, noise and black-and-white images
+    of 50 to 1024 pixels on the CPU, this is the only difference: at most 1.1 grey levels of 255, and 0.36 on average;
+    against Pillow without rounding, at most 0.01. Since version 13, Pillow resizes columns first where the height
+    shrinks more than the width. We keep the order that the published weights were trained with.
+
+    Where the filter overshoots and the clamp acts, no gradient passes.
+
+    Args:
+        images: Images, shape (N, 3, H, W), in [0, 1].
+        size: Length of the shorter side, which keeps the aspect ratio (the longer side is rounded down), or the height
+            and the width, which does not.
+        mode: The filter.
+
+    Returns:
+        The images, shape (N, 3, height, width), in [0, 1].
+
+    Example:
+        >>> resize(torch.rand(2, 3, 48, 64), 24).shape
+        torch.Size([2, 3, 24, 32])
+    """
+    height, width = images.shape[-2:]
+    if isinstance(size, int):
+        short = min(height, width)
+        size = (size * height // short, size * width // short)
+    for step in ((height, size[1]), size):
+        if step != images.shape[-2:]:
+            images = functional.interpolate(images, size=step, mode=mode, antialias=True).clamp(0, 1)
+    return images
+
+
+def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of images.
+
+    Args:
+        images: Images, shape (N, 3, H, W).
+        size: Height and width of the part to keep.
+
+    Returns:
+        The parts, shape (N, 3, height, width).
+
+    Raises:
+        ValueError: If an image is smaller than the part.
+
+    Example:
+        >>> center_crop(torch.arange(5.0).expand(1, 3, 1, 5), (1, 3))[0, 0]
+        tensor([[1., 2., 3.]])
+    """
+    top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], size, strict=True))
+    if top < 0 or left < 0:
+        raise ValueError(f"Images of {tuple(images.shape[-2:])} are smaller than a crop of {size}. Resize them first.")
+    return images[..., top : top + size[0], left : left + size[1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Resize, crop the centre, normalise: an image encoder's input, with a graph to the images.
+
+    Args:
+        size: Length of the shorter side, or height and width; see :func:`resize`.
+        crop: Height and width of the centre that is kept; None for all.
+        mean: Mean that is subtracted from each channel.
+        std: Standard deviation that divides each channel.
+        mode: The filter of the resize.
+
+    Example:
+        >>> Preprocessing(size=32, crop=(32, 32))(torch.rand(2, 3, 48, 64)).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    size: int | tuple[int, int]
+    crop: tuple[int, int] | None = None
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    mode: Literal["bilinear", "bicubic"] = "bicubic"
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path) -> "Preprocessing":
+        """The settings saved with a checkpoint (``preprocessor_config.json``).
+
+        Args:
+            model: A folder, or a hub name.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: If the settings ask for something that is not supported.
+            OSError: If there are no settings.
+        """
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(str(model))
+        return cls.from_settings(settings)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "Preprocessing":
+        """The settings as transformers saves them.
+
+        Args:
+            settings: Content of ``preprocessor_config.json``. CLIP resizes the shorter side and crops; SigLIP resizes
+                to a square whatever the aspect ratio.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: If the settings ask for something that is not supported.
+
+        Example:
+            >>> Preprocessing.from_settings({"size": {"height": 384, "width": 384}, "resample": 2}).size
+            (384, 384)
+        """
+        size, resample = settings.get("size"), settings.get("resample", 3)
+        if isinstance(size, dict):
+            size = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+        if not settings.get("do_resize", True) or size is None or size == (None, None):
+            raise ValueError(
+                f"Cannot resize images as the checkpoint's preprocessor_config.json says: do_resize="
+                f"{settings.get('do_resize', True)}, size={settings.get('size')}. Use a checkpoint with a fixed size."
+            )
+        if resample not in _FILTERS:
+            raise ValueError(f"resample={resample} is not supported; use 2 (bilinear) or 3 (bicubic).")
+        crop = settings.get("crop_size") if settings.get("do_center_crop", "crop_size" in settings) else None
+        if crop is not None:
+            crop = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
+        normalize = settings.get("do_normalize", True)
+        return cls(
+            size=size,
+            crop=crop,
+            mean=tuple(settings.get("image_mean", CLIP_MEAN)) if normalize else (0.0, 0.0, 0.0),
+            std=tuple(settings.get("image_std", CLIP_STD)) if normalize else (1.0, 1.0, 1.0),
+            mode=_FILTERS[resample],
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """What the image encoder reads.
+
+        Args:
+            images: Images, shape (N, 3, H, W), float32 in [0, 1].
+
+        Returns:
+            The input, shape (N, 3, height, width), float32, normalised.
+        """
+        images = resize(images, self.size, mode=self.mode)
+        if self.crop is not None:
+            images = center_crop(images, self.crop)
+        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
