@@ -3,7 +3,8 @@
     python examples/train_digits_teacher.py --output_dir rdm_rl/demo
 
 It writes what the package ships: ``digits.npz`` (made from scikit-learn's copy of the data, the only place where
-scikit-learn is needed), ``networks.safetensors`` (the evaluation networks A, B and C) and ``teacher/`` (a plain
+scikit-learn is needed), ``networks.safetensors`` (the evaluation networks A, B and C), ``reward_network.safetensors``
+(network D, which rewards and never evaluates; A, B and C never reward) and ``teacher/`` (a plain
 ``StableDiffusionPipeline`` folder). Cost: about half an hour on one CPU core with bf16 instructions, several times that
 without. Every stage is skipped when its file exists, so a single one is rebuilt by deleting its file. ``--report``
 prints the quality figures of what is there.
@@ -41,6 +42,7 @@ from rdm_rl.demo.digits import (
 )
 from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
 from rdm_rl.evaluation.features import WIDTHS, DigitNetwork, digit_accuracy, digit_features
+from rdm_rl.rewards.digits import REWARD_NETWORK_WIDTH
 
 HELD_OUT_PER_DIGIT = 50
 PROMPT_LENGTH = 16
@@ -73,24 +75,35 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def train_networks(file: Path, digits: Digits, steps: int = 3000) -> None:
-    """Train the three recognisers independently, each with its own seed and width."""
+def train_network(name: str, index: int, width: int, digits: Digits, steps: int) -> dict[str, Tensor]:
+    """Train one recogniser with the seeds of its index and return its weights."""
+    torch.manual_seed(100 + index)
+    generator = torch.Generator().manual_seed(200 + index)
+    network = DigitNetwork(width)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in trange(steps, desc=f"network {name}"):
+        chosen = torch.randint(len(digits.labels), (64,), generator=generator)
+        logits = network(jitter(digits.images[chosen], generator))
+        F.cross_entropy(logits, digits.labels[chosen], label_smoothing=0.05).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return {key: value.contiguous() for key, value in network.state_dict().items()}
+
+
+def train_evaluation_networks(file: Path, digits: Digits, steps: int = 3000) -> None:
+    """Train A, B and C independently, each with its own seed and width."""
     state = {}
     for index, (name, width) in enumerate(WIDTHS.items()):
-        torch.manual_seed(100 + index)
-        generator = torch.Generator().manual_seed(200 + index)
-        network = DigitNetwork(width)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in trange(steps, desc=f"network {name}"):
-            chosen = torch.randint(len(digits.labels), (64,), generator=generator)
-            logits = network(jitter(digits.images[chosen], generator))
-            F.cross_entropy(logits, digits.labels[chosen], label_smoothing=0.05).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-        state |= {f"{name}.{key}": value.contiguous() for key, value in network.state_dict().items()}
+        weights = train_network(name, index, width, digits, steps)
+        state |= {f"{name}.{key}": value for key, value in weights.items()}
     save_file(state, file)
+
+
+def train_reward_network(file: Path, digits: Digits, steps: int = 3000) -> None:
+    """Train D like the others, but with a seed, a width and a file of its own: it judges no student."""
+    save_file(train_network("D", len(WIDTHS), REWARD_NETWORK_WIDTH, digits, steps), file)
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -287,20 +300,23 @@ def report(pipeline: StableDiffusionPipeline, seeds: range, split: str = "held_o
 def main() -> None:
     """Build whatever is missing in the output folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/demo"), help="where the three results go")
+    parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/demo"), help="where the results go")
     parser.add_argument("--steps", type=int, default=7000, help="training steps of the U-Net")
     parser.add_argument("--report", action="store_true", help="only print the quality figures of what is there")
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(True)
-    data, networks, teacher = (
-        arguments.output_dir / name for name in ("digits.npz", "networks.safetensors", "teacher")
+    data, networks, reward_network, teacher = (
+        arguments.output_dir / name
+        for name in ("digits.npz", "networks.safetensors", "reward_network.safetensors", "teacher")
     )
     if not arguments.report:
         if not data.exists():
             build_data(data)
         digits = load_digits("train")
         if not networks.exists():
-            train_networks(networks, digits)
+            train_evaluation_networks(networks, digits)
+        if not reward_network.exists():
+            train_reward_network(reward_network, digits)
         if not (teacher / "vae").exists():
             train_autoencoder(digits).save_pretrained(teacher / "vae")
         if not (teacher / "unet").exists():

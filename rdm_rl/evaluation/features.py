@@ -2,7 +2,8 @@
 
 A and B give features for Fréchet distances and precision/recall; C names the digit. They were trained independently
 (own seed, own width) on the training images, by ``examples/train_digits_teacher.py``. Settings are chosen on A;
-results are reported on B and C.
+results are reported on B and C. None of them is ever a reward. Network D, which is one, judges nothing and lives in
+:mod:`rdm_rl.rewards.digits`.
 """
 
 from functools import lru_cache
@@ -70,14 +71,14 @@ def load_network(name: Literal["A", "B", "C"], file: Path = NETWORKS_FILE) -> Di
         The network.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, as is that of the reward's network D: it must not judge.
 
     Example:
         >>> load_network("C")(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
     if name not in WIDTHS:
-        raise ValueError(f"network {name!r} is unknown; use one of {', '.join(WIDTHS)}.")
+        raise ValueError(f"network {name!r} is no evaluation network; use one of {', '.join(WIDTHS)}.")
     network = DigitNetwork(WIDTHS[name])
     prefix = f"{name}."
     state = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
