@@ -6,8 +6,9 @@ It writes what the package ships: ``digits.npz`` (made from scikit-learn's copy 
 scikit-learn is needed), ``networks.safetensors`` (the evaluation networks A, B and C), ``reward_network.safetensors``
 (network D, which rewards and never evaluates; A, B and C never reward) and ``teacher/`` (a plain
 ``StableDiffusionPipeline`` folder). Cost: about half an hour on one CPU core with bf16 instructions, several times that
-without. Every stage is skipped when its file exists, so a single one is rebuilt by deleting its file. ``--report``
-prints the quality figures of what is there.
+without. Every stage is skipped when its file exists, so a single one is rebuilt by deleting its file; with
+another number of threads the rebuilt recognisers differ by rounding (3e-6 seen). ``--report`` prints the quality
+figures of what is there.
 
 The recipe: images 8x8 enlarged to 32x32; an autoencoder to 4x8x8 latents; a U-Net that predicts v under a
 variance-preserving schedule with zero terminal signal-to-noise ratio (so that the first student step, which starts
