@@ -18,6 +18,7 @@ from torch import Tensor
 
 Normalization = Literal["sample", "group", "group_rms", "none"]
 Group = Literal["prompt", "renoise", "prompt_renoise"]
+RewardScale = Literal["group", "batch", "none"]
 
 
 def group_mean(values: Tensor, group_ids: Tensor) -> Tensor:
@@ -141,3 +142,69 @@ def distribution_matching_advantage(
         x_0, teacher_x_0, fake_x_0, group_ids, normalization=normalization, group=group, scale_floor=scale_floor
     )
     return ((teacher_x_0.float() - fake_x_0.float()) / scale).mean(0)
+
+
+def remove_opposition(values: Tensor, reference: Tensor) -> Tensor:
+    r"""A direction without the part that opposes another one, sample by sample.
+
+    Where the inner product with the reference is negative, the component along it is taken out; elsewhere nothing
+    changes.
+
+    References:
+        | Gradient Surgery for Multi-Task Learning (Yu et al., 2020), algorithm 1, with the reference itself unchanged
+        | https://arxiv.org/abs/2001.06782
+
+    Args:
+        values: Directions, shape (N, C, H, W).
+        reference: Directions they must not oppose, the same shape.
+
+    Returns:
+        The projected directions, shape (N, C, H, W).
+
+    Example:
+        >>> remove_opposition(torch.tensor([[[[-1.0, 2.0]]]]), torch.tensor([[[[1.0, 0.0]]]])).flatten()
+        tensor([0., 2.])
+    """
+    product = (values * reference).flatten(1).sum(1)
+    length = reference.square().flatten(1).sum(1)
+    share = torch.where((product < 0) & (length > 0), product / length.clamp_min(1e-30), 0.0)
+    return values - share[:, None, None, None] * reference
+
+
+def normalize_rewards(
+    rewards: Tensor, applicable: Tensor, group_ids: Tensor, scale: RewardScale = "group", *, spread: float = 1.0
+) -> Tensor:
+    r"""Scalar rewards as advantages: centred on the group's mean and divided by a standard deviation.
+
+    The group's mean is the baseline of group-relative policy optimisation. The epsilon that keeps a small group's
+    standard deviation away from 0 is relative to the reward's own spread, so a reward's units cancel.
+
+    References:
+        | DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models (Shao et al., 2024), 4.1.2
+        | https://arxiv.org/abs/2402.03300
+
+    Args:
+        rewards: The rewards, shape (N,).
+        applicable: Where they apply, shape (N,), bool; other samples take no part.
+        group_ids: Group of each sample, shape (N,), int64.
+        scale: What divides: the standard deviation of the ``group``, ``spread`` itself (``batch``), or 1 (``none``).
+        spread: Standard deviation of the reward over whole batches.
+
+    Returns:
+        The advantages, shape (N,), float32; 0 where the reward does not apply and in groups of equal rewards.
+
+    Example:
+        >>> group, everywhere = torch.tensor([0, 0]), torch.tensor([True, True])
+        >>> normalize_rewards(torch.tensor([1.0, 3.0]), everywhere, group, "none")
+        tensor([-1.,  1.])
+    """
+    weight = applicable.float()
+    values = torch.where(applicable, rewards.float(), 0.0)
+    share = group_mean(weight, group_ids).clamp_min(1e-12)
+    centred = (values - group_mean(values, group_ids) / share) * weight
+    if scale == "none":
+        return centred
+    if scale == "batch":
+        return centred / spread if spread > 0 else torch.zeros_like(centred)
+    deviation = (group_mean(centred.square(), group_ids) / share).sqrt()
+    return torch.where(deviation > 1e-6 * spread, centred / (deviation + 1e-4 * spread).clamp_min(1e-30), 0.0)

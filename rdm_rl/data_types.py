@@ -138,7 +138,8 @@ class DenseAdvantage:
         values: The direction, shape (N, C, H, W).
         applicable: Whether the reward has an opinion on the sample, shape (N,), bool. Where it is False the direction
             counts as absent, whatever ``values`` holds.
-        reward: The reward itself for the log, shape (N,), or None.
+        reward: The reward itself for the log, shape (N,), NaN where it has no value, or None.
+        advantage: The reward normalised as ``scale_rewards`` says, shape (N,), or None; the trainer fills it in.
         metrics: Further numbers for the log.
 
     Raises:
@@ -148,6 +149,7 @@ class DenseAdvantage:
     values: Tensor
     applicable: Tensor
     reward: Tensor | None = None
+    advantage: Tensor | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

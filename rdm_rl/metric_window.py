@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
+from rdm_rl.data_types import DenseAdvantage, PromptBatch
+from rdm_rl.weighting import DirectionStatistics, Weighting
+
 
 class MetricWindow:
     """The numbers of the updates since the last log entry.
@@ -60,3 +63,44 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def direction_metrics(directions: Mapping[str, DenseAdvantage], batch: PromptBatch) -> dict[str, float]:
+    """What the log says of each reward's values, and the reward's own numbers.
+
+    Args:
+        directions: The rewards' directions, by name.
+        batch: The prompts.
+
+    Returns:
+        Numbers by name; ``docs/metrics.md`` says what each means.
+    """
+    metrics: dict[str, float] = {}
+    for name, one in directions.items():
+        metrics |= {f"{name}/{key}": value for key, value in one.metrics.items()}
+        if one.reward is None:
+            continue
+        known = ~one.reward.isnan()
+        metrics[f"rewards/{name}/applicable"] = known.float().mean().item()
+        if bool(known.any()):
+            values, groups = one.reward[known].float(), batch.group_ids[known]
+            metrics[f"rewards/{name}/mean"] = values.mean().item()
+            metrics[f"rewards/{name}/std"] = values.std(correction=0).item()
+            flat = [bool((values[groups == group] == values[groups == group][0]).all()) for group in groups.unique()]
+            metrics[f"rewards/{name}/frac_zero_std"] = sum(flat) / len(flat)
+    return metrics
+
+
+def weighting_metrics(statistics: DirectionStatistics, weighting: Weighting) -> dict[str, float]:
+    """What the log says of the directions and their weights in one update.
+
+    Args:
+        statistics: What the directions look like.
+        weighting: What combined them.
+
+    Returns:
+        Numbers by name.
+    """
+    metrics = {f"rewards/{name}/advantage_rms": value for name, value in statistics.rms.items()}
+    metrics |= {f"rewards/{name}/cosine_to_rdm": value for name, value in statistics.cosine.items()}
+    return metrics | {f"rewards/{name}/lambda": value for name, value in weighting.lambdas.items()}

@@ -1,39 +1,189 @@
-"""How the directions of several rewards become one: the one stateful object of the method.
+r"""How the directions of several rewards become one: the one stateful object of the method.
 
-``FixedWeighting`` is DMDR's constant weights. Adaptive weighting will be another class with the same three methods;
-any object that has them is accepted as ``RDMTrainer(weighting=...)``.
+========================  =================================================================================
+object                    weight :math:`\lambda_j` of reward j
+========================  =================================================================================
+:class:`FixedWeighting`     :math:`w_j`: DMDR, the control
+:class:`AdaptiveWeighting`  :math:`w_j F_{ref} / \mathrm{EMA}(\mathrm{rms} A_j)`: GNDMR, whatever a reward's units
+:class:`BudgetedWeighting`  the adaptive one times a factor that keeps a fidelity signal within a budget
+========================  =================================================================================
+
+Once per update the trainer measures the directions of all samples (:func:`measure`, pure), shows the weighting what it
+found (``update``), and then combines the directions of each micro-batch (``combine``). So the weights do not depend on
+how a batch is cut, nor on the number of processes.
+
+References:
+    | R_dm: Re-conceptualizing Distribution Matching as a Reward for Diffusion Distillation (Fan et al., 2026) joins
+    | rewards by "adaptive weighting"; the rule here is our reconstruction (docs/method.md).
+    | https://arxiv.org/abs/2603.28460
+    | Distribution Matching Distillation Meets Reinforcement Learning (Jiang et al., 2025): one constant weight
+    | https://arxiv.org/abs/2511.13649
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from rdm_rl.advantages import remove_opposition
 from rdm_rl.data_types import DenseAdvantage
 from rdm_rl.noise_schedule import append_dims
 
+Reference = Literal["cold_start", "online"]
+RDM = "rdm"  # The reward whose force the others are measured by.
+NO_DIRECTION = 1e-12  # A root mean square below this is no direction: a constant reward's gradient.
 
-class Weighting(Protocol):
-    """What the trainer asks of a weighting."""
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionStatistics:
+    """What one update's directions look like, over all of its samples.
+
+    Args:
+        rms: Root mean square of each reward's direction over the samples it applied to; a reward that applied to none
+            is absent.
+        cosine: Mean cosine of each reward's direction to that of ``rdm``, over the samples that have both.
+        spread: Standard deviation of each reward's values; a reward without values is absent.
+        gap: The mean of ``rdm``'s metric ``gap`` (see :func:`rdm_rl.rdm.distribution_matching`), or None without it.
+    """
+
+    rms: Mapping[str, float] = field(default_factory=dict)
+    cosine: Mapping[str, float] = field(default_factory=dict)
+    spread: Mapping[str, float] = field(default_factory=dict)
+    gap: float | None = None
+
+
+def measure(
+    directions: Sequence[Mapping[str, DenseAdvantage]], total: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> DirectionStatistics:
+    """The statistics of one update.
+
+    Args:
+        directions: The directions by reward name, for each micro-batch of this process.
+        total: Sums a tensor over the processes.
+
+    Returns:
+        The statistics, equal in all processes.
+
+    Example:
+        >>> away = DenseAdvantage(values=torch.full((2, 1, 1, 4), 3.0), applicable=torch.tensor([True, False]))
+        >>> measure([{"away": away}]).rms
+        {'away': 3.0}
+    """
+    names = list(directions[0])
+    # Of a direction: squares, their number, cosines, their number. Of the reward: values, their squares, their number.
+    sums = torch.zeros(len(names), 7, dtype=torch.float64)
+    gaps = torch.zeros(2, dtype=torch.float64)
+    for micro_batch in directions:
+        rdm = micro_batch.get(RDM)
+        if rdm is not None and "gap" in rdm.metrics:
+            gaps += torch.tensor([rdm.metrics["gap"], 1.0], dtype=torch.float64)
+        for row, name in zip(sums, names, strict=True):
+            one = micro_batch[name]
+            values = one.values[one.applicable].double().flatten(1)
+            row[0] += values.square().sum().item()
+            row[1] += values.numel()
+            if rdm is not None and name != RDM:
+                both = one.applicable & rdm.applicable
+                first, second = (each.values[both].double().flatten(1) for each in (one, rdm))
+                lengths = first.norm(dim=1) * second.norm(dim=1)
+                moving = lengths > 0
+                row[2] += ((first * second).sum(1)[moving] / lengths[moving]).sum().item()
+                row[3] += int(moving.sum())
+            if one.reward is not None:
+                known = one.reward[~one.reward.isnan()].double()
+                row[4:] += torch.tensor([known.sum(), known.square().sum(), len(known)], dtype=torch.float64)
+    sums, gaps = total(sums), total(gaps)
+    return DirectionStatistics(
+        rms={name: math.sqrt(row[0] / row[1]) for name, row in zip(names, sums.tolist(), strict=True) if row[1]},
+        cosine={name: row[2] / row[3] for name, row in zip(names, sums.tolist(), strict=True) if row[3]},
+        spread={
+            name: math.sqrt(max(0.0, row[5] / row[6] - (row[4] / row[6]) ** 2))
+            for name, row in zip(names, sums.tolist(), strict=True)
+            if row[6]
+        },
+        gap=(gaps[0] / gaps[1]).item() if gaps[1] else None,
+    )
+
+
+@dataclass
+class RunningMean:
+    """An exponential average without bias towards its start.
+
+    Args:
+        decay: Share of the old average that an update keeps.
+
+    Example:
+        >>> mean = RunningMean(decay=0.9)
+        >>> mean.add(4.0)
+        >>> mean.value
+        4.0
+    """
+
+    decay: float
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, number: float) -> None:
+        """Take a number in."""
+        self.total = self.decay * self.total + (1 - self.decay) * number
+        self.weight = self.decay * self.weight + (1 - self.decay)
+
+    @property
+    def value(self) -> float | None:
+        """The average, or None before the first number."""
+        return self.total / self.weight if self.weight else None
+
+
+class Weighting:
+    """What the trainer asks of a weighting. Derive from it, or pass any object with these members.
+
+    Args:
+        lambdas: The weight of each reward in the running update, by name, for the log.
+    """
+
+    def __init__(self, lambdas: Mapping[str, float] | None = None) -> None:
+        """Start with some weights."""
+        self.lambdas: dict[str, float] = dict(lambdas or {})
+
+    def update(self, statistics: DirectionStatistics, step: int) -> None:
+        """See the directions of an update before they are combined.
+
+        Args:
+            statistics: What they look like.
+            step: Number of the update, from 0.
+        """
 
     def combine(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
-        """One direction from those of the rewards, by name. May update running statistics."""
-        ...
+        """One direction from those of the rewards.
+
+        Args:
+            directions: Directions of shape (N, C, H, W) by reward name.
+
+        Returns:
+            The combined direction, applicable where any of them is.
+        """
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """The running statistics, for a checkpoint: plain numbers, strings, lists, dicts and tensors."""
-        ...
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the running statistics back."""
-        ...
 
 
-class FixedWeighting:
-    """Constant weights: the sum of weight times direction, over the rewards that apply to a sample.
+class FixedWeighting(Weighting):
+    r"""Constant weights, after an optional cold start: :math:`\lambda_j = w_j \cdot \mathrm{ramp}`.
 
     Args:
-        weights: Weight of each reward, by name.
+        weights: Weight w of each reward, by name.
+        start_step: Updates with ``rdm`` alone; the weights of all other rewards are 0 in them.
+        ramp_steps: Updates over which those weights then grow linearly to their values.
+        conflict: ``keep``, or ``project``: of every other direction, the part against ``rdm`` is removed, sample by
+            sample.
 
     Example:
         >>> one = DenseAdvantage(values=torch.ones(1, 1, 1, 1), applicable=torch.tensor([True]))
@@ -41,12 +191,51 @@ class FixedWeighting:
         0.5
     """
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        """Keep the weights."""
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        start_step: int = 0,
+        ramp_steps: int = 0,
+        conflict: Literal["keep", "project"] = "keep",
+    ) -> None:
+        """Keep the settings."""
+        super().__init__(weights)
         self.weights = dict(weights)
+        self.start_step = start_step
+        self.ramp_steps = ramp_steps
+        self.conflict = conflict
+
+    def ramp(self, step: int) -> float:
+        """Share of their weights that rewards other than ``rdm`` have in an update.
+
+        Args:
+            step: Number of the update, from 0.
+
+        Returns:
+            A number in [0, 1].
+
+        Example:
+            >>> [FixedWeighting({}, start_step=2, ramp_steps=2).ramp(step) for step in range(5)]
+            [0.0, 0.0, 0.5, 1.0, 1.0]
+        """
+        if step < self.start_step:
+            return 0.0
+        return min(1.0, (step - self.start_step + 1) / max(1, self.ramp_steps))
+
+    def scale(self, name: str) -> float:
+        """What a reward's weight is multiplied by, beside the ramp."""
+        return 1.0
+
+    def update(self, statistics: DirectionStatistics, step: int) -> None:
+        """Set the weights of the update."""
+        ramp = self.ramp(step)
+        self.lambdas = {
+            name: weight if name == RDM else weight * ramp * self.scale(name) for name, weight in self.weights.items()
+        }
 
     def combine(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
-        """The weighted sum of the directions.
+        """The weighted sum of the directions, over the rewards that apply to a sample.
 
         Args:
             directions: Directions of shape (N, C, H, W) by reward name.
@@ -57,16 +246,179 @@ class FixedWeighting:
         Raises:
             KeyError: If a reward has no weight.
         """
-        terms = [
-            self.weights[name] * torch.where(append_dims(one.applicable, one.values), one.values, 0.0)
+        masked = {
+            name: torch.where(append_dims(one.applicable, one.values), one.values, 0.0)
             for name, one in directions.items()
-        ]
+        }
+        if self.conflict == "project" and RDM in masked:
+            masked |= {name: remove_opposition(masked[name], masked[RDM]) for name in masked if name != RDM}
+        terms = [self.lambdas[name] * values for name, values in masked.items()]
         applicable = torch.stack([one.applicable for one in directions.values()]).any(0)
         return DenseAdvantage(values=torch.stack(terms).sum(0), applicable=applicable)
 
+
+class AdaptiveWeighting(FixedWeighting):
+    r"""Every reward pushes with :math:`w_j` times a reference force of distribution matching, whatever its units.
+
+    .. math:: \lambda_j = w_j \, F_{ref} / \mathrm{EMA}(\mathrm{rms} A_j), \qquad \lambda_{dm} = w_{dm}
+
+    So a reward may be multiplied by any positive number without any effect: there is no additive epsilon and no cap. A
+    direction that is zero (rms below 1e-12) gets the weight 0. Without ``rdm`` the reference is 1.
+
+    Args:
+        weights: Weight w of each reward, by name.
+        reference: ``cold_start``: the average force of ``rdm``, frozen when the cold start ends (after the first update
+            without one). ``online``: its running average, so that the rewards' force shrinks with it.
+        decay: Decay of the averages, in updates in which a direction applies.
+        settings: Those of :class:`FixedWeighting`.
+
+    Raises:
+        ValueError: If an ``online`` reference cannot reach a balance: the rewards together must push less than
+            ``rdm`` does.
+
+    Example:
+        >>> weighting = AdaptiveWeighting({"rdm": 1.0, "aesthetic": 0.5})
+        >>> weighting.update(DirectionStatistics(rms={"rdm": 0.2, "aesthetic": 400.0}), step=0)
+        >>> weighting.lambdas
+        {'rdm': 1.0, 'aesthetic': 0.00025}
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        reference: Reference = "cold_start",
+        decay: float = 0.95,
+        **settings: Any,
+    ) -> None:
+        """Check that the weights can balance."""
+        super().__init__(weights, **settings)
+        external = sum(abs(weight) for name, weight in weights.items() if name != RDM)
+        if reference == "online" and RDM in weights and external >= weights[RDM]:
+            raise ValueError(
+                f"With adaptive_reference='online' the rewards' force follows that of 'rdm', and their weights "
+                f"(together {external:g}) reach its own ({weights[RDM]:g}): nothing would stop them. Use "
+                "adaptive_reference='cold_start', or smaller reward_weights."
+            )
+        self.reference: Reference = reference
+        self.forces = {name: RunningMean(decay=decay) for name in weights}
+        self._force = RunningMean(decay=decay)  # Of rdm; the reference.
+
+    @property
+    def reference_force(self) -> float:
+        """The force that rewards are scaled to."""
+        return 1.0 if RDM not in self.weights else self._force.value or 0.0
+
+    def scale(self, name: str) -> float:
+        """What makes the reward's force the reference force."""
+        force = self.forces[name].value
+        return 0.0 if force is None or force < NO_DIRECTION else self.reference_force / force
+
+    def update(self, statistics: DirectionStatistics, step: int) -> None:
+        """Take the update's forces in and set its weights."""
+        for name, force in self.forces.items():
+            if name in statistics.rms:
+                force.add(statistics.rms[name])
+        if RDM in statistics.rms and (
+            self.reference == "online" or step < self.start_step or self._force.value is None
+        ):
+            self._force.add(statistics.rms[RDM])
+        super().update(statistics, step)
+
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: constant weights have no state."""
-        return {}
+        """The averages."""
+        everything = {**self.forces, "reference of rdm": self._force}
+        return {name: [mean.total, mean.weight] for name, mean in everything.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take back."""
+        """Take the averages back; a reward that is new starts without one."""
+        for name, mean in {**self.forces, "reference of rdm": self._force}.items():
+            mean.total, mean.weight = state.get(name, (0.0, 0.0))
+
+
+class BudgetedWeighting(AdaptiveWeighting):
+    r"""Adaptive weights times a common factor that spends a fidelity budget: as much reward as fidelity allows.
+
+    The fidelity signal is ``rdm``'s gap, :math:`\mathrm{rms}(\mu_{real} - \mu_{fake}) / \mathrm{rms}(\hat x_0 -
+    \mu_{real})`, averaged. While it is below ``budget`` times its value in the cold start, the factor grows by ``rate``
+    in every update, otherwise it shrinks. It starts at 1 and stays between 0.001 and 10.
+
+    Args:
+        weights: Weight w of each reward, by name; ``rdm`` must be one of them.
+        budget: How many times its cold-start value the gap may be.
+        rate: Change of the factor's logarithm in one update.
+        settings: Those of :class:`AdaptiveWeighting`; ``start_step`` must be at least 1.
+
+    Raises:
+        ValueError: If there is no ``rdm`` or no cold start to compare with.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, float], *, budget: float = 1.5, rate: float = 0.05, **settings: Any
+    ) -> None:
+        """Check that there is something to compare with."""
+        super().__init__(weights, **settings)
+        if RDM not in weights or self.start_step < 1:
+            raise ValueError(
+                "reward_weighting='budget' compares the gap of 'rdm' with its value in the cold start: put 'rdm' into "
+                "reward_funcs and set reward_start_step to at least 1 (20 gives a steadier average)."
+            )
+        self.budget, self.rate, self.factor = budget, rate, 1.0
+        self.gap = RunningMean(decay=self._force.decay)
+        self.cold_gap = RunningMean(decay=self._force.decay)
+
+    def scale(self, name: str) -> float:
+        """The adaptive scale times the common factor."""
+        return self.factor * super().scale(name)
+
+    def update(self, statistics: DirectionStatistics, step: int) -> None:
+        """Take the gap in, move the factor, and set the weights."""
+        if statistics.gap is not None:
+            self.gap.add(statistics.gap)
+            if step < self.start_step or self.cold_gap.value is None:
+                self.cold_gap.add(statistics.gap)
+        if step >= self.start_step and self.gap.value is not None and self.cold_gap.value is not None:
+            direction = 1 if self.gap.value <= self.budget * self.cold_gap.value else -1
+            self.factor = min(10.0, max(1e-3, self.factor * math.exp(direction * self.rate)))
+        super().update(statistics, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and the factor."""
+        gaps = {"gap": self.gap, "gap in the cold start": self.cold_gap}
+        return super().state_dict() | {
+            "factor": self.factor,
+            **{name: [mean.total, mean.weight] for name, mean in gaps.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the averages and the factor back."""
+        super().load_state_dict(state)
+        self.factor = state.get("factor", 1.0)
+        for name, mean in {"gap": self.gap, "gap in the cold start": self.cold_gap}.items():
+            mean.total, mean.weight = state.get(name, (0.0, 0.0))
+
+
+def make_weighting(
+    kind: str, weights: Mapping[str, float], *, budget: float | None = None, **settings: Any
+) -> Weighting:
+    """The weighting that ``RDMConfig`` asks for.
+
+    Args:
+        kind: ``adaptive``, ``fixed`` or ``budget``.
+        weights: Weight of each reward, by name.
+        budget: The budget, for ``budget``.
+        settings: What the class takes; ``reference`` is left out for ``fixed``.
+
+    Returns:
+        The weighting.
+
+    Example:
+        >>> make_weighting("fixed", {"rdm": 1.0}, reference="cold_start").lambdas
+        {'rdm': 1.0}
+    """
+    if kind == "fixed":
+        settings.pop("reference", None)
+        return FixedWeighting(weights, **settings)
+    if kind == "budget":
+        return BudgetedWeighting(weights, **settings, **({} if budget is None else {"budget": budget}))
+    return AdaptiveWeighting(weights, **settings)

@@ -13,8 +13,8 @@ from rdm_rl.rewards.info import RewardInfo
 class RewardModel(ABC):
     """A reward with a network, loaded at the first call and frozen.
 
-    The network lives where the images are unless ``device`` says otherwise. With ``offload`` it waits on the CPU between
-    uses: whoever calls the reward says when one is over, because a backward pass still needs the weights (see
+    The network lives where the images are unless ``device`` says otherwise. With ``offload`` it waits on the CPU
+    between uses: whoever calls the reward says when one is over, because a backward pass still needs the weights (see
     :meth:`release`).
 
     Args:

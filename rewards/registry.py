@@ -1,38 +1,58 @@
-"""The registry of rewards: one dictionary from a name to what makes the reward.
+"""The registry of rewards: one dictionary from a name to a reward, of either kind.
 
-A reward that says itself where samples should move is an object with a ``direction`` method, such as ``rdm``. If it
-also has a ``bind`` method, the trainer calls it once, before training, with the networks and the settings.
+A *plain* reward is a callable ``(images, prompts, **columns)`` that returns a value for each image; see
+:mod:`rdm_rl.rewards.scoring` for the contract. A reward that says itself where samples should move is an object with a
+``direction`` method, such as ``rdm``. If an object also has a ``bind`` method, the trainer calls it once, before
+training, with the networks and the settings.
+
+Names come from :func:`register_reward`, from the library, and from packages with an entry point in the group
+``rdm_rl.rewards``. A name may also be ``module:attribute`` or ``path/to/file.py:attribute``.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
 
 from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.randomness import Generators
 
 if TYPE_CHECKING:
+    from rdm_rl.decoding import ImageDecoder
     from rdm_rl.networks import Networks
     from rdm_rl.trainers.rdm_config import RDMConfig
+
+ENTRY_POINTS = "rdm_rl.rewards"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardContext:
-    """What a reward that needs the networks is given, once, before training.
+    """What a reward that needs the run is given, once, before training.
 
     Args:
         networks: The policy, the teacher and the fake score.
         args: The run's settings.
         teacher_guidance_scale: Guidance of the teacher: the setting, or the family's published value.
         global_step: Gives the number of policy updates made so far.
+        decoder: Makes images of latents.
+        teacher_images: Gives the teacher's images from the noise and the prompts of a rollout, (N, 3, H', W').
+        last_checkpoint: Gives the folder of the last checkpoint, or None.
     """
 
     networks: "Networks"
     args: "RDMConfig"
     teacher_guidance_scale: float
     global_step: Callable[[], int]
+    decoder: "ImageDecoder"
+    teacher_images: Callable[[Rollout], Tensor]
+    last_checkpoint: Callable[[], Path | None]
 
 
 @runtime_checkable
@@ -55,49 +75,80 @@ class DirectionReward(Protocol):
 
 @runtime_checkable
 class BindableReward(Protocol):
-    """A reward that needs the networks."""
+    """A reward that needs the run."""
 
     def bind(self, context: RewardContext) -> None:
         """Take what the trainer gives before training."""
         ...
 
 
-Factory = TypeVar("Factory", bound=Callable[[], Any])
-RewardSpec = str | DirectionReward
+@runtime_checkable
+class PrefetchingReward(Protocol):
+    """A reward that can begin its work before its direction is asked for."""
+
+    def prefetch(self, rollout: Rollout) -> None:
+        """Begin."""
+        ...
+
+
+Reward = TypeVar("Reward", bound=Callable[..., Any])
+RewardSpec = str | DirectionReward | Callable[..., Any]
 
 # Where the library's own rewards live; a module is imported when its reward is asked for.
-_BUILT_IN = {"rdm": "rdm_rl.rewards.rdm:DistributionMatchingReward"}
-_REGISTERED: dict[str, Callable[[], Any]] = {}
+_BUILT_IN = {
+    "rdm": "rdm_rl.rewards.rdm:DistributionMatchingReward",
+    "pickscore": "rdm_rl.rewards.clip:PickScore",
+    "hpsv2": "rdm_rl.rewards.clip:HPSv2",
+    "hpsv2.1": "rdm_rl.rewards.clip:HPSv21",
+    "clip_score": "rdm_rl.rewards.clip:CLIPScore",
+    "aesthetic": "rdm_rl.rewards.aesthetic:AestheticScore",
+    "image_reward": "rdm_rl.rewards.image_reward:ImageReward",
+    "jpeg_compressibility": "rdm_rl.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "rdm_rl.rewards.jpeg:JpegIncompressibility",
+    "ocr": "rdm_rl.rewards.ocr:TextMatch",
+    "vlm_judge": "rdm_rl.rewards.judge:VLMJudge",
+    "http": "rdm_rl.rewards.http:HTTPReward",
+    "digit_logprob": "rdm_rl.rewards.digits:DigitLogProb",
+    "ink": "rdm_rl.rewards.digits:ink",
+    "symmetry": "rdm_rl.rewards.digits:symmetry",
+}
+_REGISTERED: dict[str, Callable[..., Any]] = {}
 
 
-def register_reward(name: str) -> Callable[[Factory], Factory]:
-    """A decorator that registers a reward class, or a function that makes a reward, under a name.
+def register_reward(name: str, **declarations: Any) -> Callable[[Reward], Reward]:
+    """A decorator that registers a reward under a name.
+
+    What it decorates is either a function, which is the reward, or a class, which makes the reward when the name is
+    asked for (with the options given there).
 
     Args:
         name: The name to use in ``reward_funcs``.
+        declarations: Attributes to set on it, such as ``differentiable=True`` (see :mod:`rdm_rl.rewards.scoring`).
 
     Returns:
         The decorator; it returns what it decorates.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is taken, or could not be told from ``module:attribute``.
 
     Example:
-        >>> @register_reward("stay")
-        ... class Stay:
-        ...     def direction(self, rollout, step, *, generator):
-        ...         zero = rollout.x_0[step] * 0
-        ...         return DenseAdvantage(values=zero, applicable=zero.flatten(1).isfinite().all(1))
-        >>> "stay" in list_rewards()
+        >>> @register_reward("brightness", differentiable=True)
+        ... def brightness(images, prompts):
+        ...     return images.mean((1, 2, 3))
+        >>> "brightness" in list_rewards()
         True
-        >>> unregister_reward("stay")
+        >>> unregister_reward("brightness")
     """
 
-    def decorate(factory: Factory) -> Factory:
+    def decorate(reward: Reward) -> Reward:
+        if ":" in name:
+            raise ValueError(f"A reward cannot be named {name!r}: a colon means module:attribute.")
         if name in list_rewards():
             raise ValueError(f"A reward named {name!r} is already registered. Choose another name.")
-        _REGISTERED[name] = factory
-        return factory
+        for attribute, value in declarations.items():
+            setattr(reward, attribute, value)
+        _REGISTERED[name] = reward
+        return reward
 
     return decorate
 
@@ -121,74 +172,203 @@ def list_rewards() -> list[str]:
         >>> "rdm" in list_rewards()
         True
     """
-    return sorted({*_BUILT_IN, *_REGISTERED})
+    return sorted({*_BUILT_IN, *_REGISTERED, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
-def get_reward(name: str) -> Any:
-    """A new reward of a registered name.
+def find_reward(name: str) -> Callable[..., Any]:
+    """The function or class behind a name.
 
     Args:
-        name: The name.
+        name: A registered name, ``module:attribute`` or ``path/to/file.py:attribute``.
 
     Returns:
-        The reward.
+        The function, which is the reward, or the class that makes it.
 
     Raises:
-        ValueError: If no reward has the name; the message suggests the nearest.
+        ValueError: If no reward has the name (the message suggests the nearest), or two have it.
+        ModuleNotFoundError: If a package that the reward needs is not installed.
+        FileNotFoundError: If the file does not exist.
 
     Example:
-        >>> get_reward("rmd")
+        >>> find_reward("rmd")
         Traceback (most recent call last):
         ...
-        ValueError: No reward is named 'rmd'. Did you mean 'rdm'? Registered: rdm.
+        ValueError: No reward is named 'rmd'. Did you mean 'rdm'? `rdm-rl rewards list` shows all of them.
     """
+    points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
+    if len(points) + (name in _BUILT_IN) + (name in _REGISTERED) > 1:
+        origins = ", ".join(_distribution(point) for point in points)
+        raise ValueError(f"Several rewards are named {name!r}: that of {origins} clashes. Uninstall one of them.")
     if name in _REGISTERED:
-        return _REGISTERED[name]()
-    if name in _BUILT_IN:
-        module, attribute = _BUILT_IN[name].split(":")
-        return getattr(import_module(module), attribute)()
+        return _REGISTERED[name]
+    if points:
+        return _load(name, points[0].load, f"'{_distribution(points[0])}[{','.join(points[0].extras)}]'")
+    if name in _BUILT_IN or ":" in name:
+        source, attribute = _BUILT_IN.get(name, name).rsplit(":", 1)
+        module = _load(name, lambda: _import(source))
+        if not hasattr(module, attribute):
+            near = get_close_matches(attribute, dir(module), n=1, cutoff=0.6)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"reward_funcs names {name!r}, but {source!r} has no {attribute!r}.{hint}")
+        found: Callable[..., Any] = getattr(module, attribute)
+        return found
     near = get_close_matches(name, list_rewards(), n=1, cutoff=0.3)
     hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"No reward is named {name!r}. {hint}Registered: {', '.join(list_rewards())}.")
+    raise ValueError(f"No reward is named {name!r}. {hint}`rdm-rl rewards list` shows all of them.")
 
 
-def resolve_rewards(reward_funcs: RewardSpec | Sequence[RewardSpec]) -> dict[str, DirectionReward]:
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.value
+
+
+def _import(source: str) -> Any:
+    if not source.endswith(".py"):
+        return import_module(source)
+    file = Path(source)
+    if not file.is_file():
+        raise FileNotFoundError(f"The reward file {source!r} does not exist.")
+    spec = spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{source!r} is no Python file that can be imported.")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load(name: str, load: Callable[[], Any], install: str = "") -> Any:
+    try:
+        return load()
+    except ModuleNotFoundError as error:
+        package = install if "[]" not in install and install else error.name
+        raise ModuleNotFoundError(
+            f"The reward {name!r} needs {error.name!r}, which is not installed: pip install {package}", name=error.name
+        ) from error
+
+
+def get_reward(name: str, **options: Any) -> Any:
+    """A reward by name.
+
+    Args:
+        name: A registered name, ``module:attribute`` or ``path/to/file.py:attribute``.
+        options: What the reward's class takes, such as ``model="folder"`` or ``device="cuda:1"``.
+
+    Returns:
+        The reward: a new object if the name stands for a class, else the function itself.
+
+    Raises:
+        ValueError: If no reward has the name, or it takes no such options.
+
+    Example:
+        >>> get_reward("ink")([[0.0]], ["a"])  # doctest: +SKIP
+    """
+    found = find_reward(name)
+    if not inspect.isclass(found):
+        if options:
+            raise ValueError(f"The reward {name!r} is a function and takes no options; got {', '.join(options)}.")
+        return found
+    try:
+        inspect.signature(found).bind(**options)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(found).parameters) or "none"
+        raise ValueError(f"The reward {name!r} cannot be made: {error}. Its options are: {known}.") from None
+    return found(**options)
+
+
+def name_of(spec: RewardSpec) -> str:
+    """The name under which a reward appears in the log.
+
+    Args:
+        spec: A name, a function or an object.
+
+    Returns:
+        The registered name; the attribute's name for ``module:attribute``; a function's name; an object's ``name``, or
+        that of its class.
+
+    Example:
+        >>> name_of("my_package.rewards:sharpness")
+        'sharpness'
+    """
+    if isinstance(spec, str):
+        return spec.rsplit(":", 1)[-1]
+    return str(getattr(spec, "name", None) or getattr(spec, "__name__", type(spec).__name__)).strip("<>")
+
+
+def load_rewards(reward_funcs: RewardSpec | Sequence[RewardSpec]) -> dict[str, Any]:
     """The rewards that ``reward_funcs`` names or holds, by name.
 
     Args:
-        reward_funcs: One name or object, or a list of them. An object's name is its ``name`` attribute or its class.
+        reward_funcs: One name, callable or object, or a list of them.
 
     Returns:
         The rewards in the given order.
 
     Raises:
         ValueError: If the list is empty, a name is unknown, or two rewards share a name.
-        TypeError: If an entry has no ``direction`` method.
+        TypeError: If an entry is neither callable nor has a ``direction`` method.
     """
     specs = [reward_funcs] if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence) else reward_funcs
     if not specs:
         raise ValueError('reward_funcs is empty, so nothing says where to go. Pass at least one reward, e.g. "rdm".')
-    rewards: dict[str, DirectionReward] = {}
+    rewards: dict[str, Any] = {}
     for index, spec in enumerate(specs):
         reward = get_reward(spec) if isinstance(spec, str) else spec
-        if not isinstance(reward, DirectionReward):
+        if not isinstance(reward, DirectionReward) and not callable(reward):
             raise TypeError(
-                f"reward_funcs[{index}] ({spec!r}) has no direction(rollout, step, *, generator) method. Plain reward "
-                "functions are not supported in this version: give an object that returns a DenseAdvantage."
+                f"reward_funcs[{index}] ({spec!r}) is neither a name, nor a callable (images, prompts, **columns), nor "
+                "an object with a direction(rollout, step, *, generator) method."
             )
-        name = spec if isinstance(spec, str) else str(getattr(spec, "name", type(spec).__name__))
+        name = name_of(spec)
         if name in rewards:
             raise ValueError(f"reward_funcs names {name!r} twice. Give the second one another name.")
         rewards[name] = reward
     return rewards
 
 
+def as_directions(
+    rewards: Mapping[str, Any], weights: Mapping[str, float], columns: Sequence[str]
+) -> dict[str, DirectionReward]:
+    """Rewards of either kind as objects with a direction.
+
+    Args:
+        rewards: The rewards by name.
+        weights: Their weights. A plain reward with the weight 0 is only watched.
+        columns: The data set's columns beside the prompt.
+
+    Returns:
+        The objects by name.
+
+    Raises:
+        ValueError: If a reward that is not differentiable has a weight, or a column is missing.
+    """
+    from rdm_rl.rewards.adapters import PathwiseReward, WatchedReward
+    from rdm_rl.rewards.scoring import check_columns
+
+    directions: dict[str, DirectionReward] = {}
+    for name, reward in rewards.items():
+        if isinstance(reward, DirectionReward):
+            directions[name] = reward
+            continue
+        check_columns(name, reward, columns)
+        if weights[name] == 0:
+            directions[name] = WatchedReward(name, reward)
+        elif getattr(reward, "differentiable", False):
+            directions[name] = PathwiseReward(name, reward)
+        else:
+            raise ValueError(
+                f"The reward {name!r} has the weight {weights[name]:g} but is a black box: it does not declare "
+                "differentiable = True, and this version has no policy-gradient direction for such rewards. Set its "
+                "entry of reward_weights to 0 to watch it in the log; or, if its values have a graph to the images, "
+                f"declare it: @register_reward({name!r}, differentiable=True)."
+            )
+    return directions
+
+
 def reward_weights(names: Sequence[str], weights: Sequence[float] | None) -> Mapping[str, float]:
-    """The weight of each reward, by name; 1 for all if none are given.
+    """The weight of each reward, by name.
 
     Args:
         names: The rewards.
-        weights: One weight for each, or None.
+        weights: One weight for each; None is 1 for all.
 
     Returns:
         The weights.

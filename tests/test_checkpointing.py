@@ -9,15 +9,17 @@ from transformers.trainer_callback import TrainerState
 from rdm_rl import RDMTrainer
 from rdm_rl.checkpointing import checkpoints, find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
 from rdm_rl.data_types import DenseAdvantage
+from rdm_rl.weighting import Weighting
 from tests.helpers import StopAfter, changed, log_numbers, same, tiny_trainer
 
 RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
 
 
-class CountingWeighting:
+class CountingWeighting(Weighting):
     """A weighting with a running statistic that matters."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls = 0
 
     def combine(self, directions: dict) -> DenseAdvantage:

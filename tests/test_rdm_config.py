@@ -96,7 +96,7 @@ def test_defaults_work_and_differ_where_documented() -> None:
         ({"num_inference_steps": -4}, "num_inference_steps=-4, but it must be at least 1"),
         ({"num_generations": 0}, "num_generations=0, but it must be at least 1"),
         ({"num_renoise": 0}, "num_renoise=0, but it must be at least 1"),
-        ({"fake_score_updates_per_policy_update": 0}, "must be at least 1"),
+        ({"fake_score_updates_per_policy_update": -1}, "must be at least 0"),
         ({"fake_score_warmup_steps": -1}, "must be at least 0"),
         ({"warm_start_steps": 0}, "must be at least 1"),
         ({"warm_start_num_states": 0}, "must be at least 1"),

@@ -20,6 +20,7 @@ from rdm_rl import RDMTrainer
 from rdm_rl.data_types import DenseAdvantage, LossOutput, Rollout
 from rdm_rl.rewards import register_reward
 from rdm_rl.rewards.registry import unregister_reward
+from rdm_rl.weighting import Weighting
 from tests.helpers import (
     PROMPTS,
     StepAway,
@@ -344,7 +345,14 @@ def test_every_hook_is_called_and_acts(base: Path, tmp_path: Path) -> None:
 def test_own_reward_moves_the_policy_where_it_wants(base: Path, tmp_path: Path) -> None:
     reward = StepAway(3.0)
     trainer = tiny_trainer(
-        base, tmp_path, given={"reward_funcs": reward}, max_steps=5, ema_decay=0, num_inference_steps=1, **COLD
+        base,
+        tmp_path,
+        given={"reward_funcs": reward},
+        reward_weighting="fixed",
+        max_steps=5,
+        ema_decay=0,
+        num_inference_steps=1,
+        **COLD,
     )
     start, t, prompts = latents(4, 4, 8, 8), torch.ones(4), trainer.family.encode(["a"]).repeat(4)
     before = trainer.networks.predict("policy", start, t, prompts).mean().item()
@@ -361,7 +369,13 @@ def test_rewards_by_name_and_object_with_weights(base: Path, tmp_path: Path) -> 
     try:
         reward_funcs = ["away", StepAway(2.0, name="more")]
         trainer = tiny_trainer(
-            base, tmp_path, given={"reward_funcs": reward_funcs}, reward_weights=[1.0, 0.5], max_steps=1, **COLD
+            base,
+            tmp_path,
+            given={"reward_funcs": reward_funcs},
+            reward_weighting="fixed",
+            reward_weights=[1.0, 0.5],
+            max_steps=1,
+            **COLD,
         )
     finally:
         unregister_reward("away")
@@ -370,15 +384,9 @@ def test_rewards_by_name_and_object_with_weights(base: Path, tmp_path: Path) -> 
 
 
 def test_own_weighting_decides(base: Path, tmp_path: Path) -> None:
-    class Opposite:
+    class Opposite(Weighting):
         def combine(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
             return DenseAdvantage(values=-directions["away"].values, applicable=directions["away"].applicable)
-
-        def state_dict(self) -> dict:
-            return {}
-
-        def load_state_dict(self, state: Mapping) -> None:
-            pass
 
     outcomes = []
     for given in ({}, {"weighting": Opposite()}):
@@ -634,6 +642,7 @@ def test_the_log_says_what_is_documented(base: Path, tmp_path: Path) -> None:
         *("policy/loss", "policy/grad_norm", "policy/learning_rate"),
         *("fake_score/loss", "fake_score/fresh_loss", "fake_score/lag", "fake_score/grad_norm"),
         *("fake_score/learning_rate", "rdm/gap", "rdm/advantage_rms", "rewards/rdm/mean", "rewards/rdm/std"),
+        *(f"rewards/rdm/{name}" for name in ("advantage_rms", "applicable", "frac_zero_std", "lambda")),
         *("images_per_second", "samples_per_second", "memory_gib", "epoch", "step"),
     }
     for row in trainer.state.log_history:

@@ -7,13 +7,26 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from rdm_rl.advantages import Group, Normalization
+from rdm_rl.advantages import Group, Normalization, RewardScale
 from rdm_rl.renoise import RenoiseDistribution
+from rdm_rl.weighting import Reference
 
 # Each method is a setting of one trainer. `rdm-rl methods` prints this table.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dmd": ("distribution matching, scaled for each sample; the baseline", {"dm_normalization": "sample"}),
     "gndm": ("group-normalised distribution matching", {"dm_normalization": "group"}),
+    "dmdr": (
+        "distribution matching and rewards with constant weights; the baseline with rewards",
+        {"dm_normalization": "sample", "reward_weighting": "fixed"},
+    ),
+    "gndmr": (
+        "group-normalised distribution matching and rewards with adaptive weights",
+        {"dm_normalization": "group", "reward_weighting": "adaptive"},
+    ),
+    "refl": (
+        "gradients of differentiable rewards alone, without 'rdm' in reward_funcs; the control",
+        {"reward_weighting": "fixed", "fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 0},
+    ),
 }
 
 
@@ -89,7 +102,25 @@ class RDMConfig(TrainingArguments):
         renoise_anneal_steps: Policy updates over which ``annealed_beta`` anneals; None means 2,000 for it.
         teacher_guidance_scale: Guidance of the teacher, baked into the student; None is the family's published value.
         reward_weights: Weight of each reward; None is 1 for all.
-        reward_weighting: How rewards are combined: ``fixed`` weights.
+        reward_weighting: How rewards are combined: ``adaptive`` (GNDMR: each pushes with its weight times the force of
+            distribution matching), ``fixed`` weights (DMDR), or ``budget`` (adaptive, within ``fidelity_budget``).
+        adaptive_reference: The force that adaptive weights refer to: that of the ``cold_start``, or the running one
+            (``online``).
+        reward_start_step: Updates with distribution matching alone before the other rewards begin to count.
+        reward_ramp_steps: Updates over which their weights then grow to their values.
+        reward_conflict: ``project`` removes the part of a reward's direction that opposes distribution matching.
+        fidelity_budget: How many times its value in the cold start the gap to the teacher may be; None means 1.5 for
+            ``reward_weighting="budget"``.
+        pathwise_steps: The steps on which gradients of rewards act: the ``last``, or ``any``.
+        scale_rewards: How a reward's values become the ``advantage`` of a :class:`~rdm_rl.data_types.DenseAdvantage`:
+            minus the group's mean, over the standard deviation of the ``group`` or the ``batch``, or over 1 (``none``).
+        reward_batch_size: Most samples that a reward is called with; None is all.
+        reward_timeout: Seconds after which a reward counts as hung; None waits for ever.
+        on_reward_error: What happens when a reward fails: ``raise``, or ``skip`` the samples concerned.
+        reward_decoder: Folder or hub name of a tiny autoencoder that makes the rewards' images; None is the
+            model's own.
+        decode_batch_size: Samples that are decoded at once for rewards.
+        teacher_num_inference_steps: Steps of the teacher's images, for rewards that ask for them.
         fake_score_learning_rate: Learning rate of the fake score; it must be well above the policy's.
         fake_score_updates_per_policy_update: Updates of the fake score before each policy update.
         fake_score_warmup_steps: Updates of the fake score on the initial policy before the first policy update.
@@ -141,7 +172,47 @@ class RDMConfig(TrainingArguments):
     )
     teacher_guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of the teacher."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward."})
-    reward_weighting: Literal["fixed"] = field(default="fixed", metadata={"help": "How rewards are combined."})
+    reward_weighting: Literal["adaptive", "fixed", "budget"] = field(
+        default="adaptive", metadata={"help": "How rewards are combined."}
+    )
+    adaptive_reference: Reference = field(
+        default="cold_start", metadata={"help": "The force of distribution matching that adaptive weights refer to."}
+    )
+    reward_start_step: int = field(
+        default=0, metadata={"help": "Updates with distribution matching alone before other rewards count."}
+    )
+    reward_ramp_steps: int = field(
+        default=0, metadata={"help": "Updates over which the rewards' weights then grow to their values."}
+    )
+    reward_conflict: Literal["keep", "project"] = field(
+        default="keep", metadata={"help": "What happens to the part of a reward that opposes distribution matching."}
+    )
+    fidelity_budget: float | None = field(
+        default=None, metadata={"help": "How many times its cold-start value the gap to the teacher may be."}
+    )
+    pathwise_steps: Literal["last", "any"] = field(
+        default="last", metadata={"help": "The steps on which gradients of rewards act."}
+    )
+    scale_rewards: RewardScale = field(
+        default="group",
+        metadata={"help": "What a reward's values are divided by after the group's mean is subtracted."},
+    )
+    reward_batch_size: int | None = field(
+        default=None, metadata={"help": "Most samples that a reward is called with; default: all."}
+    )
+    reward_timeout: float | None = field(
+        default=600.0, metadata={"help": "Seconds after which a reward counts as hung."}
+    )
+    on_reward_error: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "What happens when a reward fails: stop, or skip the samples."}
+    )
+    reward_decoder: str | None = field(
+        default=None, metadata={"help": "Tiny autoencoder that makes the rewards' images; default: the model's own."}
+    )
+    decode_batch_size: int = field(default=4, metadata={"help": "Samples decoded at once for rewards."})
+    teacher_num_inference_steps: int = field(
+        default=50, metadata={"help": "Steps of the teacher's images, for rewards that ask for them."}
+    )
     fake_score_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the fake score."})
     fake_score_updates_per_policy_update: int = field(
         default=5, metadata={"help": "Fake-score updates before each policy update."}
@@ -207,7 +278,12 @@ class RDMConfig(TrainingArguments):
             "dm_normalization": get_args(Normalization),
             "dm_group": get_args(Group),
             "renoise_distribution": get_args(RenoiseDistribution),
-            "reward_weighting": ("fixed",),
+            "reward_weighting": ("adaptive", "fixed", "budget"),
+            "adaptive_reference": get_args(Reference),
+            "reward_conflict": ("keep", "project"),
+            "pathwise_steps": ("last", "any"),
+            "scale_rewards": get_args(RewardScale),
+            "on_reward_error": ("raise", "skip"),
             "warm_start": ("ode", "none"),
         }
         for name, known in choices.items():
@@ -223,6 +299,16 @@ class RDMConfig(TrainingArguments):
             raise ValueError(
                 f"lr_scheduler_type={schedule!r} follows an evaluation loss, and a run has none. Use 'constant' or "
                 "'linear', say."
+            )
+        if self.adaptive_reference == "online" and self.reward_weighting == "fixed":
+            raise ValueError(
+                "adaptive_reference='online' is set, but reward_weighting='fixed' uses no reference. Set "
+                "reward_weighting='adaptive', or leave adaptive_reference alone."
+            )
+        if self.fidelity_budget is not None and self.reward_weighting != "budget":
+            raise ValueError(
+                f"fidelity_budget={self.fidelity_budget} needs reward_weighting='budget', not "
+                f"{self.reward_weighting!r}."
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub=True needs hub_model_id='owner/name'.")
@@ -248,25 +334,39 @@ class RDMConfig(TrainingArguments):
             "num_inference_steps": 1,
             "num_generations": 1,
             "num_renoise": 1,
-            "fake_score_updates_per_policy_update": 1,
+            "fake_score_updates_per_policy_update": 0,
             "fake_score_warmup_steps": 0,
             "warm_start_steps": 1,
             "warm_start_num_states": 1,
             "warm_start_ode_steps": 1,
             "dm_scale_floor": 0,
+            "reward_start_step": 0,
+            "reward_ramp_steps": 0,
+            "reward_batch_size": 1,
+            "decode_batch_size": 1,
+            "teacher_num_inference_steps": 1,
             "fake_score_max_grad_norm": 0,
             "gradient_accumulation_steps": 1,
             "per_device_train_batch_size": 1,
             "per_device_eval_batch_size": 1,
         }
         for name, lowest in at_least.items():
-            if getattr(self, name) < lowest:
+            if getattr(self, name) is not None and getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)}, but it must be at least {lowest}.")
         if self.per_device_train_batch_size % self.num_generations:
             fitting = max(1, round(self.per_device_train_batch_size / self.num_generations)) * self.num_generations
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and is not a multiple "
                 f"of num_generations={self.num_generations}, so a prompt's group would be split. Set it to {fitting}."
+            )
+        for name in ("reward_timeout", "fidelity_budget"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value}, but it must be positive, or None.")
+        if self.fake_score_warmup_steps and not self.fake_score_updates_per_policy_update:
+            raise ValueError(
+                f"fake_score_updates_per_policy_update=0 does without a fake score, but fake_score_warmup_steps="
+                f"{self.fake_score_warmup_steps} trains one. Set both to 0, or neither."
             )
         low, high = self.renoise_range if len(self.renoise_range) == 2 else (1.0, 0.0)
         if not 0 < low <= high <= 1:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch import Tensor
 from tqdm import trange
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
+from rdm_rl.advantages import normalize_rewards
 from rdm_rl.checkpointing import check_settings, find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
 from rdm_rl.data_types import DenseAdvantage, LossOutput, PromptBatch, Rollout
+from rdm_rl.decoding import ImageDecoder, TeacherImages, load_tiny_decoder
 from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family, check_model_name, load_family
 from rdm_rl.families.base import fingerprint
+from rdm_rl.metric_window import direction_metrics, weighting_metrics
 from rdm_rl.networks import AdapterNetworks, Role, make_networks
 from rdm_rl.optimization import OptimizerFactory, RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.policy import rollout
@@ -26,15 +30,24 @@ from rdm_rl.prompts import PromptSource, other_columns
 from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
 from rdm_rl.rdm import fake_score_loss, policy_loss
 from rdm_rl.renoise import anneal_progress, renoise_times
-from rdm_rl.rewards.registry import BindableReward, RewardContext, RewardSpec, resolve_rewards, reward_weights
+from rdm_rl.rewards.registry import (
+    BindableReward,
+    PrefetchingReward,
+    RewardContext,
+    RewardSpec,
+    as_directions,
+    load_rewards,
+    reward_weights,
+)
 from rdm_rl.student import save_student
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.training_loop import TrainingLoop
 from rdm_rl.warm_start import OdePairs, collect_pairs, regress
-from rdm_rl.weighting import FixedWeighting, Weighting
+from rdm_rl.weighting import RunningMean, Weighting, make_weighting, measure
 
 EVALUATION_SEED = 12345
+SPREAD_DECAY = 0.95
 
 
 class RDMTrainer(TrainingLoop):
@@ -48,7 +61,8 @@ class RDMTrainer(TrainingLoop):
 
     Args:
         model: The pipeline to distil: a folder, a hub name, or a loaded ``DiffusionPipeline``. It is also the teacher.
-        reward_funcs: Registered names or reward objects, or a list of them; ``"rdm"`` is distribution matching.
+        reward_funcs: Registered names, callables ``(images, prompts, **columns)`` or objects with a ``direction``, or a
+            list of them; ``"rdm"`` is distribution matching.
         args: The settings; None for the defaults.
         train_dataset: Rows with a ``prompt``; other columns travel with the rollout.
         eval_dataset: Rows with a ``prompt`` for the sample grids; None uses the first rows of the training set.
@@ -56,7 +70,8 @@ class RDMTrainer(TrainingLoop):
         policy_init: Folder of a LoRA with which the policy starts (an already distilled student). Set
             ``warm_start="none"`` with it.
         peft_config: The adapters of policy and fake score; None trains two full copies of the network.
-        weighting: Combines the rewards' directions; None for ``args.reward_weighting``.
+        weighting: Combines the rewards' directions (see :class:`~rdm_rl.weighting.Weighting`); None for
+            ``args.reward_weighting``.
         callbacks: Transformers callbacks.
         optimizers: A function from parameters to an optimiser for the policy, and one for the fake score; None for
             ``args.optim``. (The trained parameters exist only after the adapters or copies are made.)
@@ -83,11 +98,32 @@ class RDMTrainer(TrainingLoop):
     ) -> None:
         """Check everything that can be checked without a model, then load."""
         args = args or RDMConfig()
-        self.rewards = resolve_rewards(reward_funcs)
-        self.weighting = weighting or FixedWeighting(reward_weights(list(self.rewards), args.reward_weights))
+        rewards = load_rewards(reward_funcs)
+        weights = reward_weights(list(rewards), args.reward_weights)
+        if "rdm" in rewards and not args.fake_score_updates_per_policy_update:
+            raise ValueError(
+                "reward_funcs has 'rdm', which compares the teacher with the fake score, but the fake score is never "
+                "trained: fake_score_updates_per_policy_update=0. Set it to 5, say, or leave out 'rdm'."
+            )
         if train_dataset is None:
             raise ValueError("train_dataset is missing: pass rows with a 'prompt' column.")
         self.prompts = PromptSource(train_dataset, args.seed if args.data_seed is None else args.data_seed)
+        self.rewards = as_directions(rewards, weights, list(other_columns([train_dataset[0]], 1)))
+        if weighting is not None and not isinstance(weighting, Weighting):
+            raise TypeError(
+                f"weighting={weighting!r} does not derive from rdm_rl.weighting.Weighting. Derive from it and override "
+                "combine(directions), and update(statistics, step) if it learns from them."
+            )
+        self.weighting = weighting or make_weighting(
+            args.reward_weighting,
+            weights,
+            budget=args.fidelity_budget,
+            reference=args.adaptive_reference,
+            start_step=args.reward_start_step,
+            ramp_steps=args.reward_ramp_steps,
+            conflict=args.reward_conflict,
+        )
+        self.reward_spreads: dict[str, RunningMean] = {}
         looked_at = train_dataset if eval_dataset is None else eval_dataset
         count = min(args.per_device_eval_batch_size, len(PromptSource(looked_at, 0, "eval_dataset")))
         self.eval_prompts = [looked_at[index]["prompt"] for index in range(count)]
@@ -120,21 +156,44 @@ class RDMTrainer(TrainingLoop):
             self.networks.start_policy(str(policy_init))
         if args.gradient_checkpointing:
             self.networks.enable_activation_checkpointing()
+            self.family.enable_decoder_checkpointing()
         self.times = self.family.student_times(args.num_inference_steps).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
-        for reward in self.rewards.values():
-            if isinstance(reward, BindableReward):
-                context = RewardContext(
-                    networks=self.networks,
-                    args=args,
-                    teacher_guidance_scale=self.teacher_guidance_scale,
-                    global_step=self._global_step,
-                )
-                reward.bind(context)
+        self._last_checkpoint: Path | None = None
+        self._bind_rewards()
         self._own_optimizers = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}
         self.average: PolicyAverage | None = None
         self._last_rollout: Rollout | None = None
+
+    def _bind_rewards(self) -> None:
+        """Give the networks, the settings and the images to the rewards that need them."""
+        args, decode = self.args, self.family.decode
+        if args.reward_decoder is not None:
+            decode = load_tiny_decoder(
+                args.reward_decoder,
+                self.family.latent_shape[0],
+                self.device,
+                checkpointing=args.gradient_checkpointing,
+            )
+        decoder = ImageDecoder(decode, args.decode_batch_size)
+        context = RewardContext(
+            networks=self.networks,
+            args=args,
+            teacher_guidance_scale=self.teacher_guidance_scale,
+            global_step=self._global_step,
+            decoder=decoder,
+            teacher_images=TeacherImages(
+                self.networks.predictor("teacher", self.teacher_guidance_scale),
+                self.networks.teacher_family.schedule,
+                decoder,
+                args.teacher_num_inference_steps,
+            ),
+            last_checkpoint=lambda: self._last_checkpoint,
+        )
+        for reward in self.rewards.values():
+            if isinstance(reward, BindableReward):
+                reward.bind(context)
 
     # ----- what a run is made of -----
 
@@ -212,8 +271,8 @@ class RDMTrainer(TrainingLoop):
         """
         update = self._global_step()
         rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update)]
-        metrics = self._fake_score_health(rollouts[0]) if self.is_logging_step() else {}
         count = self.args.fake_score_updates_per_policy_update
+        metrics = self._fake_score_health(rollouts[0]) if count and self.is_logging_step() else {}
         for index in range(count):
             metrics |= self._update_fake_score(rollouts, "fake_score", update * count + index)
         metrics |= self._update_policy(rollouts)
@@ -278,6 +337,9 @@ class RDMTrainer(TrainingLoop):
         Returns:
             The directions by reward name.
         """
+        for reward in self.rewards.values():
+            if isinstance(reward, PrefetchingReward):
+                reward.prefetch(rollout)
         return {
             name: reward.direction(rollout, step, generator=self.generators(f"reward/{name}", rollout.batch))
             for name, reward in self.rewards.items()
@@ -363,18 +425,40 @@ class RDMTrainer(TrainingLoop):
         optimizer, totals = self.optimizers["policy"], defaultdict[str, float](float)
         generator = seeded_generator(self.args.seed, "replayed_step", self._global_step())
         step = int(torch.randint(len(self.times), (1,), generator=generator))
-        for one in rollouts:
-            directions = self.compute_rewards(one, step)
-            advantage = self.compute_advantages(directions)
-            output = self.compute_policy_loss(one, step, advantage)
+        directions = [self.compute_rewards(one, step) for one in rollouts]
+        statistics = measure(directions, self.sum_over_processes)
+        self.weighting.update(statistics, self._global_step())
+        for name, spread in statistics.spread.items():
+            self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY)).add(spread)
+        for one, own in zip(rollouts, directions, strict=True):
+            own = self._with_advantages(own, one.batch)
+            output = self.compute_policy_loss(one, step, self.compute_advantages(own))
             optimizer.backward(output.loss, 1 / len(rollouts))
-            for key, value in (_direction_metrics(directions) | _prefixed("policy", output.metrics)).items():
+            for key, value in (direction_metrics(own, one.batch) | _prefixed("policy", output.metrics)).items():
                 totals[key] += value / len(rollouts)
+        totals |= weighting_metrics(statistics, self.weighting)
         totals["policy/learning_rate"] = optimizer.learning_rate
         totals["policy/grad_norm"] = optimizer.step()
         if self.average is not None:
             self.average.step()
         return dict(totals)
+
+    def _with_advantages(
+        self, directions: Mapping[str, DenseAdvantage], batch: PromptBatch
+    ) -> dict[str, DenseAdvantage]:
+        """The directions with their rewards normalised as ``scale_rewards`` says."""
+        normalised = {
+            name: normalize_rewards(
+                one.reward,
+                ~one.reward.isnan(),
+                batch.group_ids,
+                self.args.scale_rewards,
+                spread=(self.reward_spreads[name].value if name in self.reward_spreads else None) or 0.0,
+            )
+            for name, one in directions.items()
+            if one.reward is not None
+        }
+        return {name: replace(one, advantage=normalised.get(name)) for name, one in directions.items()}
 
     @torch.no_grad()
     def _fake_score_health(self, fresh: Rollout) -> dict[str, float]:
@@ -572,11 +656,13 @@ class RDMTrainer(TrainingLoop):
             state = {
                 "optimizers": {role: one.state_dict() for role, one in self.optimizers.items()},
                 "weighting": self.weighting.state_dict(),
+                "reward_spreads": {name: [one.total, one.weight] for name, one in self.reward_spreads.items()},
                 "ema_updates": 0 if self.average is None else self.average.updates,
             }
             write_checkpoint(folder, tensors, state, self.args.to_json_string(), self.state)
             rotate_checkpoints(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
+        self._last_checkpoint = folder
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
 
@@ -592,6 +678,11 @@ class RDMTrainer(TrainingLoop):
         if self.average is not None:
             self.average.load(tensors["ema"], state["ema_updates"])
         self.weighting.load_state_dict(state["weighting"])
+        self.reward_spreads = {
+            name: RunningMean(decay=SPREAD_DECAY, total=total, weight=weight)
+            for name, (total, weight) in state["reward_spreads"].items()
+        }
+        self._last_checkpoint = folder
         # Another process's samples are not saved: with several, the first lag after resuming is left out.
         if "last_samples" in tensors and self.state.global_step > 0 and self.accelerator.num_processes == 1:
             batch = next(self.prompt_batches(self.state.global_step - 1))
@@ -601,15 +692,3 @@ class RDMTrainer(TrainingLoop):
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{key}": value for key, value in metrics.items()}
-
-
-def _direction_metrics(directions: Mapping[str, DenseAdvantage]) -> dict[str, float]:
-    """What the log says of each reward: its mean and standard deviation, and its own numbers."""
-    metrics: dict[str, float] = {}
-    for name, one in directions.items():
-        metrics |= _prefixed(name, one.metrics)
-        if one.reward is not None and bool(one.applicable.any()):
-            values = one.reward[one.applicable].float()
-            metrics[f"rewards/{name}/mean"] = values.mean().item()
-            metrics[f"rewards/{name}/std"] = values.std(correction=0).item()
-    return metrics

@@ -11,7 +11,7 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from rdm_rl.metric_window import MetricWindow, peak_memory_gib
@@ -185,6 +185,13 @@ class TrainingLoop(ABC):
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
                 parameter.grad /= self.accelerator.num_processes
+
+    def sum_over_processes(self, sums: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, on the CPU."""
+        if self.accelerator.num_processes > 1:
+            sums = sums.to(self.device)
+            torch.distributed.all_reduce(sums, op=torch.distributed.ReduceOp.SUM)
+        return sums.cpu()
 
     def push_to_hub(self) -> str:
         """Save the student and upload it to ``hub_model_id``.

@@ -77,6 +77,10 @@ class Family(ABC):
     def decode(self, x_0: Tensor) -> Tensor:
         """Images, shape (N, 3, H', W'), in [0, 1], of latents of shape (N, C, H, W); differentiable."""
 
+    def enable_decoder_checkpointing(self) -> None:
+        """Recompute the decoder's activations in backward passes instead of keeping them."""
+        self.pipeline.vae.enable_gradient_checkpointing()
+
     @abstractmethod
     def student_scheduler(self, num_inference_steps: int) -> Any:
         """The stock scheduler with which diffusers walks the K-step student exactly as the policy does."""

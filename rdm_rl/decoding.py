@@ -1,0 +1,140 @@
+r"""From latents to images for rewards, and from a gradient at the images back to the latents, within bounded memory.
+
+A reward's gradient at :math:`\hat x_0` is :math:`J^T \nabla_{image} r` with J the Jacobian of the decoder. The images
+are decoded without a graph, all rewards look at them, and then each small batch of latents is decoded again to pull its
+image gradient back. So the graph of the decoder and that of a reward never exist together, and neither the decoder's
+weights nor the reward's ever get a gradient.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor
+
+from rdm_rl.data_types import Rollout
+from rdm_rl.noise_schedule import NoiseSchedule
+from rdm_rl.policy import X0Predictor
+from rdm_rl.warm_start import ode_solution
+
+
+class ImageDecoder:
+    """Decodes the predictions of rollouts, a few samples at a time.
+
+    Args:
+        decode: Images, shape (N, 3, H', W'), in [0, 1], of latents of shape (N, C, H, W); differentiable.
+        batch_size: Samples decoded at once.
+    """
+
+    def __init__(self, decode: Callable[[Tensor], Tensor], batch_size: int) -> None:
+        """Keep the decoder."""
+        self.decode = decode
+        self.batch_size = batch_size
+        self._last: tuple[Rollout, int, Tensor] | None = None
+
+    @torch.no_grad()
+    def images(self, rollout: Rollout, step: int = -1) -> Tensor:
+        """The images of a recorded step, kept until others are asked for.
+
+        Args:
+            rollout: The recorded chains.
+            step: Index of the step; -1 is the last.
+
+        Returns:
+            Images, shape (N, 3, H', W'), in [0, 1], without a graph.
+        """
+        step %= len(rollout.times)
+        if self._last is None or self._last[0] is not rollout or self._last[1] != step:
+            images = torch.cat([self.decode(part) for part in rollout.x_0[step].split(self.batch_size)])
+            self._last = rollout, step, images
+        return self._last[2]
+
+    def pull_back(self, x_0: Tensor, image_gradient: Tensor) -> Tensor:
+        r"""The gradient at the latents that belongs to a gradient at the images, :math:`J^T g`.
+
+        Args:
+            x_0: Latents, shape (N, C, H, W).
+            image_gradient: Gradient at their images, shape (N, 3, H', W').
+
+        Returns:
+            The gradient, shape (N, C, H, W), float32.
+        """
+        parts = []
+        for latents, gradient in zip(x_0.split(self.batch_size), image_gradient.split(self.batch_size), strict=True):
+            leaf = latents.detach().requires_grad_(True)
+            with torch.enable_grad():
+                images = self.decode(leaf)
+            parts.append(torch.autograd.grad(images, leaf, gradient.to(images))[0].float())
+        return torch.cat(parts)
+
+
+class TeacherImages:
+    """The teacher's images from the noise and the prompts of a rollout: what each sample would have become.
+
+    Args:
+        teacher: The teacher, guidance included.
+        schedule: The noise schedule.
+        decoder: Makes images.
+        steps: Steps of the teacher's ODE solver.
+    """
+
+    def __init__(self, teacher: X0Predictor, schedule: NoiseSchedule, decoder: ImageDecoder, steps: int) -> None:
+        """Keep the parts."""
+        self.teacher, self.schedule, self.decoder, self.steps = teacher, schedule, decoder, steps
+        self._last: tuple[Rollout, Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """The images, kept until another rollout is asked about.
+
+        Args:
+            rollout: The recorded chains of N samples.
+
+        Returns:
+            Images, shape (N, 3, H', W'), in [0, 1].
+        """
+        if self._last is None or self._last[0] is not rollout:
+            start, noise, size = float(rollout.times[0]), rollout.states[0], self.decoder.batch_size
+            solutions = ode_solution(self.teacher, noise, start, rollout.batch.conditioning, self.schedule, self.steps)
+            self._last = rollout, torch.cat([self.decoder.decode(part) for part in solutions.split(size)])
+        return self._last[1]
+
+
+def load_tiny_decoder(
+    model: str | Path, latent_channels: int, device: torch.device, *, checkpointing: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """The decoder of a tiny autoencoder (TAESD and its kin) for the same latents, many times cheaper than the VAE's.
+
+    References:
+        | Tiny AutoEncoder for Stable Diffusion (Bohan, 2023)
+        | https://github.com/madebyollin/taesd
+
+    Args:
+        model: A folder or hub name of an ``AutoencoderTiny``.
+        latent_channels: Channels C of the latents.
+        device: Where it runs.
+        checkpointing: Recompute its activations in the backward pass.
+
+    Returns:
+        A function like ``Family.decode``.
+
+    Raises:
+        ValueError: If it is made for latents with another number of channels.
+    """
+    network = AutoencoderTiny.from_pretrained(str(model))
+    if network.config.latent_channels != latent_channels:
+        raise ValueError(
+            f"reward_decoder={str(model)!r} decodes latents with {network.config.latent_channels} channels, but the "
+            f"model's have {latent_channels}. Choose the tiny autoencoder of the same model family."
+        )
+    network.requires_grad_(False)
+    network.eval().to(device)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+
+    def decode(x_0: Tensor) -> Tensor:
+        images: Tensor = network.decode(x_0.to(network.dtype), return_dict=False)[0]
+        return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+    return decode
