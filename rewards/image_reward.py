@@ -207,8 +207,8 @@ class ImageReward(RewardModel):
     Images are resized so that the shorter side has the encoder's size (224), and cut to the middle square. Prompts are
     cut after 35 tokens.
 
-    On small random weights, values and gradients equal those of the published code (image-reward 1.5) on the CPU exactly;
-    unchecked against the published weights.
+    On small random weights and the CPU, values and gradients equal those of the published code (image-reward 1.5)
+    exactly; unchecked against the published weights.
 
     References:
         | ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation (Xu et al., 2023)
