@@ -13,11 +13,13 @@ from transformers import ImageProcessingMixin
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+Filter = Literal["bilinear", "bicubic"]
+
 # Numbers by which the saved settings name Pillow's filters.
-_FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+_FILTERS: dict[int, Filter] = {2: "bilinear", 3: "bicubic"}
 
 
-def resize(images: Tensor, size: int | tuple[int, int], *, mode: Literal["bilinear", "bicubic"] = "bicubic") -> Tensor:
+def resize(images: Tensor, size: int | tuple[int, int], *, mode: Filter = "bicubic") -> Tensor:
     """Images at another size, resampled as Pillow does: with antialiasing, rows first, clamped after each pass.
 
     Pillow rounds 8-bit images after each pass, and we do not. Measured on photo-like, noise and black-and-white images
@@ -73,6 +75,28 @@ def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     return images[..., top : top + size[0], left : left + size[1]]
 
 
+def fit_square(images: Tensor, size: int, *, mode: Filter = "bicubic") -> Tensor:
+    """Images fitted into a square, with black bars beside the shorter side.
+
+    Args:
+        images: Images, shape (N, 3, H, W), in [0, 1].
+        size: Height and width of the square.
+        mode: The filter.
+
+    Returns:
+        The images, shape (N, 3, size, size), in [0, 1].
+
+    Example:
+        >>> fit_square(torch.ones(1, 3, 4, 2), 4)[0, 0, 0]
+        tensor([0., 1., 1., 0.])
+    """
+    scale = size / max(images.shape[-2:])
+    height, width = (round(side * scale) for side in images.shape[-2:])
+    top, left = (size - height) // 2, (size - width) // 2
+    bars = (left, size - width - left, top, size - height - top)
+    return functional.pad(resize(images, (height, width), mode=mode), bars)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """Resize, crop the centre, normalise: an image encoder's input, with a graph to the images.
@@ -93,7 +117,7 @@ class Preprocessing:
     crop: tuple[int, int] | None = None
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
-    mode: Literal["bilinear", "bicubic"] = "bicubic"
+    mode: Filter = "bicubic"
 
     @classmethod
     def from_pretrained(cls, model: str | Path) -> "Preprocessing":
@@ -130,10 +154,11 @@ class Preprocessing:
             >>> Preprocessing.from_settings({"size": {"height": 384, "width": 384}, "resample": 2}).size
             (384, 384)
         """
-        size, resample = settings.get("size"), settings.get("resample", 3)
+        size: Any = settings.get("size")
+        resample = settings.get("resample", 3)
         if isinstance(size, dict):
             size = size.get("shortest_edge") or (size.get("height"), size.get("width"))
-        if not settings.get("do_resize", True) or size is None or size == (None, None):
+        if not settings.get("do_resize", True) or size in (None, (None, None)):
             raise ValueError(
                 f"Cannot resize images as the checkpoint's preprocessor_config.json says: do_resize="
                 f"{settings.get('do_resize', True)}, size={settings.get('size')}. Use a checkpoint with a fixed size."
