@@ -1,4 +1,4 @@
-"""The command line: ``rdm-rl demo | train | sample | evaluate | methods | env``."""
+"""The command line: ``rdm-rl demo | train | sample | evaluate | rewards | methods | env``."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rdm_rl import __version__
+from rdm_rl.rewards.errors import RewardError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             options = _parser().parse_args(words)
             options.run(options)
-    except (ValueError, OSError) as error:  # The hub's and diffusers' errors of loading are OSErrors.
+    # The hub's and diffusers' errors of loading are OSErrors; a reward may need a package that is not installed.
+    except (ValueError, OSError, ModuleNotFoundError, RewardError) as error:
         if debug:
             raise
         print(f"rdm-rl: {error} (--debug shows where)", file=sys.stderr)
@@ -71,6 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seeds", type=int, nargs="+", default=[0], help="one repetition for each")
     evaluate.add_argument("--output_dir", type=Path, help="also write a report here")
     evaluate.set_defaults(run=_evaluate)
+
+    rewards = commands.add_parser("rewards", help="list the rewards, or try one on images")
+    actions = rewards.add_subparsers(title="actions", required=True, metavar="action")
+    listing = actions.add_parser("list", help="list the registered rewards")
+    listing.add_argument("--markdown", action="store_true", help="with papers, units, ranges and licences, as Markdown")
+    listing.set_defaults(run=_list_rewards)
+    trial = actions.add_parser("test", help="print what a reward says of some images")
+    trial.add_argument("name", help="a registered name, module:attribute or path.py:attribute")
+    trial.add_argument("--image", type=Path, action="append", required=True, help="an image file; repeat for more")
+    trial.add_argument("--prompt", action="append", required=True, help="one for all images, or one for each")
+    trial.add_argument("--option", action="append", default=[], help="key=value for the reward, e.g. model=FOLDER")
+    trial.add_argument("--column", action="append", default=[], help="key=value of a column that the reward reads")
+    trial.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    trial.set_defaults(run=_test_reward)
 
     methods = commands.add_parser("methods", help="list the methods and the settings that make them")
     methods.set_defaults(run=_methods)
@@ -124,6 +140,28 @@ def _evaluate(options: argparse.Namespace) -> None:
     from rdm_rl.demo.run import evaluate_students
 
     evaluate_students(options.student, options.seeds, options.output_dir)
+
+
+def _list_rewards(options: argparse.Namespace) -> None:
+    from rdm_rl.reward_commands import print_rewards, rewards_as_markdown
+
+    if options.markdown:
+        print(rewards_as_markdown(), end="")
+    else:
+        print_rewards()
+
+
+def _test_reward(options: argparse.Namespace) -> None:
+    from rdm_rl.reward_commands import parse_pairs, try_reward
+
+    try_reward(
+        options.name,
+        options.image,
+        options.prompt,
+        options=parse_pairs(options.option, "--option"),
+        columns=parse_pairs(options.column, "--column"),
+        device=options.device,
+    )
 
 
 def _methods(options: argparse.Namespace) -> None:

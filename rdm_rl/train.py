@@ -1,6 +1,7 @@
 """``rdm-rl train``: a run from flags and a YAML file."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rdm_rl.demo.digits import TEACHER_FOLDER
+from rdm_rl.rewards.registry import get_reward, name_of
 from rdm_rl.trainers.rdm_config import HONOURED, METHODS, RDMConfig, method_settings
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
@@ -26,7 +28,8 @@ class TrainArguments:
             column, or the hub name of a data set; ``digits`` are the embedded teacher's prompts.
         dataset_split: Split of a hub data set.
         prompt_column: Name of the text column.
-        reward_funcs: Names of rewards.
+        reward_funcs: Names of rewards, ``module:attribute`` or ``path.py:attribute``.
+        reward_options: What rewards take, by name: ``{hpsv2: {device: "cuda:1"}}`` in YAML, JSON as a flag.
         policy_init: Folder of a LoRA to start from.
         full: Train two full copies of the network instead of adapters.
         lora_r: Rank of the adapters.
@@ -38,7 +41,14 @@ class TrainArguments:
     dataset: str = field(metadata={"help": "File of prompts (.txt, .csv, .json, .jsonl), hub data set, or 'digits'."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
     prompt_column: str = field(default="prompt", metadata={"help": "Name of the text column."})
-    reward_funcs: list[str] = field(default_factory=lambda: ["rdm"], metadata={"help": "Names of rewards."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["rdm"],
+        metadata={"help": "Names of rewards, module:attribute or path.py:attribute."},
+    )
+    # The order of the union is TrainingArguments': transformers' argument parser does not read another.
+    reward_options: dict | str | None = field(  # type: ignore[type-arg]
+        default=None, metadata={"help": 'What rewards take, by name, as JSON: \'{"hpsv2": {"device": "cuda:1"}}\'.'}
+    )
     policy_init: str | None = field(default=None, metadata={"help": "Folder of a LoRA to start from."})
     full: bool = field(default=False, metadata={"help": "Train full copies of the network instead of adapters."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
@@ -79,6 +89,45 @@ def load_prompts(arguments: TrainArguments) -> Any:
     return data if column == "prompt" else data.rename_column(column, "prompt")
 
 
+def make_rewards(names: Sequence[str], options: dict[str, Any] | str | None) -> list[Any]:
+    """The rewards of a run: names, or objects where the arguments give options.
+
+    Args:
+        names: The rewards' names.
+        options: Options by name, as a dictionary or as JSON.
+
+    Returns:
+        An entry for each name.
+
+    Raises:
+        ValueError: If the options are no JSON object of objects, or belong to a reward that is not used.
+
+    Example:
+        >>> make_rewards(["rdm", "ink"], None)
+        ['rdm', 'ink']
+    """
+    try:
+        given: Any = json.loads(options) if isinstance(options, str) else options or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--reward_options {options!r} is no JSON: {error}.") from None
+    if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
+        raise ValueError(
+            f'--reward_options {options!r} must be options by reward, e.g. {{"hpsv2": {{"device": "cpu"}}}}.'
+        )
+    unused = sorted(given.keys() - {*names})
+    if unused:
+        raise ValueError(f"--reward_options has options for {', '.join(unused)}, but reward_funcs is {list(names)}.")
+    made = []
+    for name in names:
+        if name in given:
+            reward = get_reward(name, **given[name])
+            reward.name = name_of(name)
+            made.append(reward)
+        else:
+            made.append(name)
+    return made
+
+
 def train_command(words: Sequence[str]) -> None:
     """Parse, train and save.
 
@@ -108,7 +157,7 @@ def train_command(words: Sequence[str]) -> None:
     model = TEACHER_FOLDER if arguments.model_name_or_path == "digits" else arguments.model_name_or_path
     trainer = RDMTrainer(
         str(model),
-        arguments.reward_funcs,
+        make_rewards(arguments.reward_funcs, arguments.reward_options),
         args,
         data,
         peft_config=None if arguments.full else lora,

@@ -31,16 +31,13 @@ import torch
 from torch import Tensor
 
 from rdm_rl.data_types import PromptBatch
+from rdm_rl.rewards.errors import RewardError
 from rdm_rl.rewards.model import RewardModel
 
 logger = logging.getLogger(__name__)
 
 # Names by which a reward may ask for what is no column of the data set.
 EXTRAS = ("teacher_images", "group_ids")
-
-
-class RewardError(RuntimeError):
-    """A reward raised, hung, or gave an answer that is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,229 @@
+"""Fidelity against reward on the embedded digits: adaptive weights (GNDMR) and constant ones (DMDR), from one start.
+
+    python benchmarks/reward_front.py                        # 5 seeds: an hour on one core
+    python benchmarks/reward_front.py --seeds 9000 9001      # a part of them, e.g. on another core
+    python benchmarks/reward_front.py --report               # only write the table and the picture again
+
+One-step students. All arms of a seed continue the same GNDM checkpoint for the same number of updates, with the same
+prompts and noise. ``ink`` is hackable: a page full of ink has the highest value. ``digit_logprob`` is recognition by a
+network that judges nothing here. The constant weights were chosen on a development seed so that their forces span
+those of the adaptive arms. They carry the reward's units: the arms whose reward is multiplied by 1024, or divided by it,
+show what that means. Every arm is judged once, on network B and held-out images, with noise that nothing was chosen on.
+Every result is one JSON file, so an interrupted run goes on where it was.
+"""
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from digits import SEEDS, mean_and_spread
+from peft import LoraConfig
+
+from rdm_rl import RDMConfig, RDMTrainer
+from rdm_rl.demo.digits import TEACHER_FOLDER
+from rdm_rl.demo.run import COMMON_SETTINGS, Evaluation, draw_teacher, training_prompts
+from rdm_rl.rewards.digits import DigitLogProb, ink, named_digit, symmetry
+from rdm_rl.trainers.rdm_config import method_settings
+
+START_UPDATES, UPDATES = 40, 40
+FIGURES = ("distance_to_teacher", "distance_to_data", "recall", "precision", "accuracy")
+MEASURED = ("ink", "digit_logprob", "symmetry")
+REWARDS = {"ink": ink, "digit_logprob": DigitLogProb()}
+WEIGHTS = {
+    "adaptive, cold start": (0.1, 0.3, 0.9),
+    "adaptive, online": (0.1, 0.3, 0.9),
+    "fixed": (120.0, 350.0, 1200.0),
+}
+SCALES = {"adaptive, cold start": (0.3, (1024.0,)), "fixed": (150.0, (1024.0, 1 / 1024))}
+
+
+def scaled(reward, factor):
+    """The reward in other units."""
+
+    def values(images, prompts):
+        return [None if value is None else factor * value for value in reward(images, prompts)]
+
+    values.differentiable = True
+    return values
+
+
+def settings_of(method):
+    if method == "fixed":
+        return method_settings("dmdr")
+    return {**method_settings("gndmr"), "adaptive_reference": "online" if "online" in method else "cold_start"}
+
+
+def arms():
+    """Name, reward, its factor, and settings of every arm."""
+    yield "none, GNDM", None, 1.0, method_settings("gndm")
+    for method, weights in WEIGHTS.items():
+        for reward in REWARDS:
+            for weight in weights:
+                yield (
+                    f"{reward}, {method}, {weight:g}",
+                    reward,
+                    1.0,
+                    settings_of(method) | {"reward_weights": [1.0, weight]},
+                )
+    for method, (weight, factors) in SCALES.items():
+        for factor in factors:
+            sign = "×1024" if factor > 1 else "÷1024"
+            settings = settings_of(method) | {"reward_weights": [1.0, weight]}
+            yield f"ink {sign}, {method}, {weight:g}", "ink", factor, settings
+
+
+def make_trainer(folder, seed, reward_funcs, **settings):
+    args = RDMConfig(
+        output_dir=str(folder),
+        seed=seed,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        num_inference_steps=1,
+        **{
+            **COMMON_SETTINGS,
+            "per_device_train_batch_size": 32,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "reward_start_step": START_UPDATES,
+            "warm_start_cache_dir": str(folder / "solutions"),
+            "decode_batch_size": 32,
+            **settings,
+        },
+    )
+    lora = LoraConfig(r=16, lora_alpha=16)
+    return RDMTrainer(str(TEACHER_FOLDER), reward_funcs, args, training_prompts(), peft_config=lora)
+
+
+@torch.no_grad()
+def measure_rewards(images, prompts):
+    named = [index for index, prompt in enumerate(prompts) if named_digit(prompt) is not None]
+    known = DigitLogProb()(images[named], [prompts[index] for index in named])
+    return {
+        "ink": ink(images, prompts).mean().item(),
+        "symmetry": symmetry(images, prompts).mean().item(),
+        "digit_logprob": statistics.fmean(value.item() for value in known),
+    }
+
+
+def judge(file, evaluation, drawn, kind):
+    _, row = evaluation.judge({kind: drawn})
+    figures = {name: getattr(row, name) for name in FIGURES} | measure_rewards(drawn.images, evaluation.prompts)
+    file.write_text(json.dumps(figures))
+    print(f"{file.stem}: {json.dumps({name: round(value, 3) for name, value in figures.items()})}", flush=True)
+
+
+def judge_student(file, evaluation, trainer):
+    sample = partial(trainer.generate)
+    judge(file, evaluation, evaluation.collect(lambda prompts, noise: sample(prompts, generator=noise), 1), "student")
+
+
+def file_of(folder, name, seed):
+    safe = name.replace(", ", "-").replace(" ", "_").replace("×", "x").replace("÷", "over")
+    return folder / f"{safe}-{seed}.json"
+
+
+def run_seed(folder, seed):
+    wanted = [(file_of(folder, name, seed), *arm) for name, *arm in arms()]
+    if all(file.exists() for file, *_ in wanted):
+        return
+    evaluation, work = Evaluation(seed), folder / "work" / str(seed)
+    teacher = file_of(folder, "teacher", seed)
+    if not teacher.exists():
+        judge(teacher, evaluation, draw_teacher(evaluation, [])["teacher, 50 steps"], "teacher")
+    start = make_trainer(work, seed, "rdm", max_steps=START_UPDATES)
+    checkpoint = work / f"checkpoint-{START_UPDATES}"
+    if not (checkpoint / "trainer_state.json").exists():
+        start.train()
+        start.save_checkpoint()
+        judge_student(file_of(folder, "start", seed), evaluation, start)
+    for file, reward, factor, settings in wanted:
+        if not file.exists():
+            funcs = "rdm" if reward is None else ["rdm", scaled(REWARDS[reward], factor)]
+            trainer = make_trainer(work, seed, funcs, max_steps=START_UPDATES + UPDATES, **settings)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            judge_student(file, evaluation, trainer)
+
+
+def read(folder, name, seeds):
+    files = [file_of(folder, name, seed) for seed in seeds]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def table(folder, seeds):
+    columns = (*FIGURES, *MEASURED)
+    lines = [f"| arm | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    for name in ("teacher", "start", *(name for name, *_ in arms())):
+        rows = read(folder, name, seeds)
+        if rows:
+            cells = [mean_and_spread([row[one] for row in rows], 2 if "distance" in one else 3) for one in columns]
+            lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    return (
+        "\n".join(lines) + "\n\nMean ± standard deviation over seeds; distances, precision and recall in network B.\n"
+    )
+
+
+def picture(folder, seeds, file):
+    """Distance to the teacher, and recall, against the reward: a line for each method, a point for each weight."""
+    figure, axes = plt.subplots(2, len(REWARDS), figsize=(9, 7), layout="constrained", sharex="col")
+    styles = {"adaptive, cold start": ("C0", "o"), "adaptive, online": ("C2", "s"), "fixed": ("C1", "^")}
+    labels = {"fixed": "fixed (DMDR)"}
+    for column, reward in enumerate(REWARDS):
+        for row, figure_name in enumerate(("distance_to_teacher", "recall")):
+            axis = axes[row, column]
+            for method, weights in WEIGHTS.items():
+                found = [read(folder, f"{reward}, {method}, {weight:g}", seeds) for weight in weights]
+                found = [(weight, rows) for weight, rows in zip(weights, found, strict=True) if rows]
+                x = [statistics.fmean(one[reward] for one in rows) for _, rows in found]
+                y = [statistics.fmean(one[figure_name] for one in rows) for _, rows in found]
+                errors = [
+                    statistics.stdev([one[figure_name] for one in rows]) if len(rows) > 1 else 0 for _, rows in found
+                ]
+                color, marker = styles[method]
+                axis.errorbar(
+                    x, y, yerr=errors, color=color, marker=marker, capsize=2, label=labels.get(method, method)
+                )
+                for place, (weight, _) in zip(zip(x, y, strict=True), found, strict=True):
+                    axis.annotate(
+                        f"{weight:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=7, color=color
+                    )
+            for name, marker in (("start", "x"), ("none, GNDM", "+"), ("teacher", "*")):
+                rows = read(folder, name, seeds)
+                if rows:
+                    point = [statistics.fmean(one[key] for one in rows) for key in (reward, figure_name)]
+                    axis.plot(
+                        *point, marker, color="black", label=name.replace("none, GNDM", "no reward"), linestyle="none"
+                    )
+            axis.set_xlabel(f"{reward}: mean over the judged images" if row else "")
+            axis.set_ylabel("Fréchet distance to the teacher" if row == 0 else "recall")
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(
+        f"One-step students after {UPDATES} updates from one GNDM checkpoint; points are labelled by weight"
+    )
+    figure.savefig(file, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output/reward_front"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--report", action="store_true", help="only write the table and the picture again")
+    options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    if not options.report:
+        for seed in options.seeds:
+            run_seed(options.output_dir, seed)
+    print(table(options.output_dir, options.seeds))
+    picture(options.output_dir, options.seeds, options.output_dir / "front.png")
+
+
+if __name__ == "__main__":
+    main()
