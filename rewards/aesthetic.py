@@ -8,7 +8,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPModel
 
 from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.model import RewardModel
@@ -96,17 +96,17 @@ class AestheticScore(RewardModel):
 
     def load(self) -> nn.Module:
         """Load the encoder, its image settings and the predictor, on the CPU."""
-        encoder: nn.Module = CLIPVisionModelWithProjection.from_pretrained(self.encoder, dtype=torch.float32)
+        clip = CLIPModel.from_pretrained(self.encoder, dtype=torch.float32)
         predictor = load_predictor(self.predictor_file())
-        config: Any = encoder.config
         first: Any = predictor[0]
-        if first.in_features != config.projection_dim:
+        if first.in_features != clip.config.projection_dim:
             raise ValueError(
                 f"The predictor reads embeddings of {first.in_features} numbers, and encoder={self.encoder!r} gives "
-                f"{config.projection_dim}. Use the CLIP model that the predictor was trained with."
+                f"{clip.config.projection_dim}. Use the CLIP model that the predictor was trained with."
             )
         self.preprocessing = Preprocessing.from_pretrained(self.encoder)
-        return nn.ModuleDict({"encoder": encoder, "predictor": predictor})
+        parts = {"encoder": clip.vision_model, "projection": clip.visual_projection, "predictor": predictor}
+        return nn.ModuleDict(parts)
 
     def predictor_file(self) -> Path:
         """Where the predictor is.
@@ -138,7 +138,8 @@ class AestheticScore(RewardModel):
         """
         parts: Any = network
         pixels = self.preprocessing(images).to(self.dtype)
-        values = functional.normalize(parts["encoder"](pixel_values=pixels).image_embeds.float(), dim=-1)
+        embeddings = parts["projection"](parts["encoder"](pixel_values=pixels).pooler_output)
+        values = functional.normalize(embeddings.float(), dim=-1)
         for layer in parts["predictor"]:
             # A rating of 5 in bfloat16 would be rounded to 1/32, more than images of one prompt often differ by.
             values = functional.linear(values, layer.weight.float(), layer.bias.float())

@@ -10,8 +10,6 @@ from torch.nn import functional
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
     SiglipConfig,
     SiglipModel,
     ViTConfig,
@@ -411,10 +409,14 @@ def test_memory_that_the_facts_state(tmp_path):
         small = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
         huge = CLIPModel(CLIPConfig(text_config=text, vision_config=wide | {"patch_size": 14}, projection_dim=1024))
         base = CLIPModel(CLIPConfig(text_config=small, vision_config=large | {"patch_size": 14}, projection_dim=768))
-        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**large, patch_size=14))
         sizes = (768, 1024, 128, 64, 16, 1)
         head = nn.ModuleList(nn.Linear(sizes[i], sizes[i + 1]) for i in range(5))
-    for reward, parts in [(CLIPScore, [base]), (HPSv2, [huge]), (PickScore, [huge]), (AestheticScore, [vision, head])]:
+    for reward, parts in [
+        (CLIPScore, [base]),
+        (HPSv2, [huge]),
+        (PickScore, [huge]),
+        (AestheticScore, [base.vision_model, base.visual_projection, head]),
+    ]:
         count = sum(weight.numel() for part in parts for weight in part.parameters())
         assert f"{count / 1e6:.0f} M parameters" in reward.info.memory
         assert f"{count * 4 / 1e9:.1f} GB in float32" in reward.info.memory

@@ -6,7 +6,7 @@ import torch
 import transformers
 from PIL import Image
 
-from rdm_rl.rewards.preprocessing import Preprocessing, center_crop, resize
+from rdm_rl.rewards.preprocessing import Preprocessing, center_crop, fit_square, resize
 
 SIZES = [(512, 512), (300, 500), (333, 501), (501, 333), (96, 128), (50, 50), (64, 224), (224, 224)]
 
@@ -121,3 +121,16 @@ def test_settings_that_are_not_supported(settings, named):
 def test_a_crop_needs_enough_pixels():
     with pytest.raises(ValueError, match="smaller than a crop"):
         center_crop(torch.zeros(1, 3, 8, 8), (9, 8))
+
+
+@pytest.mark.parametrize(
+    ("size", "inner"), [((30, 100), (slice(14, 26), slice(0, 40))), ((60, 31), (slice(0, 40), slice(9, 30)))]
+)
+def test_fit_square_keeps_the_whole_image_between_bars(size, inner):
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    square = fit_square(images, 40)
+    part = square[(..., *inner)]
+    # 30 x 100 becomes 12 x 40 with bars of 14 and 14; 60 x 31 becomes 40 x 21 with bars of 9 and 10.
+    assert square.shape == (2, 3, 40, 40)
+    assert torch.equal(part, resize(images, tuple(part.shape[-2:])))
+    assert (square > 0).sum() == part.numel()  # all else is black
