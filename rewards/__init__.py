@@ -4,14 +4,20 @@ from typing import TYPE_CHECKING
 
 from rdm_rl._lazy import lazy_names
 
-__all__ = ["get_reward", "list_rewards", "register_reward"]
+__all__ = ["RewardError", "RewardInfo", "RewardModel", "get_reward", "list_rewards", "register_reward"]
 
 if TYPE_CHECKING:
+    from rdm_rl.rewards.errors import RewardError
+    from rdm_rl.rewards.info import RewardInfo
+    from rdm_rl.rewards.model import RewardModel
     from rdm_rl.rewards.registry import get_reward, list_rewards, register_reward
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "RewardError": "rdm_rl.rewards.errors",
+            "RewardInfo": "rdm_rl.rewards.info",
+            "RewardModel": "rdm_rl.rewards.model",
             "get_reward": "rdm_rl.rewards.registry",
             "list_rewards": "rdm_rl.rewards.registry",
             "register_reward": "rdm_rl.rewards.registry",

@@ -97,9 +97,7 @@ class DigitLogProb(RewardModel):
         logits: Tensor = network(images.to(self.dtype))
         return logits.float().log_softmax(1).gather(1, digits[:, None])[:, 0]
 
-    def __call__(  # type: ignore[override]  # some prompts name no digit, and a tensor cannot hold None
-        self, images: Tensor, prompts: list[str], **columns: Any
-    ) -> list[Tensor | None]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[Tensor | None]:
         """The rewards of some images.
 
         Args:
@@ -111,7 +109,7 @@ class DigitLogProb(RewardModel):
             N entries: a scalar, with a graph if the images have one, or None where the prompt names no digit.
         """
         named = [index for index, prompt in enumerate(prompts) if named_digit(prompt) is not None]
-        values = super().__call__(images[named], [prompts[index] for index in named])
+        values = self.evaluate(images[named], [prompts[index] for index in named])
         rewards: list[Tensor | None] = [None] * len(prompts)
         for index, value in zip(named, values, strict=True):
             rewards[index] = value

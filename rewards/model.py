@@ -66,8 +66,19 @@ class RewardModel(ABC):
             The values, shape (N,).
         """
 
-    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The values of some images; the arguments are those of :meth:`score`.
+    def __call__(
+        self, images: Tensor, prompts: list[str], **columns: Any
+    ) -> Tensor | list[Tensor | None] | list[float | None]:
+        """The rewards of some images; the arguments are those of :meth:`score`.
+
+        Returns:
+            The values of :meth:`evaluate`. A class whose reward does not apply to every sample overrides this, to
+            return a list with None there.
+        """
+        return self.evaluate(images, prompts, **columns)
+
+    def evaluate(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+        """The values of some images, from the network, which is loaded if it is not yet.
 
         Returns:
             The values, shape (N,), float32, on the images' device, with a graph if the images have one.

@@ -226,8 +226,7 @@ class TextMatch(RewardModel):
         ]
         return torch.tensor(similarity, device=images.device)
 
-    # The base returns a tensor, which cannot say "not applicable".
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, images: Tensor, prompts: list[str], *, text: Sequence[str | None] | None = None, **columns: Any
     ) -> list[float | None]:
         """The values of some images.
@@ -246,7 +245,7 @@ class TextMatch(RewardModel):
         asked = [index for index, one in enumerate(wanted) if one]
         values: list[float | None] = [None] * len(prompts)
         if asked:
-            some = super().__call__(images[asked], [prompts[index] for index in asked], text=[wanted[i] for i in asked])
+            some = self.evaluate(images[asked], [prompts[index] for index in asked], text=[wanted[i] for i in asked])
             for index, value in zip(asked, some.tolist(), strict=True):
                 values[index] = value
         return values

@@ -6,6 +6,7 @@ from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.rdm import distribution_matching
 from rdm_rl.renoise import anneal_progress, group_times
+from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.registry import RewardContext
 
 
@@ -17,6 +18,13 @@ class DistributionMatchingReward:
     """
 
     name = "rdm"
+    info = RewardInfo(
+        description="The student's distribution is the teacher's: distribution matching, R_dm.",
+        paper="R_dm: Re-conceptualizing Distribution Matching as a Reward for Diffusion Distillation "
+        "(Fan et al., 2026), https://arxiv.org/abs/2603.28460",
+        units="minus the mean squared difference of two predictions of x_0",
+        expected_range="at most 0, and 0 when the distributions are equal",
+    )
 
     def __init__(self) -> None:
         """Wait for the networks."""

@@ -202,7 +202,9 @@ def find_reward(name: str) -> Callable[..., Any]:
     if name in _REGISTERED:
         return _REGISTERED[name]
     if points:
-        return _load(name, points[0].load, f"'{_distribution(points[0])}[{','.join(points[0].extras)}]'")
+        point, extras = points[0], ",".join(points[0].extras)
+        loaded: Callable[..., Any] = _load(name, point.load, f"'{_distribution(point)}[{extras}]'" if extras else "")
+        return loaded
     if name in _BUILT_IN or ":" in name:
         source, attribute = _BUILT_IN.get(name, name).rsplit(":", 1)
         module = _load(name, lambda: _import(source))
@@ -239,9 +241,9 @@ def _load(name: str, load: Callable[[], Any], install: str = "") -> Any:
     try:
         return load()
     except ModuleNotFoundError as error:
-        package = install if "[]" not in install and install else error.name
         raise ModuleNotFoundError(
-            f"The reward {name!r} needs {error.name!r}, which is not installed: pip install {package}", name=error.name
+            f"The reward {name!r} needs {error.name!r}, which is not installed: pip install {install or error.name}",
+            name=error.name,
         ) from error
 
 

@@ -1,7 +1,7 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -168,14 +168,11 @@ class RDMTrainer(TrainingLoop):
 
     def _bind_rewards(self) -> None:
         """Give the networks, the settings and the images to the rewards that need them."""
-        args, decode = self.args, self.family.decode
+        args = self.args
+        decode: Callable[[Tensor], Tensor] = self.family.decode
         if args.reward_decoder is not None:
-            decode = load_tiny_decoder(
-                args.reward_decoder,
-                self.family.latent_shape[0],
-                self.device,
-                checkpointing=args.gradient_checkpointing,
-            )
+            channels, checkpointing = self.family.latent_shape[0], args.gradient_checkpointing
+            decode = load_tiny_decoder(args.reward_decoder, channels, self.device, checkpointing=checkpointing)
         decoder = ImageDecoder(decode, args.decode_batch_size)
         context = RewardContext(
             networks=self.networks,
