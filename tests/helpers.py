@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, TrainerCallback
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.data_types import Conditioning, DenseAdvantage, PromptBatch
+from rdm_rl.data_types import Conditioning, DenseAdvantage, PromptBatch, Rollout
 from rdm_rl.networks import Networks
 
 PROMPTS = [{"prompt": f"the digit {digit}", "digit": digit} for digit in range(10)]
@@ -203,3 +203,51 @@ TIMINGS = {"images_per_second", "samples_per_second", "memory_gib"}
 
 def log_numbers(trainer: RDMTrainer) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in trainer.state.log_history]
+
+
+# As little as possible beside what a test of rewards looks at.
+QUICK = {
+    "warm_start": "none",
+    "fake_score_warmup_steps": 0,
+    "fake_score_updates_per_policy_update": 1,
+    "num_inference_steps": 1,
+    "lr_scheduler_type": "constant",
+    "ema_decay": 0,
+}
+# Nor a fake score.
+WITHOUT_RDM = {**QUICK, "fake_score_updates_per_policy_update": 0}
+
+
+def quick_trainer(
+    base: Any, output_dir: Path, reward_funcs: Any, *, given: Mapping[str, Any] | None = None, **settings: Any
+) -> RDMTrainer:
+    """A trainer of a small adapter; with ``QUICK`` its updates take less than a tenth of a second."""
+    adapter = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "conv_out"])
+    return tiny_trainer(
+        base, output_dir, given={"reward_funcs": reward_funcs, "peft_config": adapter, **(given or {})}, **settings
+    )
+
+
+def trained_weights(trainer: RDMTrainer) -> dict[str, Tensor]:
+    """A copy of the weights of policy and fake score."""
+    return {
+        f"{role}/{name}": value.clone()
+        for role in ("policy", "fake_score")
+        for name, value in trainer.networks.state_dict(role).items()
+    }
+
+
+def one_rollout(trainer: RDMTrainer) -> Rollout:
+    return trainer.generate_rollout(next(trainer.prompt_batches(0)))
+
+
+def declare(reward: Any, **declarations: Any) -> Any:
+    """The reward with attributes such as ``differentiable=True``."""
+    for name, value in declarations.items():
+        setattr(reward, name, value)
+    return reward
+
+
+def brightness(scale: float = 1.0, shift: float = 0.0, name: str = "brightness") -> Any:
+    """A differentiable reward: the mean grey level, in other units."""
+    return declare(lambda images, prompts: scale * images.mean((1, 2, 3)) + shift, differentiable=True, __name__=name)
