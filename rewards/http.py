@@ -87,10 +87,14 @@ class Connection:
 
     def __post_init__(self) -> None:
         """Check what can be checked without the server."""
-        parts = urlsplit(self.url)
-        if parts.username or parts.password:
+        if "@" in re.split("[/?#]", self.url.partition("//")[2] or self.url)[0]:
             raise ValueError('url contains a user name or a password. Use headers={"Authorization": "... ${NAME}"}.')
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number, half an IPv6 address
+            complete = False
+        if not complete:
             raise ValueError(
                 f"url={self.url!r} is no address of a server. Write it like 'http://127.0.0.1:8000/rewards'."
             )
@@ -158,8 +162,8 @@ class Connection:
         return [answers[index] for index in range(count)]
 
     def _resolved_headers(self) -> tuple[dict[str, str], list[str]]:
-        """The headers with the environment's values filled in, and those values."""
-        secrets: list[str] = []
+        """The headers with the environment's values filled in, and what messages must not show."""
+        secrets = [query] if (query := urlsplit(self.url).query) else []
 
         def value_of(match: re.Match[str]) -> str:
             value = os.environ.get(match[1], "").strip()
@@ -212,10 +216,7 @@ class _Call:
                     allow_redirects=False,
                 )
             except requests.RequestException as error:
-                # The innermost error says what happened; the ones around it quote the whole address, key included.
-                cause = error
-                while (inner := cause.__cause__ or cause.__context__) is not None:
-                    cause = inner
+                cause = _system_error(error)
                 failure = f"{connection.shown_url} gave no answer ({type(cause).__name__}: {cause})."
                 passing = isinstance(error, _PASSING)
             else:
@@ -273,6 +274,16 @@ class _Call:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
+
+
+def _system_error(error: BaseException) -> BaseException:
+    """What happened below requests and urllib3, whose errors quote the whole address, and so a key in its query."""
+    while type(error).__module__.partition(".")[0] in ("requests", "urllib3"):
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            break
+        error = inner
+    return error
 
 
 def _retry_after(value: str | None) -> float:

@@ -287,9 +287,14 @@ def test_a_wrong_answer_is_an_error_and_not_tried_again(body: Any, complaint: st
 
 
 def test_after_a_failure_nothing_more_is_sent() -> None:
-    with serve(failing_first(1, Reply(status=400))) as server:
-        failure_of(reward_of(server, batch_size=1, concurrency=1), *"0123456789")
-        assert len(server.requests) == 1
+    def behave(request: Request) -> Reply:
+        time.sleep(0 if request.body["prompts"] == ["0"] else 0.1)
+        return Reply(status=400) if request.body["prompts"] == ["0"] else well_behaved(request)
+
+    with serve(behave) as server:
+        failure_of(reward_of(server, batch_size=1, concurrency=2), *"0123456789")
+        time.sleep(0.3)
+        assert len(server.requests) == 2
 
 
 def test_a_failure_does_not_wait_for_other_requests() -> None:
@@ -378,6 +383,13 @@ def test_a_token_must_be_set_and_sendable(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="The header Authorization has a character") as caught:
         HTTPReward("http://127.0.0.1:1", **options)
     assert TOKEN not in str(caught.value)
+    with pytest.raises(ValueError, match="The header X-Run has a character"):
+        HTTPReward("http://127.0.0.1:1", headers={"X-Run": " 7"})
+
+
+def test_headers_are_not_shown() -> None:
+    reward = HTTPReward("http://127.0.0.1:1", headers={"Authorization": TOKEN})
+    assert TOKEN not in repr(reward.connection)
 
 
 def test_a_stored_password_does_not_replace_our_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -388,7 +400,7 @@ def test_a_stored_password_does_not_replace_our_token(monkeypatch: pytest.Monkey
 
 
 def test_the_query_is_sent_and_not_shown() -> None:
-    with serve(answering(b"", status=400)) as server:
+    with serve(lambda request: Reply({"no such page": request.path}, status=404)) as server:
         message = failure_of(HTTPReward(f"{server.url}?key={TOKEN}"))
         assert server.requests[0].path == f"/rewards?key={TOKEN}"
     assert server.url in message and TOKEN not in message
@@ -415,7 +427,10 @@ def test_proxy_variables_apply(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"url": "127.0.0.1:8000"}, "is no address of a server"),
         ({"url": "ftp://127.0.0.1"}, "is no address of a server"),
         ({"url": "http:///rewards"}, "is no address of a server"),
+        ({"url": "http://127.0.0.1:80000"}, "is no address of a server"),
+        ({"url": "http://[::1"}, "is no address of a server"),
         ({"url": f"http://me:{TOKEN}@host"}, "contains a user name or a password"),
+        ({"url": f"me:{TOKEN}@host/rewards"}, "contains a user name or a password"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"concurrency": 0}, "concurrency=0"),
         ({"retries": -1}, "retries=-1"),
