@@ -1,0 +1,179 @@
+"""Latents to images and image gradients back: as the pipeline decodes, in small batches, and no weight is touched."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from rdm_rl import RDMTrainer
+from rdm_rl.decoding import ImageDecoder, TeacherImages, load_tiny_decoder
+from rdm_rl.families import load_family
+from tests.helpers import QUICK, StepAway, latents, one_rollout, quick_trainer, snapshot
+
+
+def tiny_autoencoder(folder: Path, latent_channels: int = 4) -> Path:
+    """A tiny autoencoder of random weights that doubles the size, as the tiny pipelines' own does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderTiny(
+            latent_channels=latent_channels,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def batches_of(module: nn.Module) -> Iterator[list[int]]:
+    """The batch sizes of the module's forward passes."""
+    sizes: list[int] = []
+    hook = module.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    yield sizes
+    hook.remove()
+
+
+def stock_images(pipeline: StableDiffusionPipeline, vae: nn.Module, x_0: Tensor) -> Tensor:
+    """What diffusers makes of latents."""
+    with torch.no_grad():
+        decoded = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(decoded, output_type="pt")
+
+
+@pytest.fixture
+def trainer(base: Path, tmp_path: Path) -> RDMTrainer:
+    """Of a student with two steps and batches of four."""
+    return quick_trainer(base, tmp_path, StepAway(), **{**QUICK, "num_inference_steps": 2})
+
+
+def test_images_are_those_of_the_pipeline(trainer: RDMTrainer) -> None:
+    rollout, pipeline = one_rollout(trainer), trainer.family.pipeline
+    decoder = ImageDecoder(trainer.family.decode, 3)
+    for step in (0, 1, -1):
+        with batches_of(pipeline.vae.decoder) as sizes:
+            images = decoder.images(rollout, step)
+        assert sizes == ([3, 1] if step != -1 else []), "the last step's images are kept"
+        assert images.shape == (4, 3, 16, 16)
+        assert not images.requires_grad
+        torch.testing.assert_close(images, stock_images(pipeline, pipeline.vae, rollout.x_0[step]))
+    assert not torch.allclose(decoder.images(rollout, 0), decoder.images(rollout, 1))
+
+
+def test_images_of_another_rollout_are_made_anew(trainer: RDMTrainer) -> None:
+    batches = [next(trainer.prompt_batches(update)) for update in range(2)]
+    first, second = (trainer.generate_rollout(batch) for batch in batches)
+    decoder = ImageDecoder(trainer.family.decode, 4)
+    images = [decoder.images(one).clone() for one in (first, second, first)]
+    assert torch.equal(images[0], images[2])
+    assert not torch.allclose(images[0], images[1])
+    torch.testing.assert_close(images[1], trainer.family.decode(second.sample))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_gradient_is_pulled_back_through_the_decoder(batch_size: int, trainer: RDMTrainer) -> None:
+    vae = trainer.family.pipeline.vae
+    before = snapshot(vae)
+    x_0, pattern = 0.5 * latents(4, 4, 8, 8), latents(4, 3, 16, 16, seed=1)
+    leaf = x_0.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((trainer.family.decode(leaf) * pattern).sum(), leaf)
+    with batches_of(vae.decoder) as sizes, torch.no_grad():
+        gradient = ImageDecoder(trainer.family.decode, batch_size).pull_back(x_0, pattern)
+    assert sizes == {1: [1, 1, 1, 1], 3: [3, 1], 4: [4]}[batch_size]
+    assert expected.norm() > 1
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert not gradient.requires_grad
+    assert not x_0.requires_grad
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_teacher_images_are_those_of_the_stock_pipeline(guidance: float, base: Path, tmp_path: Path) -> None:
+    """DDIM over 999, 749, 499, 249 and on to 0, from the noise that the student starts from."""
+    trainer = quick_trainer(
+        base, tmp_path, StepAway(), **QUICK, teacher_guidance_scale=guidance, teacher_num_inference_steps=4
+    )
+    for parameter in trainer.networks.parameters("policy"):
+        parameter.data += 0.1  # The student is another model than its teacher.
+    rollout = one_rollout(trainer)
+    teacher = trainer.networks.predictor("teacher", guidance)
+    decoder = ImageDecoder(trainer.family.decode, 3)
+    give = TeacherImages(teacher, trainer.family.schedule, decoder, 4)
+    images = give(rollout)
+
+    stock = StableDiffusionPipeline.from_pretrained(str(base))
+    stock.set_progress_bar_config(disable=True)
+    stock.scheduler = DDIMScheduler.from_config(
+        stock.scheduler.config, timestep_spacing="trailing", steps_offset=0, set_alpha_to_one=True, clip_sample=False
+    )
+    expected = stock(
+        list(rollout.batch.prompts),
+        latents=rollout.states[0],
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        output_type="pt",
+    ).images
+    assert stock.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    assert (images - trainer.family.decode(rollout.sample)).abs().max() > 0.01
+    with batches_of(trainer.networks.module("teacher")) as sizes:
+        assert give(rollout) is images, "kept for the next reward"
+        give(trainer.generate_rollout(next(trainer.prompt_batches(1))))
+    assert len(sizes) == 1 + 4, "the student's step and the teacher's four"
+
+
+# ----- a tiny decoder -----
+
+
+def test_a_tiny_decoder_makes_the_images_of_the_stock_pipeline(base: Path, tmp_path: Path) -> None:
+    folder = tiny_autoencoder(tmp_path / "tiny")
+    decode = load_tiny_decoder(folder, 4, torch.device("cpu"))
+    x_0 = latents(2, 4, 8, 8)
+    pipeline = load_family(base).pipeline
+    images = decode(x_0)
+    torch.testing.assert_close(images, stock_images(pipeline, AutoencoderTiny.from_pretrained(folder), x_0))
+    assert images.shape == (2, 3, 16, 16)
+    assert images.dtype == torch.float32
+    leaf = x_0.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(decode(leaf).sum(), leaf)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_a_tiny_decoder_for_other_latents_is_refused(tmp_path: Path) -> None:
+    folder = tiny_autoencoder(tmp_path / "tiny", latent_channels=16)
+    with pytest.raises(ValueError, match="16 channels, but the model's have 4"):
+        load_tiny_decoder(folder, 4, torch.device("cpu"))
+
+
+def test_a_tiny_decoder_may_recompute(tmp_path: Path) -> None:
+    folder = tiny_autoencoder(tmp_path / "tiny")
+    x_0, pattern = latents(3, 4, 8, 8), latents(3, 3, 16, 16, seed=1)
+    gradients = []
+    for checkpointing in (False, True):
+        decode = load_tiny_decoder(folder, 4, torch.device("cpu"), checkpointing=checkpointing)
+        calls = count_convolutions(
+            lambda decode=decode: gradients.append(ImageDecoder(decode, 2).pull_back(x_0, pattern))
+        )
+        if not checkpointing:
+            plain = calls
+    assert calls > 1.5 * plain, "the forward pass is repeated in the backward pass"
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def count_convolutions(work: Callable[[], None]) -> int:
+    """How many forward convolutions some work takes."""
+    count = 0
+
+    def see(module: nn.Module, _: object) -> None:
+        nonlocal count
+        count += isinstance(module, nn.Conv2d)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(see)
+    work()
+    hook.remove()
+    return count
