@@ -140,6 +140,7 @@ class DenseAdvantage:
             counts as absent, whatever ``values`` holds.
         reward: The reward itself for the log, shape (N,), NaN where it has no value, or None.
         advantage: The reward normalised as ``scale_rewards`` says, shape (N,), or None; the trainer fills it in.
+        faults: Samples on which the reward failed and was skipped.
         metrics: Further numbers for the log.
 
     Raises:
@@ -150,6 +151,7 @@ class DenseAdvantage:
     applicable: Tensor
     reward: Tensor | None = None
     advantage: Tensor | None = None
+    faults: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 
-from rdm_rl.data_types import DenseAdvantage, PromptBatch
 from rdm_rl.weighting import DirectionStatistics, Weighting
 
 
@@ -65,42 +64,28 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def direction_metrics(directions: Mapping[str, DenseAdvantage], batch: PromptBatch) -> dict[str, float]:
-    """What the log says of each reward's values, and the reward's own numbers.
+def reward_metrics(statistics: DirectionStatistics, weighting: Weighting) -> dict[str, float]:
+    """What the log says of the rewards in one update.
 
     Args:
-        directions: The rewards' directions, by name.
-        batch: The prompts.
-
-    Returns:
-        Numbers by name; ``docs/metrics.md`` says what each means.
-    """
-    metrics: dict[str, float] = {}
-    for name, one in directions.items():
-        metrics |= {f"{name}/{key}": value for key, value in one.metrics.items()}
-        if one.reward is None:
-            continue
-        known = ~one.reward.isnan()
-        metrics[f"rewards/{name}/applicable"] = known.float().mean().item()
-        if bool(known.any()):
-            values, groups = one.reward[known].float(), batch.group_ids[known]
-            metrics[f"rewards/{name}/mean"] = values.mean().item()
-            metrics[f"rewards/{name}/std"] = values.std(correction=0).item()
-            flat = [bool((values[groups == group] == values[groups == group][0]).all()) for group in groups.unique()]
-            metrics[f"rewards/{name}/frac_zero_std"] = sum(flat) / len(flat)
-    return metrics
-
-
-def weighting_metrics(statistics: DirectionStatistics, weighting: Weighting) -> dict[str, float]:
-    """What the log says of the directions and their weights in one update.
-
-    Args:
-        statistics: What the directions look like.
+        statistics: What their directions and values look like.
         weighting: What combined them.
 
     Returns:
-        Numbers by name.
+        Numbers by name; ``docs/metrics.md`` says what each means. A number that nothing is known of is left out.
     """
-    metrics = {f"rewards/{name}/advantage_rms": value for name, value in statistics.rms.items()}
-    metrics |= {f"rewards/{name}/cosine_to_rdm": value for name, value in statistics.cosine.items()}
-    return metrics | {f"rewards/{name}/lambda": value for name, value in weighting.lambdas.items()}
+    metrics: dict[str, float] = {}
+    for name, one in statistics.rewards.items():
+        numbers = {
+            "mean": one.mean,
+            "std": one.std,
+            "applicable": one.applicable,
+            "frac_zero_std": one.frac_zero_std,
+            "faults": one.faults,
+            "acted": float(one.rms is not None),
+            "advantage_rms": one.rms,
+            "cosine_to_rdm": one.cosine,
+            "lambda": weighting.lambdas.get(name),
+        }
+        metrics |= {f"rewards/{name}/{key}": value for key, value in numbers.items() if value is not None}
+    return metrics

@@ -22,7 +22,7 @@ References:
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -38,73 +38,129 @@ NO_DIRECTION = 1e-12  # A root mean square below this is no direction: a constan
 
 
 @dataclass(frozen=True, kw_only=True)
-class DirectionStatistics:
-    """What one update's directions look like, over all of its samples.
+class RewardStatistics:
+    """What one reward's directions and values look like in one update, over all of its samples.
 
     Args:
-        rms: Root mean square of each reward's direction over the samples it applied to; a reward that applied to none
-            is absent.
-        cosine: Mean cosine of each reward's direction to that of ``rdm``, over the samples that have both.
-        spread: Standard deviation of each reward's values; a reward without values is absent.
+        rms: Root mean square of the direction over the samples it applied to; None if there were none.
+        cosine: Mean cosine of the direction to that of ``rdm``, over the samples that have both; None without any.
+        mean: Mean of the reward's values; None without any.
+        std: Standard deviation of the values; None without any.
+        applicable: Share of the samples that have a value; None for a reward that gives no values.
+        frac_zero_std: Share of the groups whose values are all equal; None without values.
+        faults: Samples on which the reward failed and was skipped.
+    """
+
+    rms: float | None = None
+    cosine: float | None = None
+    mean: float | None = None
+    std: float | None = None
+    applicable: float | None = None
+    frac_zero_std: float | None = None
+    faults: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionStatistics:
+    """What the directions of one update look like, over all of its samples.
+
+    Args:
+        rewards: The statistics of each reward, by name.
         gap: The mean of ``rdm``'s metric ``gap`` (see :func:`rdm_rl.rdm.distribution_matching`), or None without it.
     """
 
-    rms: Mapping[str, float] = field(default_factory=dict)
-    cosine: Mapping[str, float] = field(default_factory=dict)
-    spread: Mapping[str, float] = field(default_factory=dict)
+    rewards: Mapping[str, RewardStatistics]
     gap: float | None = None
+
+    def rms(self, name: str) -> float | None:
+        """Root mean square of a reward's direction; None if the reward is unknown or applied nowhere."""
+        return self.rewards[name].rms if name in self.rewards else None
 
 
 def measure(
-    directions: Sequence[Mapping[str, DenseAdvantage]], total: Callable[[Tensor], Tensor] = lambda sums: sums
+    directions: Sequence[Mapping[str, DenseAdvantage]],
+    group_ids: Sequence[Tensor],
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> DirectionStatistics:
     """The statistics of one update.
 
     Args:
         directions: The directions by reward name, for each micro-batch of this process.
+        group_ids: The samples' groups, each of shape (N,), for each micro-batch.
         total: Sums a tensor over the processes.
 
     Returns:
-        The statistics, equal in all processes.
+        The statistics, equal in all processes and however the batch is cut.
 
     Example:
         >>> away = DenseAdvantage(values=torch.full((2, 1, 1, 4), 3.0), applicable=torch.tensor([True, False]))
-        >>> measure([{"away": away}]).rms
-        {'away': 3.0}
+        >>> measure([{"away": away}], [torch.tensor([0, 0])]).rms("away")
+        3.0
     """
     names = list(directions[0])
-    # Of a direction: squares, their number, cosines, their number. Of the reward: values, their squares, their number.
-    sums = torch.zeros(len(names), 7, dtype=torch.float64)
+    sums = torch.zeros(len(names), 11, dtype=torch.float64)
     gaps = torch.zeros(2, dtype=torch.float64)
-    for micro_batch in directions:
+    for micro_batch, groups in zip(directions, group_ids, strict=True):
         rdm = micro_batch.get(RDM)
         if rdm is not None and "gap" in rdm.metrics:
             gaps += torch.tensor([rdm.metrics["gap"], 1.0], dtype=torch.float64)
         for row, name in zip(sums, names, strict=True):
             one = micro_batch[name]
-            values = one.values[one.applicable].double().flatten(1)
-            row[0] += values.square().sum().item()
-            row[1] += values.numel()
-            if rdm is not None and name != RDM:
-                both = one.applicable & rdm.applicable
-                first, second = (each.values[both].double().flatten(1) for each in (one, rdm))
-                lengths = first.norm(dim=1) * second.norm(dim=1)
-                moving = lengths > 0
-                row[2] += ((first * second).sum(1)[moving] / lengths[moving]).sum().item()
-                row[3] += int(moving.sum())
-            if one.reward is not None:
-                known = one.reward[~one.reward.isnan()].double()
-                row[4:] += torch.tensor([known.sum(), known.square().sum(), len(known)], dtype=torch.float64)
+            row += torch.tensor(
+                [*_direction_sums(one, None if name == RDM else rdm), *_value_sums(one, groups)], dtype=torch.float64
+            )
     sums, gaps = total(sums), total(gaps)
     return DirectionStatistics(
-        rms={name: math.sqrt(row[0] / row[1]) for name, row in zip(names, sums.tolist(), strict=True) if row[1]},
-        cosine={name: row[2] / row[3] for name, row in zip(names, sums.tolist(), strict=True) if row[3]},
-        spread={
-            name: math.sqrt(max(0.0, row[5] / row[6] - (row[4] / row[6]) ** 2))
-            for name, row in zip(names, sums.tolist(), strict=True)
-            if row[6]
-        },
+        rewards={name: _statistics(*row) for name, row in zip(names, sums.tolist(), strict=True)},
         gap=(gaps[0] / gaps[1]).item() if gaps[1] else None,
+    )
+
+
+def _direction_sums(one: DenseAdvantage, rdm: DenseAdvantage | None) -> tuple[float, float, float, float]:
+    """Sum and number of squares, sum and number of cosines to ``rdm``."""
+    values = one.values[one.applicable].double().flatten(1)
+    cosines = torch.zeros(0)
+    if rdm is not None:
+        both = one.applicable & rdm.applicable
+        first, second = (each.values[both].double().flatten(1) for each in (one, rdm))
+        lengths = first.norm(dim=1) * second.norm(dim=1)
+        cosines = ((first * second).sum(1) / lengths)[lengths > 0]
+    return values.square().sum().item(), values.numel(), cosines.sum().item(), len(cosines)
+
+
+def _value_sums(one: DenseAdvantage, groups: Tensor) -> tuple[float, float, float, float, float, float, float]:
+    """Values: their sum, that of their squares, their number; samples; flat groups; groups; faults."""
+    if one.reward is None:
+        return (*[0.0] * 6, one.faults)
+    known = ~one.reward.isnan()
+    values, own = one.reward[known].double(), groups[known]
+    flat = [bool((values[own == group] == values[own == group][0]).all()) for group in own.unique()]
+    squares = values.square().sum().item()
+    return values.sum().item(), squares, len(values), len(known), sum(flat), len(flat), one.faults
+
+
+def _statistics(
+    squares: float,
+    numbers: float,
+    cosines: float,
+    cosine_count: float,
+    values: float,
+    value_squares: float,
+    value_count: float,
+    samples: float,
+    flat: float,
+    groups: float,
+    faults: float,
+) -> RewardStatistics:
+    mean = values / value_count if value_count else None
+    return RewardStatistics(
+        rms=math.sqrt(squares / numbers) if numbers else None,
+        cosine=cosines / cosine_count if cosine_count else None,
+        mean=mean,
+        std=None if mean is None else math.sqrt(max(0.0, value_squares / value_count - mean**2)),
+        applicable=value_count / samples if samples else None,
+        frac_zero_std=flat / groups if groups else None,
+        faults=int(faults),
     )
 
 
@@ -278,7 +334,8 @@ class AdaptiveWeighting(FixedWeighting):
 
     Example:
         >>> weighting = AdaptiveWeighting({"rdm": 1.0, "aesthetic": 0.5})
-        >>> weighting.update(DirectionStatistics(rms={"rdm": 0.2, "aesthetic": 400.0}), step=0)
+        >>> seen = {"rdm": RewardStatistics(rms=0.2), "aesthetic": RewardStatistics(rms=400.0)}
+        >>> weighting.update(DirectionStatistics(rewards=seen), step=0)
         >>> weighting.lambdas
         {'rdm': 1.0, 'aesthetic': 0.00025}
     """
@@ -317,12 +374,12 @@ class AdaptiveWeighting(FixedWeighting):
     def update(self, statistics: DirectionStatistics, step: int) -> None:
         """Take the update's forces in and set its weights."""
         for name, force in self.forces.items():
-            if name in statistics.rms:
-                force.add(statistics.rms[name])
-        if RDM in statistics.rms and (
-            self.reference == "online" or step < self.start_step or self._force.value is None
-        ):
-            self._force.add(statistics.rms[RDM])
+            rms = statistics.rms(name)
+            if rms is not None:
+                force.add(rms)
+        rdm = statistics.rms(RDM)
+        if rdm is not None and (self.reference == "online" or step < self.start_step or self._force.value is None):
+            self._force.add(rdm)
         super().update(statistics, step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class PathwiseReward(PlainRewardAdapter):
         x_0 = rollout.x_0[step]
         if self.context.args.pathwise_steps == "last" and step != len(rollout.times) - 1:
             nowhere = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
-            return DenseAdvantage(values=torch.zeros_like(x_0), applicable=nowhere, metrics={"acted": 0.0})
+            return DenseAdvantage(values=torch.zeros_like(x_0), applicable=nowhere)
         output = self.start(rollout, step, gradient=True)()
         values = x_0.new_zeros(x_0.shape) if output.gradient is None else output.gradient
         if self.reward.inputs == "images":
@@ -101,7 +101,7 @@ class PathwiseReward(PlainRewardAdapter):
             values=values,
             applicable=output.applicable,
             reward=output.values,
-            metrics={"acted": 1.0, "faults": float(output.faults)},
+            faults=output.faults,
         )
 
 
@@ -144,5 +144,5 @@ class WatchedReward(PlainRewardAdapter):
             values=torch.zeros_like(x_0),
             applicable=torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device),
             reward=output.values,
-            metrics={"faults": float(output.faults)},
+            faults=output.faults,
         )

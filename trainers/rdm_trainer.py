@@ -22,7 +22,7 @@ from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family, check_model_name, load_family
 from rdm_rl.families.base import fingerprint
-from rdm_rl.metric_window import direction_metrics, weighting_metrics
+from rdm_rl.metric_window import reward_metrics
 from rdm_rl.networks import AdapterNetworks, Role, make_networks
 from rdm_rl.optimization import OptimizerFactory, RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.policy import rollout
@@ -423,17 +423,21 @@ class RDMTrainer(TrainingLoop):
         generator = seeded_generator(self.args.seed, "replayed_step", self._global_step())
         step = int(torch.randint(len(self.times), (1,), generator=generator))
         directions = [self.compute_rewards(one, step) for one in rollouts]
-        statistics = measure(directions, self.sum_over_processes)
+        statistics = measure(directions, [one.batch.group_ids for one in rollouts], self.sum_over_processes)
         self.weighting.update(statistics, self._global_step())
-        for name, spread in statistics.spread.items():
-            self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY)).add(spread)
+        for name, values in statistics.rewards.items():
+            if values.std is not None:
+                self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY)).add(values.std)
         for one, own in zip(rollouts, directions, strict=True):
             own = self._with_advantages(own, one.batch)
             output = self.compute_policy_loss(one, step, self.compute_advantages(own))
             optimizer.backward(output.loss, 1 / len(rollouts))
-            for key, value in (direction_metrics(own, one.batch) | _prefixed("policy", output.metrics)).items():
+            numbers = _prefixed("policy", output.metrics)
+            for name, direction in own.items():
+                numbers |= _prefixed(name, direction.metrics)
+            for key, value in numbers.items():
                 totals[key] += value / len(rollouts)
-        totals |= weighting_metrics(statistics, self.weighting)
+        totals |= reward_metrics(statistics, self.weighting)
         totals["policy/learning_rate"] = optimizer.learning_rate
         totals["policy/grad_norm"] = optimizer.step()
         if self.average is not None:
