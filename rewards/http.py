@@ -433,7 +433,7 @@ class HTTPReward:
             raise ValueError(f"columns={columns!r} is one text. Write a list of names: [{columns!r}].")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is too small: use at least 1.")
-        self.columns = tuple(columns)
+        self.columns = self.required_columns = tuple(columns)
         self.batch_size = batch_size
         self.connection = Connection(url=url, **connection)
         self.info = replace(self.info, columns=self.columns)

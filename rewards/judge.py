@@ -122,7 +122,8 @@ class VLMJudge:
         if api_key_env and os.environ.get(api_key_env) and "authorization" not in map(str.lower, headers):
             headers["Authorization"] = f"Bearer ${{{api_key_env}}}"
         self.connection = Connection(url=url.rstrip("/") + "/chat/completions", headers=headers, **connection)
-        self.info = replace(self.info, columns=self._columns())
+        self.required_columns = self._columns()
+        self.info = replace(self.info, columns=self.required_columns)
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float | None]:
         """The ratings of some images.

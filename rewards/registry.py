@@ -261,7 +261,8 @@ def get_reward(name: str, **options: Any) -> Any:
         ValueError: If no reward has the name, or it takes no such options.
 
     Example:
-        >>> get_reward("ink")([[0.0]], ["a"])  # doctest: +SKIP
+        >>> get_reward("clip_score", model="my-clip", dtype="bfloat16").model
+        'my-clip'
     """
     found = find_reward(name)
     if not inspect.isclass(found):
@@ -269,11 +270,10 @@ def get_reward(name: str, **options: Any) -> Any:
             raise ValueError(f"The reward {name!r} is a function and takes no options; got {', '.join(options)}.")
         return found
     try:
-        inspect.signature(found).bind(**options)
+        return found(**options)
     except TypeError as error:
         known = ", ".join(inspect.signature(found).parameters) or "none"
-        raise ValueError(f"The reward {name!r} cannot be made: {error}. Its options are: {known}.") from None
-    return found(**options)
+        raise ValueError(f"The reward {name!r} cannot be made: {error}. Its options are: {known}.") from error
 
 
 def name_of(spec: RewardSpec) -> str:
@@ -321,7 +321,7 @@ def load_rewards(reward_funcs: RewardSpec | Sequence[RewardSpec]) -> dict[str, A
             )
         name = name_of(spec)
         if name in rewards:
-            raise ValueError(f"reward_funcs names {name!r} twice. Give the second one another name.")
+            raise ValueError(f"reward_funcs names {name!r} twice. Set the attribute `name` of one of them.")
         rewards[name] = reward
     return rewards
 
@@ -365,12 +365,16 @@ def as_directions(
     return directions
 
 
-def reward_weights(names: Sequence[str], weights: Sequence[float] | None) -> Mapping[str, float]:
+def reward_weights(
+    names: Sequence[str], weights: Sequence[float] | None, *, adaptive: bool = False
+) -> dict[str, float]:
     """The weight of each reward, by name.
 
     Args:
         names: The rewards.
-        weights: One weight for each; None is 1 for all.
+        weights: One weight for each; None for the default.
+        adaptive: Whether weights are shares of the force of ``rdm``. Then the default is 1 for ``rdm`` and 0.3 for each
+            other reward, which on the digits raised a reward and cost little fidelity; otherwise it is 1 for all.
 
     Returns:
         The weights.
@@ -381,7 +385,11 @@ def reward_weights(names: Sequence[str], weights: Sequence[float] | None) -> Map
     Example:
         >>> reward_weights(["rdm"], None)
         {'rdm': 1.0}
+        >>> reward_weights(["rdm", "ink"], None, adaptive=True)
+        {'rdm': 1.0, 'ink': 0.3}
     """
     if weights is not None and len(weights) != len(names):
         raise ValueError(f"reward_weights has {len(weights)} entries for {len(names)} rewards ({', '.join(names)}).")
-    return dict(zip(names, weights or [1.0] * len(names), strict=True))
+    if weights is None:
+        return {name: 0.3 if adaptive and "rdm" in names and name != "rdm" else 1.0 for name in names}
+    return dict(zip(names, weights, strict=True))

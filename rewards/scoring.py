@@ -11,6 +11,7 @@ attribute                   meaning
 ``inputs``                  ``"images"``, or ``"latents"``: it is given latents of shape (N, C, H, W) instead
 ``wants_teacher_images``    it is also given ``teacher_images``, the teacher's images from the same noise and prompts
 ``whole_groups``            a batch never splits the generations of one prompt, and ``group_ids`` may be asked for
+``required_columns``        columns that it needs beside those that its signature names
 ==========================  ==========================================================================================
 
 An ``async def`` reward has all of its batches in flight at once.
@@ -110,7 +111,9 @@ def needs(reward: Callable[..., Any]) -> Needs:
         raise TypeError(f"The reward {reward!r} must take (images, prompts, **columns); its signature does not.")
     named = [*positional[2:], *(one for one in parameters if one.kind == one.KEYWORD_ONLY)]
     return Needs(
-        required=frozenset(one.name for one in named if one.default is one.empty),
+        required=frozenset(
+            [*(one.name for one in named if one.default is one.empty), *getattr(reward, "required_columns", ())]
+        ),
         optional=frozenset(one.name for one in named if one.default is not one.empty),
         everything=any(one.kind == one.VAR_KEYWORD for one in parameters),
     )

@@ -101,7 +101,8 @@ class RDMConfig(TrainingArguments):
         renoise_range: The lowest and the highest re-noising time of distribution matching.
         renoise_anneal_steps: Policy updates over which ``annealed_beta`` anneals; None means 2,000 for it.
         teacher_guidance_scale: Guidance of the teacher, baked into the student; None is the family's published value.
-        reward_weights: Weight of each reward; None is 1 for all.
+        reward_weights: Weight of each reward. None is 1 for ``rdm`` and, with adaptive weights, 0.3 for each other
+            reward, else 1.
         reward_weighting: How rewards are combined: ``adaptive`` (GNDMR: each pushes with its weight times the force of
             distribution matching), ``fixed`` weights (DMDR), or ``budget`` (adaptive, within ``fidelity_budget``).
         adaptive_reference: The force that adaptive weights refer to: that of the ``cold_start``, or the running one

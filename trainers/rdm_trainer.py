@@ -99,7 +99,9 @@ class RDMTrainer(TrainingLoop):
         """Check everything that can be checked without a model, then load."""
         args = args or RDMConfig()
         rewards = load_rewards(reward_funcs)
-        weights = reward_weights(list(rewards), args.reward_weights)
+        self.reward_weights = reward_weights(
+            list(rewards), args.reward_weights, adaptive=args.reward_weighting != "fixed"
+        )
         if "rdm" in rewards and not args.fake_score_updates_per_policy_update:
             raise ValueError(
                 "reward_funcs has 'rdm', which compares the teacher with the fake score, but the fake score is never "
@@ -108,7 +110,7 @@ class RDMTrainer(TrainingLoop):
         if train_dataset is None:
             raise ValueError("train_dataset is missing: pass rows with a 'prompt' column.")
         self.prompts = PromptSource(train_dataset, args.seed if args.data_seed is None else args.data_seed)
-        self.rewards = as_directions(rewards, weights, list(other_columns([train_dataset[0]], 1)))
+        self.rewards = as_directions(rewards, self.reward_weights, list(other_columns([train_dataset[0]], 1)))
         if weighting is not None and not isinstance(weighting, Weighting):
             raise TypeError(
                 f"weighting={weighting!r} does not derive from rdm_rl.weighting.Weighting. Derive from it and override "
@@ -116,7 +118,7 @@ class RDMTrainer(TrainingLoop):
             )
         self.weighting = weighting or make_weighting(
             args.reward_weighting,
-            weights,
+            self.reward_weights,
             budget=args.fidelity_budget,
             reference=args.adaptive_reference,
             start_step=args.reward_start_step,
@@ -633,10 +635,11 @@ class RDMTrainer(TrainingLoop):
         names = ("dm_normalization", "dm_group", "num_generations", "learning_rate", "seed")
         return {
             "weights": "averaged over training (EMA)" if averaged else "of the last update",
-            "rewards": ", ".join(self.rewards),
+            "rewards": ", ".join(f"{name} (weight {self.reward_weights[name]:g})" for name in self.rewards),
             "policy updates": self.state.global_step,
             "teacher_guidance_scale": self.teacher_guidance_scale,
             **{name: getattr(self.args, name) for name in names},
+            **({"reward_weighting": self.args.reward_weighting} if len(self.rewards) > 1 else {}),
         }
 
     def save_checkpoint(self) -> Path:
