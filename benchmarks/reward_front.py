@@ -6,9 +6,9 @@
 
 One-step students. All arms of a seed continue the same GNDM checkpoint for the same number of updates, with the same
 prompts and noise. ``ink`` is hackable: a page full of ink has the highest value. ``digit_logprob`` is recognition by a
-network that judges nothing here. The constant weights were chosen on a development seed so that their forces span
-those of the adaptive arms. They carry the reward's units: the arms whose reward is multiplied by 1024, or divided by it,
-show what that means. Every arm is judged once, on network B and held-out images, with noise that nothing was chosen on.
+network that judges nothing here. The constant weights were chosen on a development seed so that their forces span those
+of the adaptive arms. They carry the reward's units: the arms whose reward is multiplied by 1024, or divided by it, show
+what that means. Every arm is judged once, on network B and held-out images, with noise that nothing was chosen on.
 Every result is one JSON file, so an interrupted run goes on where it was.
 """
 
