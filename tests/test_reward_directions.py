@@ -381,7 +381,11 @@ def reads_colour(images: Tensor, prompts: list[str], colour: list[str]) -> list[
 @pytest.mark.parametrize(
     ("reward", "settings", "message"),
     [
-        (black_box, {}, r"'black_box' has the weight 1 but is a black box: .*Set its entry of reward_weights to 0"),
+        (
+            black_box,
+            {"reward_weights": [1.0, 1.0]},
+            r"'black_box' has the weight 1 but is a black box: .*Set its entry of reward_weights to 0",
+        ),
         (black_box, {"reward_weights": [1.0, 0.5]}, "has the weight 0.5 but is a black box"),
         (black_box, {"reward_weights": [1.0]}, r"1 entries for 2 rewards \(rdm, black_box\)"),
         (
@@ -390,7 +394,7 @@ def reads_colour(images: Tensor, prompts: list[str], colour: list[str]) -> list[
             r"'reads_colour' reads the column\(s\) colour, but .* only prompt, digit",
         ),
         (declare(lambda a, b: [0.0], inputs="pixels"), {"reward_weights": [1.0, 0.0]}, "use 'images' or 'latents'"),
-        (likeness, {"adaptive_reference": "online"}, r"together 1\) reach its own \(1\)"),
+        (likeness, {"adaptive_reference": "online", "reward_weights": [1.0, 1.0]}, r"together 1\) reach its own \(1\)"),
         (likeness, {"reward_weighting": "budget"}, "set reward_start_step to at least 1"),
         (likeness, {"fake_score_updates_per_policy_update": 0}, "the fake score is never trained"),
     ],

@@ -383,8 +383,9 @@ def test_a_reward_may_have_any_name(name: str) -> None:
         return BudgetedWeighting({"rdm": 1.0, name: 0.5}, start_step=1)
 
     first, second = make(), make()
+    rewards = {"rdm": RewardStatistics(rms=1.0), name: RewardStatistics(rms=2.0)}
     for step in range(3):
-        first.update(seen(gap=0.3, **{"rdm": 1.0, name: 2.0}), step)
+        first.update(DirectionStatistics(rewards=rewards, gap=0.3), step)
     second.load_state_dict(first.state_dict())
     assert second.forces[name].value == first.forces[name].value == 2.0
 
