@@ -322,7 +322,6 @@ def test_columns_cannot_have_the_names_of_the_arguments(name: str) -> None:
         check_columns("own", lambda images, prompts, **columns: [0.0], [name])
 
 
-@pytest.mark.xfail(strict=True, reason="only the signature is asked, not info.columns")
 def test_missing_columns_of_a_reward_that_names_them_elsewhere() -> None:
     with pytest.raises(ValueError, match="caption"):
         check_columns("http", HTTPReward("http://127.0.0.1:1/", columns=["caption"]), ["digit"])
