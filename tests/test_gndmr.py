@@ -168,7 +168,7 @@ class MaskedByHand:
         with torch.enable_grad():
             values = self.context.decoder.decode(leaf).mean((1, 2, 3))
         (slope,) = torch.autograd.grad(values.sum(), leaf)
-        slope[~even] = torch.nan
+        slope[~even] = 100.0
         return DenseAdvantage(values=slope, applicable=even, reward=values.detach().masked_fill(~even, torch.nan))
 
 

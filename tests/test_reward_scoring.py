@@ -411,6 +411,22 @@ def test_coroutines_of_all_batches_run_together() -> None:
     torch.testing.assert_close(output.values, torch.arange(6) / 10)
 
 
+@pytest.mark.xfail(strict=True, reason="every rollout has an event loop of its own")
+def test_coroutines_may_share_a_limit_over_updates() -> None:
+    """What belongs to an event loop, such as a lock or a client with open connections, is used again and again."""
+    limit = asyncio.Semaphore(1)
+
+    async def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        async with limit:
+            await asyncio.sleep(0)
+        return images.mean((1, 2, 3))
+
+    own, images = PlainReward("own", reward, batch_size=1), torch.rand(4, 3, 2, 2)
+    for _ in range(2):
+        output = own.start(images, prompt_batch(4), gradient=False)()
+        torch.testing.assert_close(output.values, images.mean((1, 2, 3)))
+
+
 class Asynchronous:
     async def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         await asyncio.sleep(0)
