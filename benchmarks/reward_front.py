@@ -37,7 +37,7 @@ FIGURES = ("distance_to_teacher", "distance_to_data", "recall", "precision", "ac
 MEASURED = ("ink", "digit_logprob", "symmetry")
 REWARDS = {"ink": ink, "digit_logprob": DigitLogProb()}
 WEIGHTS = {
-    "adaptive, cold start": (0.1, 0.3, 0.9),
+    "adaptive, cold start": (0.1, 0.3, 0.9, 2.7),
     "adaptive, online": (0.1, 0.3, 0.9),
     "fixed": (120.0, 350.0, 1200.0),
 }

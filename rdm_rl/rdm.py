@@ -10,6 +10,7 @@ policy's own samples), all wrapped to predict x_0:
     3. k = one recorded step, the same for every sample
        for each reward: a direction A_j in which it wants xhat_0 of step k to move
            distribution matching: re-noise xhat_0 to x_t, A = (mu_real(x_t) - mu_fake(x_t)) / s
+           differentiable reward r: A = grad r(decode(xhat_0)) at xhat_0            (rdm_rl.rewards.adapters)
        A = sum_j lambda_j A_j                                                     (rdm_rl.weighting)
     4. policy: replay step k with gradients and move xhat_0 along A                policy_loss
 

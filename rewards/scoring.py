@@ -256,9 +256,7 @@ class PlainReward:
                 extra["teacher_images"] = teacher_images[rows]
             part = inputs[rows].detach().clone().requires_grad_(gradient)
             given.append((part, list(batch.prompts[rows]), self.needs.pick(extra)))
-        answers: list[tuple[Tensor, Tensor | None] | Exception] = [
-            TimeoutError(f"no answer within {self.timeout} seconds (reward_timeout)") for _ in cuts
-        ]
+        answers: list[tuple[Tensor, Tensor | None] | Exception | None] = [None] * len(cuts)
 
         def work() -> None:
             device = torch.cuda.device(inputs.device) if inputs.is_cuda else nullcontext()  # A new thread has its own.
@@ -276,7 +274,10 @@ class PlainReward:
 
         def wait() -> RewardOutput:
             thread.join(self.timeout)
-            return self._collect(list(answers), cuts, inputs, batch, gradient)
+            missing: Exception = RuntimeError("it ended without an answer")
+            if thread.is_alive():
+                missing = TimeoutError(f"no answer within {self.timeout} seconds (reward_timeout)")
+            return self._collect([one or missing for one in answers], cuts, inputs, batch, gradient)
 
         return wait
 
@@ -300,7 +301,7 @@ class PlainReward:
     async def _answer_together(
         self,
         given: Sequence[tuple[Tensor, list[str], dict[str, Any]]],
-        answers: list[tuple[Tensor, Tensor | None] | Exception],
+        answers: list[tuple[Tensor, Tensor | None] | Exception | None],
         gradient: bool,
     ) -> None:
         async def one(index: int) -> None:

@@ -279,6 +279,13 @@ PANELS = (
         from_zero=False,
     ),
     Panel(
+        title="Agreement of rewards with distribution matching",
+        metrics={"rewards/*/cosine_to_rdm": "{}"},
+        reading="The cosine between the direction of each reward and that of distribution matching. Near 0 they do not "
+        "disturb each other. When it becomes clearly negative, distribution matching is undoing what the reward does: "
+        "the student has left the teacher's images, and more weight will buy reward with fidelity.",
+    ),
+    Panel(
         title="Policy: loss",
         metrics={"policy/loss": "loss"},
         reading="Half the mean square of the combined advantage. It is a device to carry the gradient and no error: it "
