@@ -22,6 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from digits import SEEDS, mean_and_spread
 from peft import LoraConfig
@@ -170,6 +171,42 @@ def table(folder, seeds):
     )
 
 
+def equal_reward(folder, seeds):
+    """How much farther from the teacher each adaptive arm is than DMDR at the same reward, within each seed.
+
+    Between DMDR's arms the distance is interpolated linearly in the square of the reward's change, because that is how
+    it grows (a straight line in the reward itself would lie above the curve, and flatter the other method). Arms beyond
+    DMDR's range are left out. DMDR with the weight 0 is the arm whose reward is divided by 1024.
+    """
+    lines = ["| arm | seeds | distance_to_teacher minus DMDR's | recall minus DMDR's |", "|---|---|---|---|"]
+    for reward in REWARDS:
+        for method in [name for name in WEIGHTS if name != "fixed"]:
+            for weight in WEIGHTS[method]:
+                differences = []
+                for seed in seeds:
+                    zero = read(folder, "ink ÷1024, fixed, 150", [seed])
+                    fixed = zero + [
+                        row for one in WEIGHTS["fixed"] for row in read(folder, f"{reward}, fixed, {one:g}", [seed])
+                    ]
+                    arm = read(folder, f"{reward}, {method}, {weight:g}", [seed])
+                    if len(fixed) < 1 + len(WEIGHTS["fixed"]) or not arm:
+                        continue
+                    squares = [(row[reward] - zero[0][reward]) ** 2 for row in fixed]
+                    here = (arm[0][reward] - zero[0][reward]) ** 2
+                    if here <= max(squares):
+                        expected = [
+                            np.interp(here, squares, [row[one] for row in fixed])
+                            for one in ("distance_to_teacher", "recall")
+                        ]
+                        differences.append(
+                            (arm[0]["distance_to_teacher"] - expected[0], arm[0]["recall"] - expected[1])
+                        )
+                if differences:
+                    cells = [mean_and_spread(list(one), 3) for one in zip(*differences, strict=True)]
+                    lines.append(f"| {reward}, {method}, {weight:g} | {len(differences)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def picture(folder, seeds, file):
     """Distance to the teacher, and recall, against the reward: a line for each method, a point for each weight."""
     figure, axes = plt.subplots(2, len(REWARDS), figsize=(9, 7), layout="constrained", sharex="col")
@@ -222,6 +259,7 @@ def main():
         for seed in options.seeds:
             run_seed(options.output_dir, seed)
     print(table(options.output_dir, options.seeds))
+    print(equal_reward(options.output_dir, options.seeds))
     picture(options.output_dir, options.seeds, options.output_dir / "front.png")
 
 
