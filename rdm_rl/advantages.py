@@ -198,13 +198,22 @@ def normalize_rewards(
         >>> normalize_rewards(torch.tensor([1.0, 3.0]), everywhere, group, "none")
         tensor([-1.,  1.])
     """
-    weight = applicable.float()
-    values = torch.where(applicable, rewards.float(), 0.0)
+    weight = applicable.double()
+    values = torch.where(applicable, rewards.double(), 0.0)
     share = group_mean(weight, group_ids).clamp_min(1e-12)
     centred = (values - group_mean(values, group_ids) / share) * weight
-    if scale == "none":
-        return centred
+    # Rounding leaves equal rewards with a deviation that is not quite 0.
+    _, group = group_ids.unique(return_inverse=True)
+    highest = values.new_full((len(values),), -torch.inf).scatter_reduce(
+        0, group, values.where(applicable, -torch.inf), "amax"
+    )
+    lowest = values.new_full((len(values),), torch.inf).scatter_reduce(
+        0, group, values.where(applicable, torch.inf), "amin"
+    )
+    centred = torch.where((highest == lowest)[group], 0.0, centred)
     if scale == "batch":
-        return centred / spread if spread > 0 else torch.zeros_like(centred)
-    deviation = (group_mean(centred.square(), group_ids) / share).sqrt()
-    return torch.where(deviation > 1e-6 * spread, centred / (deviation + 1e-4 * spread).clamp_min(1e-30), 0.0)
+        centred = centred / spread if spread > 0 else torch.zeros_like(centred)
+    elif scale == "group":
+        deviation = (group_mean(centred.square(), group_ids) / share).sqrt()
+        centred = centred / (deviation + 1e-4 * spread).clamp_min(1e-300)
+    return centred.float()

@@ -74,7 +74,7 @@ def reward_metrics(statistics: DirectionStatistics, weighting: Weighting) -> dic
     Returns:
         Numbers by name; ``docs/metrics.md`` says what each means. A number that nothing is known of is left out.
     """
-    metrics: dict[str, float] = {}
+    metrics = dict(weighting.metrics)
     for name, one in statistics.rewards.items():
         numbers = {
             "mean": one.mean,

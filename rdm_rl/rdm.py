@@ -96,8 +96,8 @@ def distribution_matching(
         scale_floor: The smallest scale.
 
     Returns:
-        The direction, shape (N, C, H, W), applicable everywhere. Its metrics are ``gap``, the root mean square of
-        :math:`\mu_{real} - \mu_{fake}` over that of :math:`\hat x_0 - \mu_{real}`, and ``advantage_rms``.
+        The direction, shape (N, C, H, W), applicable everywhere. Its metric is ``gap``, the root mean square of
+        :math:`\mu_{real} - \mu_{fake}` over that of :math:`\hat x_0 - \mu_{real}`.
     """
     noisy = [schedule.perturb(x_0, noise_r, t_r) for noise_r, t_r in zip(noise, t, strict=True)]
     teacher_x_0 = torch.stack([teacher(x_t, t_r, conditioning) for x_t, t_r in zip(noisy, t, strict=True)])
@@ -111,7 +111,7 @@ def distribution_matching(
         values=values,
         applicable=torch.ones(len(x_0), dtype=torch.bool, device=x_0.device),
         reward=-difference.flatten(2).mean((0, 2)),
-        metrics={"gap": gap.item(), "advantage_rms": values.square().mean().sqrt().item()},
+        metrics={"gap": gap.item()},
     )
 
 
@@ -139,7 +139,7 @@ def policy_loss(x_0: Tensor, advantage: DenseAdvantage, weights: Tensor | None =
         tensor([-1.,  2.])
     """
     mask = append_dims(advantage.applicable, x_0)
-    target = (x_0 + torch.where(mask, advantage.values, 0.0)).detach()
-    error = (x_0 - target).square()
+    # The same as x_0 - (x_0 + A).detach(), whose sum would round a small A away.
+    error = (x_0 - x_0.detach() - torch.where(mask, advantage.values, 0.0)).square()
     loss = 0.5 * (error if weights is None else error * append_dims(weights, error)).mean()
     return LossOutput(loss=loss, metrics={"loss": loss.item()})

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rdm_rl.demo.digits import TEACHER_FOLDER
-from rdm_rl.rewards.registry import get_reward, name_of
+from rdm_rl.rewards.registry import get_reward
 from rdm_rl.trainers.rdm_config import HONOURED, METHODS, RDMConfig, method_settings
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
@@ -120,9 +120,7 @@ def make_rewards(names: Sequence[str], options: dict[str, Any] | str | None) -> 
     made = []
     for name in names:
         if name in given:
-            reward = get_reward(name, **given[name])
-            reward.name = name_of(name)
-            made.append(reward)
+            made.append(get_reward(name, **given[name]))
         else:
             made.append(name)
     return made

@@ -128,7 +128,7 @@ def _direction_sums(one: DenseAdvantage, rdm: DenseAdvantage | None) -> tuple[fl
     return values.square().sum().item(), values.numel(), cosines.sum().item(), len(cosines)
 
 
-def _value_sums(one: DenseAdvantage, groups: Tensor) -> tuple[float, float, float, float, float, float, float]:
+def _value_sums(one: DenseAdvantage, groups: Tensor) -> tuple[float, ...]:
     """Values: their sum, that of their squares, their number; samples; flat groups; groups; faults."""
     if one.reward is None:
         return (*[0.0] * 6, one.faults)
@@ -194,7 +194,9 @@ class RunningMean:
 
 
 class Weighting:
-    """What the trainer asks of a weighting. Derive from it, or pass any object with these members.
+    """What the trainer asks of a weighting. One of your own derives from it and overrides ``combine``.
+
+    ``lambdas`` and ``metrics`` are read after each update: its weights by reward name, and further numbers for the log.
 
     Args:
         lambdas: The weight of each reward in the running update, by name, for the log.
@@ -203,6 +205,7 @@ class Weighting:
     def __init__(self, lambdas: Mapping[str, float] | None = None) -> None:
         """Start with some weights."""
         self.lambdas: dict[str, float] = dict(lambdas or {})
+        self.metrics: dict[str, float] = {}
 
     def update(self, statistics: DirectionStatistics, step: int) -> None:
         """See the directions of an update before they are combined.
@@ -360,6 +363,7 @@ class AdaptiveWeighting(FixedWeighting):
         self.reference: Reference = reference
         self.forces = {name: RunningMean(decay=decay) for name in weights}
         self._force = RunningMean(decay=decay)  # Of rdm; the reference.
+        self._still: set[str] = set()  # Rewards whose direction is zero in this update.
 
     @property
     def reference_force(self) -> float:
@@ -369,13 +373,16 @@ class AdaptiveWeighting(FixedWeighting):
     def scale(self, name: str) -> float:
         """What makes the reward's force the reference force."""
         force = self.forces[name].value
-        return 0.0 if force is None or force < NO_DIRECTION else self.reference_force / force
+        return 0.0 if force is None or name in self._still else self.reference_force / force
 
     def update(self, statistics: DirectionStatistics, step: int) -> None:
         """Take the update's forces in and set its weights."""
         for name, force in self.forces.items():
             rms = statistics.rms(name)
-            if rms is not None:
+            self._still.discard(name)
+            if rms is not None and rms < NO_DIRECTION:
+                self._still.add(name)  # It says nothing now, and that must not make it shout when it speaks again.
+            elif rms is not None:
                 force.add(rms)
         rdm = statistics.rms(RDM)
         if rdm is not None and (self.reference == "online" or step < self.start_step or self._force.value is None):
@@ -384,13 +391,14 @@ class AdaptiveWeighting(FixedWeighting):
 
     def state_dict(self) -> dict[str, Any]:
         """The averages."""
-        everything = {**self.forces, "reference of rdm": self._force}
-        return {name: [mean.total, mean.weight] for name, mean in everything.items()}
+        forces = {name: [mean.total, mean.weight] for name, mean in self.forces.items()}
+        return {"forces": forces, "reference": [self._force.total, self._force.weight]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the averages back; a reward that is new starts without one."""
-        for name, mean in {**self.forces, "reference of rdm": self._force}.items():
-            mean.total, mean.weight = state.get(name, (0.0, 0.0))
+        for name, mean in self.forces.items():
+            mean.total, mean.weight = state.get("forces", {}).get(name, (0.0, 0.0))
+        self._force.total, self._force.weight = state.get("reference", (0.0, 0.0))
 
 
 class BudgetedWeighting(AdaptiveWeighting):
@@ -437,11 +445,12 @@ class BudgetedWeighting(AdaptiveWeighting):
         if step >= self.start_step and self.gap.value is not None and self.cold_gap.value is not None:
             direction = 1 if self.gap.value <= self.budget * self.cold_gap.value else -1
             self.factor = min(10.0, max(1e-3, self.factor * math.exp(direction * self.rate)))
+            self.metrics = {"budget/factor": self.factor, "budget/gap": self.gap.value / self.cold_gap.value}
         super().update(statistics, step)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and the factor."""
-        gaps = {"gap": self.gap, "gap in the cold start": self.cold_gap}
+        gaps = {"gap": self.gap, "cold_gap": self.cold_gap}
         return super().state_dict() | {
             "factor": self.factor,
             **{name: [mean.total, mean.weight] for name, mean in gaps.items()},
@@ -451,7 +460,7 @@ class BudgetedWeighting(AdaptiveWeighting):
         """Take the averages and the factor back."""
         super().load_state_dict(state)
         self.factor = state.get("factor", 1.0)
-        for name, mean in {"gap": self.gap, "gap in the cold start": self.cold_gap}.items():
+        for name, mean in {"gap": self.gap, "cold_gap": self.cold_gap}.items():
             mean.total, mean.weight = state.get(name, (0.0, 0.0))
 
 

@@ -94,14 +94,22 @@ class PathwiseReward(PlainRewardAdapter):
             nowhere = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
             return DenseAdvantage(values=torch.zeros_like(x_0), applicable=nowhere)
         output = self.start(rollout, step, gradient=True)()
-        values = x_0.new_zeros(x_0.shape) if output.gradient is None else output.gradient
+        values = torch.zeros_like(x_0) if output.gradient is None else output.gradient
+        applicable, faults = output.applicable, output.faults
         if self.reward.inputs == "images":
             values = self.context.decoder.pull_back(x_0, values)
+            overflown = applicable & ~values.flatten(1).isfinite().all(1)
+            if bool(overflown.any()):
+                prompts = [rollout.batch.prompts[place] for place in overflown.nonzero().flatten().tolist()]
+                faults += self.reward.fault(
+                    prompts, ValueError("its gradient overflows on the way through the decoder")
+                )
+                applicable = applicable & ~overflown
         return DenseAdvantage(
             values=values,
-            applicable=output.applicable,
-            reward=output.values,
-            faults=output.faults,
+            applicable=applicable,
+            reward=output.values.masked_fill(~applicable, torch.nan),
+            faults=faults,
         )
 
 

@@ -10,6 +10,8 @@ Names come from :func:`register_reward`, from the library, and from packages wit
 """
 
 import inspect
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,6 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from zlib import crc32
 
 from torch import Tensor
 
@@ -207,7 +210,16 @@ def find_reward(name: str) -> Callable[..., Any]:
         return loaded
     if name in _BUILT_IN or ":" in name:
         source, attribute = _BUILT_IN.get(name, name).rsplit(":", 1)
-        module = _load(name, lambda: _import(source))
+        try:
+            module = _load(name, lambda: _import(source))
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{source}.".startswith(f"{error.name}."):
+                raise  # Something that the module needs.
+            raise ModuleNotFoundError(
+                f"reward_funcs names {name!r}, but there is no module {source!r}: it is misspelt, or not installed. "
+                "For a file, give its path: path/to/file.py:attribute.",
+                name=error.name,
+            ) from None
         if not hasattr(module, attribute):
             near = get_close_matches(attribute, dir(module), n=1, cutoff=0.6)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -229,12 +241,18 @@ def _import(source: str) -> Any:
     file = Path(source)
     if not file.is_file():
         raise FileNotFoundError(f"The reward file {source!r} does not exist.")
-    spec = spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{source!r} is no Python file that can be imported.")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    name = f"rdm_rl_reward_file_{crc32(str(file.resolve()).encode()):08x}"
+    if name not in sys.modules:  # Run once, however many of its rewards are used.
+        spec = spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{source!r} is no Python file that can be imported.")
+        sys.modules[name] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _load(name: str, load: Callable[[], Any], install: str = "") -> Any:
@@ -270,10 +288,17 @@ def get_reward(name: str, **options: Any) -> Any:
             raise ValueError(f"The reward {name!r} is a function and takes no options; got {', '.join(options)}.")
         return found
     try:
-        return found(**options)
+        inspect.signature(found).bind(**options)
     except TypeError as error:
         known = ", ".join(inspect.signature(found).parameters) or "none"
-        raise ValueError(f"The reward {name!r} cannot be made: {error}. Its options are: {known}.") from error
+        raise ValueError(f"The reward {name!r} cannot be made: {error}. Its options are: {known}.") from None
+    try:
+        made: Any = found(**options)
+    except TypeError as error:  # Options that it passes on.
+        raise ValueError(f"The reward {name!r} cannot be made with {options}: {error}.") from error
+    if not hasattr(made, "name"):
+        made.name = name_of(name)  # So that the log has one name for it, however it was made.
+    return made
 
 
 def name_of(spec: RewardSpec) -> str:
@@ -314,6 +339,10 @@ def load_rewards(reward_funcs: RewardSpec | Sequence[RewardSpec]) -> dict[str, A
     rewards: dict[str, Any] = {}
     for index, spec in enumerate(specs):
         reward = get_reward(spec) if isinstance(spec, str) else spec
+        if inspect.isclass(reward):
+            raise TypeError(
+                f"reward_funcs[{index}] is the class {reward.__name__}. Pass an object: {reward.__name__}()."
+            )
         if not isinstance(reward, DirectionReward) and not callable(reward):
             raise TypeError(
                 f"reward_funcs[{index}] ({spec!r}) is neither a name, nor a callable (images, prompts, **columns), nor "
@@ -380,7 +409,7 @@ def reward_weights(
         The weights.
 
     Raises:
-        ValueError: If the numbers differ.
+        ValueError: If the numbers differ, or one is not finite.
 
     Example:
         >>> reward_weights(["rdm"], None)
@@ -392,4 +421,8 @@ def reward_weights(
         raise ValueError(f"reward_weights has {len(weights)} entries for {len(names)} rewards ({', '.join(names)}).")
     if weights is None:
         return {name: 0.3 if adaptive and "rdm" in names and name != "rdm" else 1.0 for name in names}
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(
+            f"reward_weights={list(weights)} has an entry that is no finite number. Use 0 to watch a reward."
+        )
     return dict(zip(names, weights, strict=True))

@@ -37,6 +37,8 @@ from rdm_rl.rewards.model import RewardModel
 
 logger = logging.getLogger(__name__)
 
+Answer = tuple[Tensor, Tensor | None]  # Values, and their gradient at the inputs.
+
 # Names by which a reward may ask for what is no column of the data set.
 EXTRAS = ("teacher_images", "group_ids")
 
@@ -139,7 +141,7 @@ def check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str])
         )
     if "teacher_images" in wanted.required and not getattr(reward, "wants_teacher_images", False):
         raise ValueError(f"The reward {name!r} takes teacher_images; set its attribute wants_teacher_images = True.")
-    taken = sorted({*columns} & {*EXTRAS})
+    taken = sorted({*columns} & {*EXTRAS, *(("images", "prompts") if wanted.everything else ())})
     if taken:
         raise ValueError(f"The column name(s) {', '.join(taken)} mean something else to rewards. Rename the column.")
 
@@ -178,7 +180,7 @@ def read_answer(answer: Any, count: int) -> Tensor:
             values.append(torch.tensor(torch.nan))
         elif isinstance(value, Tensor) and value.ndim == 0:
             values.append(_finite_or_inf(value))
-        elif isinstance(value, str | bytes | Tensor) or not hasattr(value, "__float__"):
+        elif isinstance(value, str | bytes | Tensor) or np.iscomplexobj(value) or not hasattr(value, "__float__"):
             raise TypeError(f"it returned {type(value).__name__} {str(value)[:40]!r} among its values, not a number")
         else:
             values.append(_finite_or_inf(torch.tensor(float(value))))
@@ -230,6 +232,7 @@ class PlainReward:
             raise ValueError(f"The reward {name!r} declares inputs={self.inputs!r}; use 'images' or 'latents'.")
         self.batch_size, self.timeout, self.on_error = batch_size, timeout, on_error
         self.last_checkpoint = last_checkpoint
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(
         self, inputs: Tensor, batch: PromptBatch, *, gradient: bool, teacher_images: Tensor | None = None
@@ -253,19 +256,22 @@ class PlainReward:
             extra: dict[str, Any] = {name: list(column[rows]) for name, column in batch.columns.items()}
             extra["group_ids"] = group_ids[rows]
             if teacher_images is not None:
-                extra["teacher_images"] = teacher_images[rows]
+                extra["teacher_images"] = teacher_images[rows].clone()
             part = inputs[rows].detach().clone().requires_grad_(gradient)
             given.append((part, list(batch.prompts[rows]), self.needs.pick(extra)))
-        answers: list[tuple[Tensor, Tensor | None] | Exception | None] = [None] * len(cuts)
+        answers: list[Answer | Exception | None] = [None] * len(cuts)
 
         def work() -> None:
             device = torch.cuda.device(inputs.device) if inputs.is_cuda else nullcontext()  # A new thread has its own.
             with device, torch.set_grad_enabled(gradient):
                 if self.is_async:
-                    asyncio.run(self._answer_together(given, answers, gradient))
+                    together = asyncio.run_coroutine_threadsafe(
+                        self._answer_together(given, answers), self._event_loop()
+                    )
+                    together.result()
                 else:
                     for index, one in enumerate(given):
-                        answers[index] = self._answer(one, gradient)
+                        answers[index] = self._answer(one)
                 if hasattr(self.function, "release"):
                     self.function.release()
 
@@ -281,6 +287,13 @@ class PlainReward:
 
         return wait
 
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop of an asynchronous reward: one for the whole run, so that its locks and connections stay valid."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name=f"loop of reward {self.name}", daemon=True).start()
+        return self._loop
+
     def _cuts(self, batch: PromptBatch) -> list[slice]:
         count = len(batch.prompts)
         size = self.batch_size or max(1, count)
@@ -289,46 +302,43 @@ class PlainReward:
             size = max(group, size // group * group)
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
-    def _answer(
-        self, given: tuple[Tensor, list[str], dict[str, Any]], gradient: bool
-    ) -> tuple[Tensor, Tensor | None] | Exception:
+    def _answer(self, given: tuple[Tensor, list[str], dict[str, Any]]) -> Answer | Exception:
         part, prompts, columns = given
         try:
-            return self._check(self.function(part, prompts, **columns), part, gradient)
+            return self._read(self.function(part, prompts, **columns), part)
         except Exception as error:  # Whatever it is, the training process decides what becomes of it.
             return error
 
     async def _answer_together(
-        self,
-        given: Sequence[tuple[Tensor, list[str], dict[str, Any]]],
-        answers: list[tuple[Tensor, Tensor | None] | Exception | None],
-        gradient: bool,
+        self, given: Sequence[tuple[Tensor, list[str], dict[str, Any]]], answers: list[Answer | Exception | None]
     ) -> None:
         async def one(index: int) -> None:
             part, prompts, columns = given[index]
+            torch.set_grad_enabled(part.requires_grad)  # The loop's thread has a mode of its own.
             try:
-                answers[index] = self._check(await self.function(part, prompts, **columns), part, gradient)
+                answers[index] = self._read(await self.function(part, prompts, **columns), part)
             except Exception as error:  # As above.
                 answers[index] = error
+            except (asyncio.CancelledError, SystemExit) as error:  # These would end the loop, and the others with it.
+                answers[index] = RuntimeError(f"it ended without an answer ({type(error).__name__})")
 
         await asyncio.gather(*(one(index) for index in range(len(given))))
 
-    def _check(self, answer: Any, part: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """The values of one batch, NaN where not applicable and inf where faulty, and their gradient at the inputs."""
+    def _read(self, answer: Any, part: Tensor) -> Answer:
+        """The values of one batch, NaN where not applicable and inf where faulty, and their gradient at the inputs.
+
+        There is no gradient if none is wanted, or the values have no path to the inputs.
+        """
         values = read_answer(answer, len(part))
-        if not gradient:
-            return values.detach(), None
         usable = values[values.isfinite()]
-        if not usable.requires_grad:
-            if len(usable) and not bool((usable == usable[0]).all()):
-                raise TypeError("it declares differentiable = True, but its values have no graph to its inputs")
-            return values.detach(), torch.zeros_like(part)  # The gradient of a constant.
-        slope = torch.autograd.grad(usable.sum(), part, allow_unused=True)[0]
-        return values.detach(), torch.zeros_like(part) if slope is None else slope.detach()
+        slope = None
+        if part.requires_grad and usable.requires_grad:
+            slope = torch.autograd.grad(usable.sum(), part, allow_unused=True)[0]
+        return values.detach(), None if slope is None else slope.detach().float()
 
     def _collect(
         self,
-        answers: Sequence[tuple[Tensor, Tensor | None] | Exception],
+        answers: Sequence[Answer | Exception],
         cuts: Sequence[slice],
         inputs: Tensor,
         batch: PromptBatch,
@@ -336,30 +346,50 @@ class PlainReward:
     ) -> RewardOutput:
         """The values of all batches, with every fault raised or skipped."""
         values = torch.full((len(batch.prompts),), torch.nan, device=inputs.device)
-        slopes = torch.zeros_like(inputs, dtype=torch.float32) if gradient else None
+        slopes = torch.zeros_like(inputs, dtype=torch.float32)
+        pathless = torch.zeros(len(values), dtype=torch.bool, device=inputs.device)
         faults = 0
         for rows, answer in zip(cuts, answers, strict=True):
             if isinstance(answer, Exception):
-                faults += self._fault(batch.prompts[rows], answer)
+                faults += self.fault(batch.prompts[rows], answer)
                 continue
-            part, slope = answer
-            part = part.to(inputs.device)
-            wrong = part.isinf()
-            if slope is not None and slopes is not None:
-                wrong |= ~slope.flatten(1).isfinite().all(1) & part.isfinite()
-            if bool(wrong.any()):
-                places = wrong.nonzero().flatten().tolist()
-                what = "value" if bool(part.isinf().any()) else "gradient"
-                message = f"its {what} is NaN or infinite; return None where the reward does not apply"
-                faults += self._fault([batch.prompts[rows][place] for place in places], ValueError(message))
-            part = part.masked_fill(wrong, torch.nan)
-            values[rows] = part
-            if slope is not None and slopes is not None:
-                slopes[rows] = torch.where(part.isnan().view(-1, *[1] * (inputs.ndim - 1)), 0.0, slope.float())
-        return RewardOutput(values=values, gradient=slopes, faults=faults)
+            values[rows] = answer[0].to(inputs.device)
+            if answer[1] is None:
+                pathless[rows] = True
+            else:
+                slopes[rows] = answer[1]
+        known = ~values.isnan()
+        steep = known & ~slopes.flatten(1).isfinite().all(1)
+        constant = values[known & pathless]
+        # The gradient of a constant is 0; values that differ must depend on something.
+        severed = known & pathless & (gradient and bool((constant != constant[:1]).any()))
+        for wrong, error in (
+            (values.isinf(), ValueError("its value is NaN or infinite; return None where the reward does not apply")),
+            (steep, ValueError("its gradient is NaN or infinite")),
+            (severed, TypeError("it declares differentiable = True, but its values have no graph to its inputs")),
+        ):
+            if bool((wrong & known).any()):
+                places = (wrong & known).nonzero().flatten().tolist()
+                faults += self.fault([batch.prompts[place] for place in places], error)
+                known = known & ~wrong
+        slopes = torch.where(known.view(-1, *[1] * (inputs.ndim - 1)), slopes, 0.0)
+        return RewardOutput(
+            values=values.masked_fill(~known, torch.nan), gradient=slopes if gradient else None, faults=faults
+        )
 
-    def _fault(self, prompts: Sequence[str], error: Exception) -> int:
-        """Raise, or count the samples that are skipped."""
+    def fault(self, prompts: Sequence[str], error: Exception) -> int:
+        """Stop the run, or skip samples.
+
+        Args:
+            prompts: The prompts of the samples on which the reward failed.
+            error: How.
+
+        Returns:
+            The number of samples, if they are to be skipped.
+
+        Raises:
+            RewardError: If they are not.
+        """
         distinct = list(dict.fromkeys(prompts))
         shown = ", ".join(repr(one[:80]) for one in distinct[:4]) + (", ..." if len(distinct) > 4 else "")
         what = f"The reward {self.name!r} failed on {len(prompts)} sample(s) of the prompt(s) {shown}"

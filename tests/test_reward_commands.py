@@ -83,7 +83,7 @@ def test_a_reward_is_tried_on_images(image: Path, capsys: pytest.CaptureFixture)
         (["ink", "--prompt", "a", "--option", "device=cpu"], "is a function and takes no options"),
         (["clip_score", "--prompt", "a", "--option", "divice=cpu"], "Its options are: model"),
         (["ink", "--prompt", "a", "--option", "device"], "is not of the form key=value"),
-        (["no_such_module:reward", "--prompt", "a"], "pip install no_such_module"),
+        (["no_such_module:reward", "--prompt", "a"], "there is no module 'no_such_module'"),
         (["nowhere.py:reward", "--prompt", "a"], "'nowhere.py' does not exist"),
         (["rdm_rl.rewards.digits:inc", "--prompt", "a"], "has no 'inc'. Did you mean 'ink'"),
     ],

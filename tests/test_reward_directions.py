@@ -337,10 +337,7 @@ def test_coroutines_of_a_rollout_run_together(base: Path, tmp_path: Path) -> Non
     "names",
     [
         ["learned", "first", "second"],
-        pytest.param(
-            ["first", "learned", "second"],
-            marks=pytest.mark.xfail(strict=True, reason="a watched reward is waited for before later ones are asked"),
-        ),
+        ["first", "learned", "second"],
     ],
 )
 def test_watched_rewards_work_while_others_do(names: list[str], base: Path, tmp_path: Path) -> None:

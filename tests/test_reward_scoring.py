@@ -108,7 +108,6 @@ def test_what_is_no_answer_is_refused(answer: Any, error: type[Exception], messa
         read_answer(answer, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="float() drops the imaginary part of NumPy's complex numbers with a warning")
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_complex_numbers_of_numpy_are_refused() -> None:
     with pytest.raises(TypeError):
@@ -201,13 +200,11 @@ def test_values_without_a_graph_are_no_gradients() -> None:
         ask(declare(without_graph, differentiable=True), gradient=True)
 
 
-@pytest.mark.xfail(strict=True, reason="each batch is looked at alone, and one value is always a constant")
 def test_values_without_a_graph_are_no_gradients_in_batches_of_one() -> None:
     with pytest.raises(RewardError, match="no graph to its inputs"):
         ask(declare(without_graph, differentiable=True), gradient=True, batch_size=1)
 
 
-@pytest.mark.xfail(strict=True, reason="a graph to the reward's own weights passes for one to the images")
 def test_a_graph_to_weights_alone_is_no_gradient() -> None:
     network = nn.Linear(12, 1)
 
@@ -314,7 +311,6 @@ def test_missing_columns_are_named() -> None:
         check_columns("own", reward, ["digit", "colour", "teacher_images"])
 
 
-@pytest.mark.xfail(strict=True, reason="only group_ids and teacher_images are refused as names of columns")
 @pytest.mark.parametrize("name", ["images", "prompts"])
 def test_columns_cannot_have_the_names_of_the_arguments(name: str) -> None:
     """Otherwise a reward that takes every column fails at the first update: it gets two values for the argument."""
@@ -372,7 +368,6 @@ def test_a_reward_cannot_change_what_others_see() -> None:
     assert columns == {"digit": [0, 1, 2, 3]}
 
 
-@pytest.mark.xfail(strict=True, reason="the teacher's images, kept for other rewards, are passed as they are")
 def test_a_reward_cannot_change_the_teachers_images() -> None:
     def reward(images: Tensor, prompts: list[str], teacher_images: Tensor) -> list[float]:
         teacher_images.zero_()
@@ -411,7 +406,6 @@ def test_coroutines_of_all_batches_run_together() -> None:
     torch.testing.assert_close(output.values, torch.arange(6) / 10)
 
 
-@pytest.mark.xfail(strict=True, reason="every rollout has an event loop of its own")
 def test_coroutines_may_share_a_limit_over_updates() -> None:
     """What belongs to an event loop, such as a lock or a client with open connections, is used again and again."""
     limit = asyncio.Semaphore(1)
@@ -725,7 +719,6 @@ def test_a_bad_gradient_that_is_skipped(base: Path, tmp_path: Path) -> None:
     check_that_skipped_samples_are_absent(trainer, "differentiable")
 
 
-@pytest.mark.xfail(strict=True, reason="the check is at the images; what overflows in the decoder is a bare ValueError")
 def test_a_gradient_that_overflows_in_the_decoder_is_a_fault(base: Path, tmp_path: Path) -> None:
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         values = images.sum((1, 2, 3))

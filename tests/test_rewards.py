@@ -233,7 +233,7 @@ def test_rewards_of_a_module_need_no_registration() -> None:
     assert get_reward("tests.test_rewards:Scaled", scale=2.0).scale == 2.0
     with pytest.raises(ValueError, match=r"'tests\.test_rewards' has no 'gray'\. Did you mean 'grey'\?"):
         get_reward("tests.test_rewards:gray")
-    with pytest.raises(ModuleNotFoundError, match="'no_such_package', which is not installed"):
+    with pytest.raises(ModuleNotFoundError, match=r"there is no module 'no_such_package\.rewards'"):
         get_reward("no_such_package.rewards:grey")
 
 
@@ -261,7 +261,6 @@ def test_rewards_of_a_file(tmp_path: Path) -> None:
         get_reward(f"{tmp_path / 'other.py'}:grey")
 
 
-@pytest.mark.xfail(strict=True, reason="the module is not in sys.modules while it is executed")
 def test_a_file_may_hold_a_dataclass(tmp_path: Path) -> None:
     (tmp_path / "typed.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Reward:\n"
@@ -270,7 +269,6 @@ def test_a_file_may_hold_a_dataclass(tmp_path: Path) -> None:
     assert get_reward(f"{tmp_path / 'typed.py'}:Reward", scale=2.0).scale == 2.0
 
 
-@pytest.mark.xfail(strict=True, reason="the file is executed again for each of its rewards")
 def test_a_file_that_registers_rewards_may_be_named_twice(tmp_path: Path) -> None:
     file = tmp_path / "registering.py"
     file.write_text(f"from rdm_rl.rewards import register_reward\n{SOURCE}\nregister_reward('own grey')(grey)\n")
@@ -344,7 +342,6 @@ def test_rewards_under_one_name_are_refused() -> None:
     assert list(load_rewards(grey)) == ["grey"]
 
 
-@pytest.mark.xfail(strict=True, reason="isinstance of a protocol is true for a class that has the method")
 def test_a_class_in_place_of_an_object_is_refused() -> None:
     with pytest.raises(TypeError, match="StepAway"):
         load_rewards([StepAway])
@@ -366,7 +363,6 @@ def test_what_becomes_of_each_kind() -> None:
         as_directions({"jpeg": JpegCompressibility()}, {"jpeg": 1.0}, [])
 
 
-@pytest.mark.xfail(strict=True, reason="a weight is not looked at")
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_weights_are_finite(wrong: float) -> None:
     with pytest.raises(ValueError, match="reward_weights"):

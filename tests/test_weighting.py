@@ -376,7 +376,6 @@ def test_a_new_reward_starts_without_an_average() -> None:
     assert new.lambdas == pytest.approx({"rdm": 1.0, "one": 0.5, "two": 0.25})
 
 
-@pytest.mark.xfail(strict=True, reason="state_dict puts rewards and its own numbers under one key")
 @pytest.mark.parametrize("name", ["gap", "factor", "gap in the cold start"])
 def test_a_reward_may_have_any_name(name: str) -> None:
     def make() -> BudgetedWeighting:

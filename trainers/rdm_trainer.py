@@ -1,5 +1,6 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from rdm_rl.prompts import PromptSource, other_columns
 from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
 from rdm_rl.rdm import fake_score_loss, policy_loss
 from rdm_rl.renoise import anneal_progress, renoise_times
+from rdm_rl.rewards.adapters import PathwiseReward, WatchedReward
 from rdm_rl.rewards.registry import (
     BindableReward,
     PrefetchingReward,
@@ -44,7 +46,9 @@ from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.training_loop import TrainingLoop
 from rdm_rl.warm_start import OdePairs, collect_pairs, regress
-from rdm_rl.weighting import RunningMean, Weighting, make_weighting, measure
+from rdm_rl.weighting import AdaptiveWeighting, RunningMean, Weighting, make_weighting, measure
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_SEED = 12345
 SPREAD_DECAY = 0.95
@@ -116,15 +120,17 @@ class RDMTrainer(TrainingLoop):
                 f"weighting={weighting!r} does not derive from rdm_rl.weighting.Weighting. Derive from it and override "
                 "combine(directions), and update(statistics, step) if it learns from them."
             )
-        self.weighting = weighting or make_weighting(
-            args.reward_weighting,
-            self.reward_weights,
-            budget=args.fidelity_budget,
-            reference=args.adaptive_reference,
-            start_step=args.reward_start_step,
-            ramp_steps=args.reward_ramp_steps,
-            conflict=args.reward_conflict,
-        )
+        if weighting is None:
+            weighting = make_weighting(
+                args.reward_weighting,
+                self.reward_weights,
+                budget=args.fidelity_budget,
+                reference=args.adaptive_reference,
+                start_step=args.reward_start_step,
+                ramp_steps=args.reward_ramp_steps,
+                conflict=args.reward_conflict,
+            )
+        self.weighting = weighting
         self.reward_spreads: dict[str, RunningMean] = {}
         looked_at = train_dataset if eval_dataset is None else eval_dataset
         count = min(args.per_device_eval_batch_size, len(PromptSource(looked_at, 0, "eval_dataset")))
@@ -163,10 +169,29 @@ class RDMTrainer(TrainingLoop):
         self.start_callbacks(callbacks, self.networks.module("policy"))
         self._last_checkpoint: Path | None = None
         self._bind_rewards()
+        self._warn_of_settings()
         self._own_optimizers = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}
         self.average: PolicyAverage | None = None
         self._last_rollout: Rollout | None = None
+
+    def _warn_of_settings(self) -> None:
+        """Say what will work, but hardly as meant."""
+        plain = [name for name, reward in self.rewards.items() if isinstance(reward, PathwiseReward | WatchedReward)]
+        if len(plain) == len(self.rewards) and self.args.fake_score_updates_per_policy_update:
+            logger.warning(
+                "No reward uses the fake score, and yet it is trained: set fake_score_updates_per_policy_update=0 and "
+                "fake_score_warmup_steps=0, as RDMConfig.from_method('refl') does, or put 'rdm' into reward_funcs."
+            )
+        pushing = [name for name, weight in self.reward_weights.items() if weight and name != "rdm"]
+        if isinstance(self.weighting, AdaptiveWeighting) and "rdm" in self.rewards and pushing:
+            if self.weighting.start_step == 0 and self.weighting.reference == "cold_start":
+                logger.warning(
+                    "reward_start_step=0: the weights of %s refer to the force of 'rdm' in the first update alone, a "
+                    "single noisy draw, and tiny where the policy still equals the teacher. Set reward_start_step=20, "
+                    "say.",
+                    ", ".join(pushing),
+                )
 
     def _bind_rewards(self) -> None:
         """Give the networks, the settings and the images to the rewards that need them."""
@@ -336,13 +361,17 @@ class RDMTrainer(TrainingLoop):
         Returns:
             The directions by reward name.
         """
-        for reward in self.rewards.values():
-            if isinstance(reward, PrefetchingReward):
-                reward.prefetch(rollout)
-        return {
-            name: reward.direction(rollout, step, generator=self.generators(f"reward/{name}", rollout.batch))
-            for name, reward in self.rewards.items()
+        begun = {name: reward for name, reward in self.rewards.items() if isinstance(reward, PrefetchingReward)}
+        for reward in begun.values():
+            reward.prefetch(rollout)
+        # Those that have begun are waited for last, so that they work while the others do.
+        directions = {
+            name: self.rewards[name].direction(
+                rollout, step, generator=self.generators(f"reward/{name}", rollout.batch)
+            )
+            for name in [*(name for name in self.rewards if name not in begun), *begun]
         }
+        return {name: directions[name] for name in self.rewards}
 
     def compute_advantages(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
         """One direction from those of all rewards.
@@ -635,11 +664,13 @@ class RDMTrainer(TrainingLoop):
         names = ("dm_normalization", "dm_group", "num_generations", "learning_rate", "seed")
         return {
             "weights": "averaged over training (EMA)" if averaged else "of the last update",
-            "rewards": ", ".join(f"{name} (weight {self.reward_weights[name]:g})" for name in self.rewards),
+            "rewards": ", ".join(f"{name} (weight {self.reward_weights[name]:g})" for name in self.rewards)
+            if type(self.weighting).__module__ == Weighting.__module__
+            else f"{', '.join(self.rewards)}, combined by {type(self.weighting).__name__}",
             "policy updates": self.state.global_step,
             "teacher_guidance_scale": self.teacher_guidance_scale,
             **{name: getattr(self.args, name) for name in names},
-            **({"reward_weighting": self.args.reward_weighting} if len(self.rewards) > 1 else {}),
+            **({"weighting": type(self.weighting).__name__} if len(self.rewards) > 1 else {}),
         }
 
     def save_checkpoint(self) -> Path:

@@ -248,7 +248,7 @@ PANELS = (
     ),
     Panel(
         title="Size of the advantage",
-        metrics={"rdm/advantage_rms": "root mean square"},
+        metrics={"rewards/rdm/advantage_rms": "root mean square"},
         reading="How far distribution matching wants to move the student's images in one update, after normalisation. "
         "Steady or slowly falling is healthy. Growth is the first sign of a fake score that lags behind.",
     ),
