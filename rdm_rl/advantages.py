@@ -198,8 +198,10 @@ def normalize_rewards(
         >>> normalize_rewards(torch.tensor([1.0, 3.0]), everywhere, group, "none")
         tensor([-1.,  1.])
     """
+    device = rewards.device
+    rewards, applicable, group_ids = rewards.cpu().double(), applicable.cpu(), group_ids.cpu()
     weight = applicable.double()
-    values = torch.where(applicable, rewards.double(), 0.0)
+    values = torch.where(applicable, rewards, 0.0)
     share = group_mean(weight, group_ids).clamp_min(1e-12)
     centred = (values - group_mean(values, group_ids) / share) * weight
     # Rounding leaves equal rewards with a deviation that is not quite 0.
@@ -216,4 +218,4 @@ def normalize_rewards(
     elif scale == "group":
         deviation = (group_mean(centred.square(), group_ids) / share).sqrt()
         centred = centred / (deviation + 1e-4 * spread).clamp_min(1e-300)
-    return centred.float()
+    return centred.float().to(device)

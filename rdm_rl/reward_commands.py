@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rdm_rl.data_types import Conditioning, PromptBatch
 from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.registry import DirectionReward, find_reward, get_reward, list_rewards
-from rdm_rl.rewards.scoring import needs, read_answer
+from rdm_rl.rewards.scoring import EXTRAS, PlainReward
 
 
 def reward_info(name: str) -> tuple[RewardInfo, str]:
@@ -69,8 +70,11 @@ def print_rewards() -> None:
     names = list_rewards()
     width = max(map(len, names))
     for name in names:
-        info, kind = reward_info(name)
-        print(f"{name:{width}}  {kind:9}  {info.description}")
+        try:
+            info, kind = reward_info(name)
+            print(f"{name:{width}}  {kind:9}  {info.description}")
+        except ModuleNotFoundError as error:  # Of another package's reward; the others are still worth showing.
+            print(f"{name:{width}}  {'?':9}  {error}")
 
 
 def read_image(file: Path) -> Tensor:
@@ -108,28 +112,37 @@ def try_reward(
 
     Raises:
         ValueError: If the numbers of images and prompts do not fit, or the reward needs a run.
+        RewardError: If the reward fails.
     """
     if len(prompts) not in (1, len(files)):
         raise ValueError(f"{len(files)} images but {len(prompts)} prompts: give one --prompt for all, or one for each.")
     reward = get_reward(name, **options)
     if isinstance(reward, DirectionReward):
         raise ValueError(f"The reward {name!r} compares networks of a run; it cannot judge an image alone.")
-    texts = list(prompts) if len(prompts) == len(files) else list(prompts) * len(files)
-    wanted = needs(reward)
-    missing = sorted(wanted.required - {*columns})
+    plain = PlainReward(name, reward)
+    if plain.inputs == "latents" or plain.wants_teacher_images:
+        raise ValueError(
+            f"The reward {name!r} looks at latents or at the teacher's images, which an image file has not."
+        )
+    missing = sorted(plain.needs.required - {*columns, *EXTRAS})
     if missing:
         raise ValueError(f"The reward {name!r} reads {', '.join(missing)}: give it as --column '{missing[0]}=VALUE'.")
-    differentiable = bool(getattr(reward, "differentiable", False))
+    texts = list(prompts) if len(prompts) == len(files) else list(prompts) * len(files)
     for file, text in zip(files, texts, strict=True):  # One by one: image files differ in size.
-        image = read_image(file)[None].to(device).requires_grad_(differentiable)
+        image = read_image(file)[None].to(device)
+        batch = PromptBatch(
+            prompts=[text],
+            conditioning=Conditioning(),
+            group_ids=torch.zeros(1, dtype=torch.int64),
+            sample_ids=range(1),
+            columns={key: [value] for key, value in columns.items()},
+        )
         start = time.perf_counter()
-        answer = reward(image, [text], **wanted.pick({key: [value] for key, value in columns.items()}))
-        value = read_answer(answer, 1)
+        output = plain.start(image, batch, gradient=plain.differentiable)()
         seconds = time.perf_counter() - start
-        shown = "not applicable" if value.isnan() else f"{value.item():.6g}"
-        if differentiable and value.requires_grad and not value.isnan():
-            slope = torch.autograd.grad(value.sum(), image)[0]
-            shown += f"   gradient rms {slope.square().mean().sqrt().item():.3g} per pixel value"
+        shown = f"{output.values.item():.6g}" if output.applicable.item() else "not applicable"
+        if output.gradient is not None and output.applicable.item():
+            shown += f"   gradient rms {output.gradient.square().mean().sqrt().item():.3g} per pixel value"
         print(f"{file}  {text!r}: {shown}   ({seconds:.2f} s)")
 
 

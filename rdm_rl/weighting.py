@@ -90,7 +90,8 @@ def measure(
         total: Sums a tensor over the processes.
 
     Returns:
-        The statistics, equal in all processes and however the batch is cut.
+        The statistics, equal in all processes and, but for the gap, however the batch is cut: the gap is a mean over
+        micro-batches of a ratio.
 
     Example:
         >>> away = DenseAdvantage(values=torch.full((2, 1, 1, 4), 3.0), applicable=torch.tensor([True, False]))
@@ -118,11 +119,11 @@ def measure(
 
 def _direction_sums(one: DenseAdvantage, rdm: DenseAdvantage | None) -> tuple[float, float, float, float]:
     """Sum and number of squares, sum and number of cosines to ``rdm``."""
-    values = one.values[one.applicable].double().flatten(1)
+    values = one.values[one.applicable].cpu().double().flatten(1)  # Not every accelerator has float64.
     cosines = torch.zeros(0)
     if rdm is not None:
         both = one.applicable & rdm.applicable
-        first, second = (each.values[both].double().flatten(1) for each in (one, rdm))
+        first, second = (each.values[both].cpu().double().flatten(1) for each in (one, rdm))
         lengths = first.norm(dim=1) * second.norm(dim=1)
         cosines = ((first * second).sum(1) / lengths)[lengths > 0]
     return values.square().sum().item(), values.numel(), cosines.sum().item(), len(cosines)
@@ -133,7 +134,7 @@ def _value_sums(one: DenseAdvantage, groups: Tensor) -> tuple[float, ...]:
     if one.reward is None:
         return (*[0.0] * 6, one.faults)
     known = ~one.reward.isnan()
-    values, own = one.reward[known].double(), groups[known]
+    values, own = one.reward[known].cpu().double(), groups[known].cpu()
     flat = [bool((values[own == group] == values[own == group][0]).all()) for group in own.unique()]
     squares = values.square().sum().item()
     return values.sum().item(), squares, len(values), len(known), sum(flat), len(flat), one.faults
@@ -309,11 +310,11 @@ class FixedWeighting(Weighting):
             name: torch.where(append_dims(one.applicable, one.values), one.values, 0.0)
             for name, one in directions.items()
         }
-        if self.conflict == "project" and RDM in masked:
-            masked |= {name: remove_opposition(masked[name], masked[RDM]) for name in masked if name != RDM}
-        terms = [self.lambdas[name] * values for name, values in masked.items()]
+        terms = {name: self.lambdas[name] * values for name, values in masked.items()}
+        if self.conflict == "project" and RDM in terms:
+            terms |= {name: remove_opposition(terms[name], masked[RDM]) for name in terms if name != RDM}
         applicable = torch.stack([one.applicable for one in directions.values()]).any(0)
-        return DenseAdvantage(values=torch.stack(terms).sum(0), applicable=applicable)
+        return DenseAdvantage(values=torch.stack(list(terms.values())).sum(0), applicable=applicable)
 
 
 class AdaptiveWeighting(FixedWeighting):
@@ -321,8 +322,9 @@ class AdaptiveWeighting(FixedWeighting):
 
     .. math:: \lambda_j = w_j \, F_{ref} / \mathrm{EMA}(\mathrm{rms} A_j), \qquad \lambda_{dm} = w_{dm}
 
-    So a reward may be multiplied by any positive number without any effect: there is no additive epsilon and no cap. A
-    direction that is zero (rms below 1e-12) gets the weight 0. Without ``rdm`` the reference is 1.
+    So a reward may be multiplied by any positive number without any effect, as long as its direction stays above 1e-12:
+    there is no additive epsilon and no cap. A direction below that is zero and gets the weight 0. Without ``rdm`` the
+    reference is 1.
 
     Args:
         weights: Weight w of each reward, by name.

@@ -4,13 +4,21 @@ from typing import TYPE_CHECKING
 
 from rdm_rl._lazy import lazy_names
 
-__all__ = ["RewardError", "RewardInfo", "RewardModel", "get_reward", "list_rewards", "register_reward"]
+__all__ = [
+    "RewardError",
+    "RewardInfo",
+    "RewardModel",
+    "get_reward",
+    "list_rewards",
+    "register_reward",
+    "unregister_reward",
+]
 
 if TYPE_CHECKING:
     from rdm_rl.rewards.errors import RewardError
     from rdm_rl.rewards.info import RewardInfo
     from rdm_rl.rewards.model import RewardModel
-    from rdm_rl.rewards.registry import get_reward, list_rewards, register_reward
+    from rdm_rl.rewards.registry import get_reward, list_rewards, register_reward, unregister_reward
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -21,6 +29,7 @@ else:
             "get_reward": "rdm_rl.rewards.registry",
             "list_rewards": "rdm_rl.rewards.registry",
             "register_reward": "rdm_rl.rewards.registry",
+            "unregister_reward": "rdm_rl.rewards.registry",
         },
     )
 

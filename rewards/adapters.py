@@ -44,6 +44,8 @@ class PlainRewardAdapter:
         args = context.args
         self.reward.batch_size, self.reward.timeout = args.reward_batch_size, args.reward_timeout
         self.reward.on_error, self.reward.last_checkpoint = args.on_reward_error, context.last_checkpoint
+        if hasattr(self.reward.function, "prepare"):
+            self.reward.function.prepare()
 
     @property
     def context(self) -> RewardContext:

@@ -33,7 +33,9 @@ def load_predictor(path: str | Path) -> nn.ModuleList:
         ValueError: If the file does not hold them.
     """
     path = Path(path)
-    content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    content = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    )
     expected = {f"layers.{layer}.{kind}" for layer in _LAYERS for kind in ("weight", "bias")}
     if wrong := sorted(expected ^ {name for name in content if name.startswith("layers.")}):
         raise ValueError(f"{path} is not the linear predictor of version 2: missing or unknown are {wrong}.")

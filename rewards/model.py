@@ -20,7 +20,8 @@ class RewardModel(ABC):
     Args:
         model: A folder, or a hub name; None for the published weights (``info.weights``).
         device: Where it runs; None for where the images are.
-        dtype: Precision of its weights, as a ``torch.dtype`` or its name. Values are float32 whatever it is.
+        dtype: Precision of its weights, as a ``torch.dtype`` or its name. Values are float32 whatever it is. Gradients
+            at pixels are small enough to vanish in float16: take bfloat16 for a reward with a weight.
         offload: Keep the network on the CPU between uses.
 
     Raises:
@@ -77,14 +78,24 @@ class RewardModel(ABC):
         """
         return self.evaluate(images, prompts, **columns)
 
+    def prepare(self) -> None:
+        """Load the network, on the CPU, if it is not loaded yet. The trainer does this before training.
+
+        Loading within the first call would come after the warm start, where a wrong folder costs the whole of it, and
+        would run beside the training thread, whose default types transformers changes while it loads.
+        """
+        if self._network is None:
+            self._network = self.load().to(self.dtype).eval().requires_grad_(False)
+
     def evaluate(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """The values of some images, from the network, which is loaded if it is not yet.
 
         Returns:
             The values, shape (N,), float32, on the images' device, with a graph if the images have one.
         """
+        self.prepare()
         if self._network is None:
-            self._network = self.load().to(self.dtype).eval().requires_grad_(False)
+            raise RuntimeError(f"{type(self).__name__}.prepare() loaded nothing.")
         device = self.device or images.device
         self._network.to(device)
         with torch.autocast(device.type, enabled=False):

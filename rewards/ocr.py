@@ -162,7 +162,7 @@ class TextMatch(RewardModel):
         if self.recogniser is not None:
             return nn.Identity()
         self.processor = GotOcr2Processor.from_pretrained(self.model)
-        network: nn.Module = GotOcr2ForConditionalGeneration.from_pretrained(self.model)
+        network: nn.Module = GotOcr2ForConditionalGeneration.from_pretrained(self.model, dtype=torch.float32)
         return network
 
     def read(self, network: Any, images: Tensor) -> list[str]:

@@ -147,7 +147,10 @@ def register_reward(name: str, **declarations: Any) -> Callable[[Reward], Reward
         if ":" in name:
             raise ValueError(f"A reward cannot be named {name!r}: a colon means module:attribute.")
         if name in list_rewards():
-            raise ValueError(f"A reward named {name!r} is already registered. Choose another name.")
+            raise ValueError(
+                f"A reward named {name!r} is already registered. Choose another name, or call "
+                f"rdm_rl.rewards.unregister_reward({name!r}) first if you are defining it again."
+            )
         for attribute, value in declarations.items():
             setattr(reward, attribute, value)
         _REGISTERED[name] = reward

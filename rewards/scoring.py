@@ -12,6 +12,8 @@ attribute                   meaning
 ``wants_teacher_images``    it is also given ``teacher_images``, the teacher's images from the same noise and prompts
 ``whole_groups``            a batch never splits the generations of one prompt, and ``group_ids`` may be asked for
 ``required_columns``        columns that it needs beside those that its signature names
+``prepare``                 a method that is called once, before training: load what must be loaded
+``release``                 a method that is called after each use
 ==========================  ==========================================================================================
 
 An ``async def`` reward has all of its batches in flight at once.
@@ -22,14 +24,15 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from concurrent.futures import CancelledError, Future
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdm_rl.data_types import PromptBatch
 from rdm_rl.rewards.errors import RewardError
@@ -107,7 +110,8 @@ def needs(reward: Callable[..., Any]) -> Needs:
     if isinstance(reward, RewardModel):
         parameters = list(inspect.signature(reward.score).parameters.values())[1:]  # Its first is the network.
     else:
-        parameters = list(inspect.signature(reward).parameters.values())
+        called = reward.forward if isinstance(reward, nn.Module) else reward
+        parameters = list(inspect.signature(called).parameters.values())
     positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2 and not any(one.kind == one.VAR_POSITIONAL for one in parameters):
         raise TypeError(f"The reward {reward!r} must take (images, prompts, **columns); its signature does not.")
@@ -261,18 +265,21 @@ class PlainReward:
             given.append((part, list(batch.prompts[rows]), self.needs.pick(extra)))
         answers: list[Answer | Exception | None] = [None] * len(cuts)
 
+        given_up = threading.Event()
+        together: list[Future[None]] = []
+
         def work() -> None:
             device = torch.cuda.device(inputs.device) if inputs.is_cuda else nullcontext()  # A new thread has its own.
             with device, torch.set_grad_enabled(gradient):
                 if self.is_async:
-                    together = asyncio.run_coroutine_threadsafe(
-                        self._answer_together(given, answers), self._event_loop()
-                    )
-                    together.result()
+                    call = self._answer_together(given, answers)
+                    together.append(asyncio.run_coroutine_threadsafe(call, self._event_loop()))
+                    with suppress(CancelledError):
+                        together[0].result()
                 else:
                     for index, one in enumerate(given):
                         answers[index] = self._answer(one)
-                if hasattr(self.function, "release"):
+                if hasattr(self.function, "release") and not given_up.is_set():
                     self.function.release()
 
         thread = threading.Thread(target=work, name=f"reward {self.name}", daemon=True)
@@ -282,6 +289,9 @@ class PlainReward:
             thread.join(self.timeout)
             missing: Exception = RuntimeError("it ended without an answer")
             if thread.is_alive():
+                given_up.set()  # A newer call may use the reward before this one ends.
+                for call in together:
+                    call.cancel()
                 missing = TimeoutError(f"no answer within {self.timeout} seconds (reward_timeout)")
             return self._collect([one or missing for one in answers], cuts, inputs, batch, gradient)
 
@@ -314,7 +324,9 @@ class PlainReward:
     ) -> None:
         async def one(index: int) -> None:
             part, prompts, columns = given[index]
-            torch.set_grad_enabled(part.requires_grad)  # The loop's thread has a mode of its own.
+            torch.set_grad_enabled(part.requires_grad)  # The loop's thread has a mode and a device of its own.
+            if part.is_cuda:
+                torch.cuda.set_device(part.device)
             try:
                 answers[index] = self._read(await self.function(part, prompts, **columns), part)
             except Exception as error:  # As above.
@@ -360,7 +372,7 @@ class PlainReward:
                 slopes[rows] = answer[1]
         known = ~values.isnan()
         steep = known & ~slopes.flatten(1).isfinite().all(1)
-        constant = values[known & pathless]
+        constant = values[known & pathless & values.isfinite()]
         # The gradient of a constant is 0; values that differ must depend on something.
         severed = known & pathless & (gradient and bool((constant != constant[:1]).any()))
         for wrong, error in (

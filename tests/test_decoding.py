@@ -177,3 +177,28 @@ def count_convolutions(work: Callable[[], None]) -> int:
     work()
     hook.remove()
     return count
+
+
+def test_tiny_gradients_survive_a_decoder_in_half_precision() -> None:
+    """A single pixel's share of a mean over 512 x 512 is below what float16 can hold."""
+    x_0, weight = latents(2, 4, 8, 8), latents(3, 4, seed=1).half()
+
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("oc,nchw->nohw", weight, latent.half()).float()
+
+    gradient = torch.full((2, 3, 8, 8), 1e-9)
+    gradient[1] *= 2.0**20
+    found = ImageDecoder(decode, 2).pull_back(x_0, gradient)
+    expected = torch.einsum("oc,nohw->nchw", weight.float(), gradient)
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)
+
+
+def test_pulling_back_is_exact_in_single_precision() -> None:
+    x_0, gradient = latents(2, 4, 8, 8), 1e-6 * latents(2, 3, 8, 8, seed=2)
+    leaf = x_0.clone().requires_grad_(True)
+
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        return latent[:, :3].sin() * latent[:, 1:].cos()
+
+    expected = torch.autograd.grad(decode(leaf), leaf, gradient)[0]
+    assert torch.equal(ImageDecoder(decode, 2).pull_back(x_0, gradient), expected)

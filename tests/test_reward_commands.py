@@ -116,3 +116,19 @@ def test_options_make_objects() -> None:
         make_rewards(["ink"], '{"ink": 3}')
     with pytest.raises(ValueError, match="has options for clip_score, but reward_funcs is"):
         make_rewards(["ink"], '{"clip_score": {}}')
+
+
+def test_faults_of_a_reward_that_is_tried(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "faulty.py"
+    file.write_text(
+        "async def later(images, prompts):\n    return [0.25]\n\n"
+        "def nothing(images, prompts):\n    return [float('nan')]\n\n"
+        "def compare(images, prompts, teacher_images):\n    return [0.0]\n\ncompare.wants_teacher_images = True\n"
+    )
+    for name, status, text in (
+        ("later", 0, "'a': 0.25 "),
+        ("nothing", 2, "its value is NaN or infinite"),
+        ("compare", 2, "teacher's images, which an image file has not"),
+    ):
+        assert main(["rewards", "test", f"{file}:{name}", "--image", str(image), "--prompt", "a"]) == status
+        assert text in "".join(capsys.readouterr())

@@ -725,8 +725,10 @@ def test_a_gradient_that_overflows_in_the_decoder_is_a_fault(base: Path, tmp_pat
         return (values - values.detach()) * 3e38  # Finite at the images, but not at the latents.
 
     declare(reward, differentiable=True, __name__="steep")
-    with pytest.raises(RewardError, match="'steep'"):
-        quick_trainer(base, tmp_path, reward, reward_weighting="fixed", **WITHOUT_RDM).train()
+    trainer = quick_trainer(base, tmp_path, reward, reward_weighting="fixed", **WITHOUT_RDM)
+    trainer.rewards["steep"].context.decoder.decode = lambda x_0: 100 * x_0[:, :3]
+    with pytest.raises(RewardError, match=r"'steep'.*overflows on the way through the decoder"):
+        trainer.train()
 
 
 def test_a_run_without_any_value_goes_on(base: Path, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """The registry, and distribution matching as a registered reward."""
 
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.randomness import normal, seeded_generators
@@ -14,7 +16,9 @@ from rdm_rl.rdm import distribution_matching
 from rdm_rl.renoise import group_times
 from rdm_rl.rewards import get_reward, list_rewards, register_reward
 from rdm_rl.rewards.adapters import PathwiseReward, WatchedReward
+from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.jpeg import JpegCompressibility
+from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.rdm import DistributionMatchingReward
 from rdm_rl.rewards.registry import (
     as_directions,
@@ -24,7 +28,9 @@ from rdm_rl.rewards.registry import (
     reward_weights,
     unregister_reward,
 )
+from rdm_rl.rewards.scoring import needs
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
+from rdm_rl.weighting import FixedWeighting
 from tests.helpers import StepAway, randomize, tiny_trainer
 
 
@@ -367,3 +373,48 @@ def test_what_becomes_of_each_kind() -> None:
 def test_weights_are_finite(wrong: float) -> None:
     with pytest.raises(ValueError, match="reward_weights"):
         reward_weights(["rdm", "away"], [1.0, wrong])
+
+
+def test_a_module_is_asked_for_what_its_forward_takes() -> None:
+    class Critic(nn.Module):
+        def forward(self, images: Tensor, prompts: list[str], digit: list[int]) -> Tensor:
+            return images.mean((1, 2, 3))
+
+    assert needs(Critic()).required == {"digit"}
+    assert not needs(Critic()).everything
+
+
+def test_reward_models_are_loaded_before_training(base: Path, tmp_path: Path) -> None:
+    """A wrong folder must not cost a warm start, nor a download the time limit of a call."""
+    loaded = []
+
+    class Critic(RewardModel):
+        name, info = "critic", RewardInfo(description="None.")
+
+        def load(self) -> nn.Module:
+            loaded.append(threading.current_thread() is threading.main_thread())
+            return nn.Identity()
+
+        def score(self, network: nn.Module, images: Tensor, prompts: list[str]) -> Tensor:
+            return network(images).mean((1, 2, 3))
+
+    tiny_trainer(base, tmp_path, given={"reward_funcs": ["rdm", Critic()]})
+    assert loaded == [True]
+    with pytest.raises(OSError, match="nowhere"):
+        reward = get_reward("clip_score", model=str(tmp_path / "nowhere"))
+        tiny_trainer(base, tmp_path, given={"reward_funcs": ["rdm", reward]})
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "message"),
+    [
+        ({"weighting": FixedWeighting({"rdm": 1.0})}, {"reward_start_step": 3}, "reward_start_step would not be acted"),
+        ({"reward_funcs": [StepAway()]}, {"reward_conflict": "project"}, "'rdm' is not in reward_funcs"),
+        ({"reward_funcs": [StepAway()]}, {"adaptive_reference": "online"}, "'rdm' is not in reward_funcs"),
+    ],
+)
+def test_settings_that_would_not_be_acted_on_are_refused(
+    given: dict, settings: dict, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer("no/model", tmp_path, given=given, **settings)

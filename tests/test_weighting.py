@@ -399,3 +399,14 @@ def test_settings_make_the_weighting_they_name() -> None:
         assert (one.start_step, one.ramp_steps, one.conflict) == (3, 2, "project")
     assert make_weighting("budget", weights, budget=2.5, **common).budget == 2.5
     assert make_weighting("budget", weights, **common).budget == 1.5
+
+
+def test_projection_looks_at_the_push_and_not_at_the_reward() -> None:
+    """With a negative weight it is the reward's own direction that opposes distribution matching."""
+    rdm, reward = (
+        DenseAdvantage(values=torch.tensor([[[values]]]), applicable=torch.tensor([True]))
+        for values in ([1.0, 0.0], [1.0, 1.0])
+    )
+    weighting = FixedWeighting({"rdm": 1.0, "one": -2.0}, conflict="project")
+    combined = weighting.combine({"rdm": rdm, "one": reward}).values.flatten()
+    assert combined.tolist() == [1.0, -2.0]

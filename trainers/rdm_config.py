@@ -115,6 +115,7 @@ class RDMConfig(TrainingArguments):
         pathwise_steps: The steps on which gradients of rewards act: the ``last``, or ``any``.
         scale_rewards: How a reward's values become the ``advantage`` of a :class:`~rdm_rl.data_types.DenseAdvantage`:
             minus the group's mean, over the standard deviation of the ``group`` or the ``batch``, or over 1 (``none``).
+            Nothing in this version trains on it.
         reward_batch_size: Most samples that a reward is called with; None is all.
         reward_timeout: Seconds after which a reward counts as hung; None waits for ever.
         on_reward_error: What happens when a reward fails: ``raise``, or ``skip`` the samples concerned.
@@ -196,7 +197,7 @@ class RDMConfig(TrainingArguments):
     )
     scale_rewards: RewardScale = field(
         default="group",
-        metadata={"help": "What a reward's values are divided by after the group's mean is subtracted."},
+        metadata={"help": "What centred values are divided by; nothing trains on them yet."},
     )
     reward_batch_size: int | None = field(
         default=None, metadata={"help": "Most samples that a reward is called with; default: all."}
@@ -362,8 +363,8 @@ class RDMConfig(TrainingArguments):
             )
         for name in ("reward_timeout", "fidelity_budget"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value}, but it must be positive, or None.")
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value}, but it must be a positive number, or None.")
         if self.fake_score_warmup_steps and not self.fake_score_updates_per_policy_update:
             raise ValueError(
                 f"fake_score_updates_per_policy_update=0 does without a fake score, but fake_score_warmup_steps="

@@ -4,7 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ class RDMTrainer(TrainingLoop):
                 f"weighting={weighting!r} does not derive from rdm_rl.weighting.Weighting. Derive from it and override "
                 "combine(directions), and update(statistics, step) if it learns from them."
             )
+        self._check_weighting_settings(args, weighting)
         if weighting is None:
             weighting = make_weighting(
                 args.reward_weighting,
@@ -175,6 +176,22 @@ class RDMTrainer(TrainingLoop):
         self.average: PolicyAverage | None = None
         self._last_rollout: Rollout | None = None
 
+    def _check_weighting_settings(self, args: RDMConfig, weighting: Weighting | None) -> None:
+        """Refuse settings of the weighting that would not be acted on."""
+        defaults = {one.name: one.default for one in fields(RDMConfig)}
+        names = ("reward_start_step", "reward_ramp_steps", "reward_conflict", "adaptive_reference", "fidelity_budget")
+        changed = [name for name in names if getattr(args, name) != defaults[name]]
+        if changed and weighting is not None:
+            raise ValueError(
+                f"weighting= is given, so {', '.join(changed)} would not be acted on. Give them to your weighting, and "
+                "leave them out of the settings."
+            )
+        if changed and "rdm" not in self.reward_weights:
+            raise ValueError(
+                f"{', '.join(changed)}: how rewards join distribution matching, but 'rdm' is not in reward_funcs. "
+                "Leave it out, or add 'rdm'."
+            )
+
     def _warn_of_settings(self) -> None:
         """Say what will work, but hardly as meant."""
         plain = [name for name, reward in self.rewards.items() if isinstance(reward, PathwiseReward | WatchedReward)]
@@ -184,6 +201,20 @@ class RDMTrainer(TrainingLoop):
                 "fake_score_warmup_steps=0, as RDMConfig.from_method('refl') does, or put 'rdm' into reward_funcs."
             )
         pushing = [name for name, weight in self.reward_weights.items() if weight and name != "rdm"]
+        last_only = self.args.pathwise_steps == "last" and self.args.num_inference_steps > 1
+        if len(plain) == len(self.rewards) and last_only:
+            logger.warning(
+                "All rewards act on the last of %d steps only, and the step is drawn anew in each update: most updates "
+                "will move nothing. Set pathwise_steps='any'.",
+                self.args.num_inference_steps,
+            )
+        if pushing and 0 < self.args.max_steps <= self.args.reward_start_step:
+            logger.warning(
+                "reward_start_step=%d is not before max_steps=%d: %s will never act.",
+                self.args.reward_start_step,
+                self.args.max_steps,
+                ", ".join(pushing),
+            )
         if isinstance(self.weighting, AdaptiveWeighting) and "rdm" in self.rewards and pushing:
             if self.weighting.start_step == 0 and self.weighting.reference == "cold_start":
                 logger.warning(
@@ -715,7 +746,7 @@ class RDMTrainer(TrainingLoop):
         self.weighting.load_state_dict(state["weighting"])
         self.reward_spreads = {
             name: RunningMean(decay=SPREAD_DECAY, total=total, weight=weight)
-            for name, (total, weight) in state["reward_spreads"].items()
+            for name, (total, weight) in state.get("reward_spreads", {}).items()
         }
         self._last_checkpoint = folder
         # Another process's samples are not saved: with several, the first lag after resuming is left out.
