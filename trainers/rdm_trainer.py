@@ -1,10 +1,9 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from rdm_rl.prompts import PromptSource, other_columns
 from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
 from rdm_rl.rdm import fake_score_loss, policy_loss
 from rdm_rl.renoise import anneal_progress, renoise_times
-from rdm_rl.rewards.adapters import PathwiseReward, WatchedReward
 from rdm_rl.rewards.registry import (
     BindableReward,
     PrefetchingReward,
@@ -44,11 +42,10 @@ from rdm_rl.rewards.registry import (
 from rdm_rl.student import save_student
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.trainers.reward_settings import check_weighting_settings, warn_of_reward_settings
 from rdm_rl.trainers.training_loop import TrainingLoop
 from rdm_rl.warm_start import OdePairs, collect_pairs, regress
-from rdm_rl.weighting import AdaptiveWeighting, RunningMean, Weighting, make_weighting, measure
-
-logger = logging.getLogger(__name__)
+from rdm_rl.weighting import RunningMean, Weighting, make_weighting, measure
 
 EVALUATION_SEED = 12345
 SPREAD_DECAY = 0.95
@@ -120,7 +117,7 @@ class RDMTrainer(TrainingLoop):
                 f"weighting={weighting!r} does not derive from rdm_rl.weighting.Weighting. Derive from it and override "
                 "combine(directions), and update(statistics, step) if it learns from them."
             )
-        self._check_weighting_settings(args, weighting)
+        check_weighting_settings(args, list(rewards), weighting)
         if weighting is None:
             weighting = make_weighting(
                 args.reward_weighting,
@@ -170,59 +167,11 @@ class RDMTrainer(TrainingLoop):
         self.start_callbacks(callbacks, self.networks.module("policy"))
         self._last_checkpoint: Path | None = None
         self._bind_rewards()
-        self._warn_of_settings()
+        warn_of_reward_settings(args, self.rewards, self.reward_weights, self.weighting)
         self._own_optimizers = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}
         self.average: PolicyAverage | None = None
         self._last_rollout: Rollout | None = None
-
-    def _check_weighting_settings(self, args: RDMConfig, weighting: Weighting | None) -> None:
-        """Refuse settings of the weighting that would not be acted on."""
-        defaults = {one.name: one.default for one in fields(RDMConfig)}
-        names = ("reward_start_step", "reward_ramp_steps", "reward_conflict", "adaptive_reference", "fidelity_budget")
-        changed = [name for name in names if getattr(args, name) != defaults[name]]
-        if changed and weighting is not None:
-            raise ValueError(
-                f"weighting= is given, so {', '.join(changed)} would not be acted on. Give them to your weighting, and "
-                "leave them out of the settings."
-            )
-        if changed and "rdm" not in self.reward_weights:
-            raise ValueError(
-                f"{', '.join(changed)}: how rewards join distribution matching, but 'rdm' is not in reward_funcs. "
-                "Leave it out, or add 'rdm'."
-            )
-
-    def _warn_of_settings(self) -> None:
-        """Say what will work, but hardly as meant."""
-        plain = [name for name, reward in self.rewards.items() if isinstance(reward, PathwiseReward | WatchedReward)]
-        if len(plain) == len(self.rewards) and self.args.fake_score_updates_per_policy_update:
-            logger.warning(
-                "No reward uses the fake score, and yet it is trained: set fake_score_updates_per_policy_update=0 and "
-                "fake_score_warmup_steps=0, as RDMConfig.from_method('refl') does, or put 'rdm' into reward_funcs."
-            )
-        pushing = [name for name, weight in self.reward_weights.items() if weight and name != "rdm"]
-        last_only = self.args.pathwise_steps == "last" and self.args.num_inference_steps > 1
-        if len(plain) == len(self.rewards) and last_only:
-            logger.warning(
-                "All rewards act on the last of %d steps only, and the step is drawn anew in each update: most updates "
-                "will move nothing. Set pathwise_steps='any'.",
-                self.args.num_inference_steps,
-            )
-        if pushing and 0 < self.args.max_steps <= self.args.reward_start_step:
-            logger.warning(
-                "reward_start_step=%d is not before max_steps=%d: %s will never act.",
-                self.args.reward_start_step,
-                self.args.max_steps,
-                ", ".join(pushing),
-            )
-        if isinstance(self.weighting, AdaptiveWeighting) and "rdm" in self.rewards and pushing:
-            if self.weighting.start_step == 0 and self.weighting.reference == "cold_start":
-                logger.warning(
-                    "reward_start_step=0: the weights of %s refer to the force of 'rdm' in the first update alone, a "
-                    "single noisy draw, and tiny where the policy still equals the teacher. Set reward_start_step=20, "
-                    "say.",
-                    ", ".join(pushing),
-                )
 
     def _bind_rewards(self) -> None:
         """Give the networks, the settings and the images to the rewards that need them."""
