@@ -400,7 +400,7 @@ def test_reward_models_are_loaded_before_training(base: Path, tmp_path: Path) ->
 
     tiny_trainer(base, tmp_path, given={"reward_funcs": ["rdm", Critic()]})
     assert loaded == [True]
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises((OSError, ValueError), match="nowhere"):  # Which one depends on the version of transformers.
         reward = get_reward("clip_score", model=str(tmp_path / "nowhere"))
         tiny_trainer(base, tmp_path, given={"reward_funcs": ["rdm", reward]})
 
