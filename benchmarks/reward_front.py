@@ -15,7 +15,6 @@ Every result is one JSON file, so an interrupted run goes on where it was.
 import argparse
 import json
 import statistics
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -122,8 +121,8 @@ def judge(file, evaluation, drawn, kind):
 
 
 def judge_student(file, evaluation, trainer):
-    sample = partial(trainer.generate)
-    judge(file, evaluation, evaluation.collect(lambda prompts, noise: sample(prompts, generator=noise), 1), "student")
+    drawn = evaluation.collect(lambda prompts, noise: trainer.generate(prompts, generator=noise), 1)
+    judge(file, evaluation, drawn, "student")
 
 
 def file_of(folder, name, seed):

@@ -193,6 +193,14 @@ class RunningMean:
         """The average, or None before the first number."""
         return self.total / self.weight if self.weight else None
 
+    def state(self) -> list[float]:
+        """What :meth:`load` takes back, for a checkpoint."""
+        return [self.total, self.weight]
+
+    def load(self, state: Sequence[float]) -> None:
+        """Take a state back; an empty one starts anew."""
+        self.total, self.weight = state or (0.0, 0.0)
+
 
 class Weighting:
     """What the trainer asks of a weighting. One of your own derives from it and overrides ``combine``.
@@ -393,14 +401,16 @@ class AdaptiveWeighting(FixedWeighting):
 
     def state_dict(self) -> dict[str, Any]:
         """The averages."""
-        forces = {name: [mean.total, mean.weight] for name, mean in self.forces.items()}
-        return {"forces": forces, "reference": [self._force.total, self._force.weight]}
+        return {
+            "forces": {name: mean.state() for name, mean in self.forces.items()},
+            "reference": self._force.state(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the averages back; a reward that is new starts without one."""
         for name, mean in self.forces.items():
-            mean.total, mean.weight = state.get("forces", {}).get(name, (0.0, 0.0))
-        self._force.total, self._force.weight = state.get("reference", (0.0, 0.0))
+            mean.load(state.get("forces", {}).get(name, ()))
+        self._force.load(state.get("reference", ()))
 
 
 class BudgetedWeighting(AdaptiveWeighting):
@@ -452,18 +462,15 @@ class BudgetedWeighting(AdaptiveWeighting):
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and the factor."""
-        gaps = {"gap": self.gap, "cold_gap": self.cold_gap}
-        return super().state_dict() | {
-            "factor": self.factor,
-            **{name: [mean.total, mean.weight] for name, mean in gaps.items()},
-        }
+        own = {"factor": self.factor, "gap": self.gap.state(), "cold_gap": self.cold_gap.state()}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the averages and the factor back."""
         super().load_state_dict(state)
         self.factor = state.get("factor", 1.0)
-        for name, mean in {"gap": self.gap, "cold_gap": self.cold_gap}.items():
-            mean.total, mean.weight = state.get(name, (0.0, 0.0))
+        self.gap.load(state.get("gap", ()))
+        self.cold_gap.load(state.get("cold_gap", ()))
 
 
 def make_weighting(

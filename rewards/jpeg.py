@@ -74,52 +74,6 @@ def _check_quality(quality: int) -> int:
     return quality
 
 
-class JpegCompressibility:
-    """Minus the size of the image as a JPEG file, in kB: rewards flat, smooth images. Not differentiable.
-
-    What the size depends on, see :func:`jpeg_sizes`.
-
-    References:
-        | Training Diffusion Models with Reinforcement Learning (Black et al., 2023)
-        | https://arxiv.org/abs/2305.13301; quality 95 is that of https://github.com/kvablack/ddpo-pytorch
-
-    Args:
-        quality: JPEG quality, from 1 to 100.
-
-    Raises:
-        ValueError: If ``quality`` is outside that range.
-
-    Example:
-        >>> reward = JpegCompressibility()
-        >>> reward(torch.zeros(1, 3, 64, 64), ["a cat"])[0] > reward(torch.rand(1, 3, 64, 64), ["a cat"])[0]
-        True
-    """
-
-    differentiable: ClassVar[bool] = False
-    info: ClassVar[RewardInfo] = RewardInfo(
-        description="Minus the size of the image as a JPEG file.",
-        paper=_PAPER,
-        units="kB (1000 bytes)",
-        expected_range=_RANGE.format(sign="-"),
-    )
-
-    def __init__(self, quality: int = 95) -> None:
-        """Check the quality."""
-        self.quality = _check_quality(quality)
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> list[float]:
-        """The values of some images.
-
-        Args:
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Not read.
-
-        Returns:
-            The values, length N, below 0.
-        """
-        return [-size for size in jpeg_sizes(images, self.quality)]
-
-
 class JpegIncompressibility:
     """The size of the image as a JPEG file, in kB: rewards detail and noise. Not differentiable.
 
@@ -164,3 +118,44 @@ class JpegIncompressibility:
             The values, length N, above 0.
         """
         return jpeg_sizes(images, self.quality)
+
+
+class JpegCompressibility(JpegIncompressibility):
+    """Minus the size of the image as a JPEG file, in kB: rewards flat, smooth images. Not differentiable.
+
+    What the size depends on, see :func:`jpeg_sizes`.
+
+    References:
+        | Training Diffusion Models with Reinforcement Learning (Black et al., 2023)
+        | https://arxiv.org/abs/2305.13301; quality 95 is that of https://github.com/kvablack/ddpo-pytorch
+
+    Args:
+        quality: JPEG quality, from 1 to 100.
+
+    Raises:
+        ValueError: If ``quality`` is outside that range.
+
+    Example:
+        >>> reward = JpegCompressibility()
+        >>> reward(torch.zeros(1, 3, 64, 64), ["a cat"])[0] > reward(torch.rand(1, 3, 64, 64), ["a cat"])[0]
+        True
+    """
+
+    info: ClassVar[RewardInfo] = RewardInfo(
+        description="Minus the size of the image as a JPEG file.",
+        paper=_PAPER,
+        units="kB (1000 bytes)",
+        expected_range=_RANGE.format(sign="-"),
+    )
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> list[float]:
+        """The values of some images.
+
+        Args:
+            images: Images, shape (N, 3, H, W), float32 in [0, 1].
+            prompts: Not read.
+
+        Returns:
+            The values, length N, below 0.
+        """
+        return [-size for size in super().__call__(images, prompts)]

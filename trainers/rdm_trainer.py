@@ -671,7 +671,7 @@ class RDMTrainer(TrainingLoop):
             state = {
                 "optimizers": {role: one.state_dict() for role, one in self.optimizers.items()},
                 "weighting": self.weighting.state_dict(),
-                "reward_spreads": {name: [one.total, one.weight] for name, one in self.reward_spreads.items()},
+                "reward_spreads": {name: one.state() for name, one in self.reward_spreads.items()},
                 "ema_updates": 0 if self.average is None else self.average.updates,
             }
             write_checkpoint(folder, tensors, state, self.args.to_json_string(), self.state)
@@ -693,10 +693,10 @@ class RDMTrainer(TrainingLoop):
         if self.average is not None:
             self.average.load(tensors["ema"], state["ema_updates"])
         self.weighting.load_state_dict(state["weighting"])
-        self.reward_spreads = {
-            name: RunningMean(decay=SPREAD_DECAY, total=total, weight=weight)
-            for name, (total, weight) in state.get("reward_spreads", {}).items()
-        }
+        self.reward_spreads = {}
+        for name, spread in state.get("reward_spreads", {}).items():
+            self.reward_spreads[name] = RunningMean(decay=SPREAD_DECAY)
+            self.reward_spreads[name].load(spread)
         self._last_checkpoint = folder
         # Another process's samples are not saved: with several, the first lag after resuming is left out.
         if "last_samples" in tensors and self.state.global_step > 0 and self.accelerator.num_processes == 1:
