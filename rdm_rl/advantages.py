@@ -16,9 +16,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rdm_rl.noise_schedule import append_dims
+from rdm_rl.samplers import Transition
+
 Normalization = Literal["sample", "group", "group_rms", "none"]
 Group = Literal["prompt", "renoise", "prompt_renoise"]
 RewardScale = Literal["group", "batch", "none"]
+RewardBaseline = Literal["group", "batch"]
 
 
 def group_mean(values: Tensor, group_ids: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ def distribution_matching_scale(
     return scale.clamp_min(scale_floor)[:, :, None, None, None]
 
 
-def distribution_matching_advantage(
+def distribution_matching_directions(
     x_0: Tensor,
     teacher_x_0: Tensor,
     fake_x_0: Tensor,
@@ -121,14 +125,14 @@ def distribution_matching_advantage(
         group: What a group is.
 
     Returns:
-        The direction, shape (N, C, H, W), float32.
+        The direction of each re-noising, shape (R, N, C, H, W), float32; their mean is the advantage.
 
     Raises:
         ValueError: If shapes or names do not fit.
 
     Example:
         >>> zero, teacher = torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
-        >>> distribution_matching_advantage(zero, teacher, zero, torch.tensor([0, 0])).flatten()
+        >>> distribution_matching_directions(zero, teacher, zero, torch.tensor([0, 0])).flatten()
         tensor([0.5000, 1.5000])
     """
     if teacher_x_0.ndim == x_0.ndim:
@@ -141,7 +145,72 @@ def distribution_matching_advantage(
     scale = distribution_matching_scale(
         x_0, teacher_x_0, fake_x_0, group_ids, normalization=normalization, group=group, scale_floor=scale_floor
     )
-    return ((teacher_x_0.float() - fake_x_0.float()) / scale).mean(0)
+    return (teacher_x_0.float() - fake_x_0.float()) / scale
+
+
+def distribution_matching_advantage(
+    x_0: Tensor,
+    teacher_x_0: Tensor,
+    fake_x_0: Tensor,
+    group_ids: Tensor,
+    normalization: Normalization = "group",
+    scale_floor: float = 1e-6,
+    *,
+    group: Group = "prompt",
+) -> Tensor:
+    """The mean of :func:`distribution_matching_directions` over the re-noisings; the arguments are the same.
+
+    Returns:
+        The direction, shape (N, C, H, W), float32.
+    """
+    return distribution_matching_directions(
+        x_0, teacher_x_0, fake_x_0, group_ids, normalization, scale_floor, group=group
+    ).mean(0)
+
+
+def policy_gradient_advantage(
+    error: Tensor,
+    transition: Transition,
+    advantage: Tensor,
+    log_rho: Tensor,
+    *,
+    level: Literal["dimension", "sample"],
+    epsilon: float,
+    epsilon_high: float,
+) -> tuple[Tensor, Tensor]:
+    r"""A black-box reward's direction: what descends PPO's clipped surrogate.
+
+    .. math:: A = c\, \hat A_i\, \rho_i\, a\, (x_{k+1} - \mu_\theta) / s^2
+
+    with the mean :math:`\mu_\theta = a \hat x_0 + b x_k` of the current policy, and 0 where the clip has stopped the
+    sample: :math:`\hat A > 0` and :math:`\rho > 1 + \epsilon_{high}`, or :math:`\hat A < 0` and
+    :math:`\rho < 1 - \epsilon`. With c = 1 for level ``dimension`` and c = C H W for ``sample``, the loss of
+    :func:`rdm_rl.rdm.policy_loss` along A has the gradient of
+    :math:`-\mathrm{mean}_N \min(\rho \hat A, \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon_{high}) \hat A)`.
+
+    References:
+        | Proximal Policy Optimization Algorithms (Schulman et al., 2017), eq. 7
+        | https://arxiv.org/abs/1707.06347
+        | Training Diffusion Models with Reinforcement Learning (Black et al., 2023), section 4.3
+        | https://arxiv.org/abs/2305.13301
+
+    Args:
+        error: What was drawn minus the current mean, :math:`x_{k+1} - \mu_\theta`, shape (N, C, H, W).
+        transition: How the step is made; its std is positive.
+        advantage: The normalised rewards, shape (N,).
+        log_rho: The log ratios, shape (N,).
+        level: Level of the ratio.
+        epsilon: Lower clip.
+        epsilon_high: Upper clip.
+
+    Returns:
+        The direction, shape (N, C, H, W), and where the clip acted, shape (N,), bool.
+    """
+    rho = log_rho.exp()
+    clipped = ((advantage > 0) & (rho > 1 + epsilon_high)) | ((advantage < 0) & (rho < 1 - epsilon))
+    factor = torch.where(clipped, 0.0, advantage * rho) * (error[0].numel() if level == "sample" else 1)
+    score = append_dims(transition.x_0_scale / transition.std.square(), error) * error
+    return append_dims(factor, error) * score, clipped
 
 
 def remove_opposition(values: Tensor, reference: Tensor) -> Tensor:
@@ -172,9 +241,15 @@ def remove_opposition(values: Tensor, reference: Tensor) -> Tensor:
 
 
 def normalize_rewards(
-    rewards: Tensor, applicable: Tensor, group_ids: Tensor, scale: RewardScale = "group", *, spread: float = 1.0
+    rewards: Tensor,
+    applicable: Tensor,
+    group_ids: Tensor,
+    scale: RewardScale = "group",
+    *,
+    spread: float = 1.0,
+    batch_mean: float | None = None,
 ) -> Tensor:
-    r"""Scalar rewards as advantages: centred on the group's mean and divided by a standard deviation.
+    r"""Scalar rewards as advantages: centred on a mean, the group's if no other, and divided by a standard deviation.
 
     The group's mean is the baseline of group-relative policy optimisation. The epsilon that keeps a small group's
     standard deviation away from 0 is relative to the reward's own spread, so a reward's units cancel.
@@ -189,6 +264,7 @@ def normalize_rewards(
         group_ids: Group of each sample, shape (N,), int64.
         scale: What divides: the standard deviation of the ``group``, ``spread`` itself (``batch``), or 1 (``none``).
         spread: Standard deviation of the reward over whole batches.
+        batch_mean: The baseline instead of the group's mean; then ``scale`` is ``batch`` or ``none``.
 
     Returns:
         The advantages, shape (N,), float32; 0 where the reward does not apply and in groups of equal rewards.
@@ -213,6 +289,8 @@ def normalize_rewards(
         0, group, values.where(applicable, torch.inf), "amin"
     )
     centred = torch.where((highest == lowest)[group], 0.0, centred)
+    if batch_mean is not None:
+        centred = (values - batch_mean) * weight
     if scale == "batch":
         centred = centred / spread if spread > 0 else torch.zeros_like(centred)
     elif scale == "group":

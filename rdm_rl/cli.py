@@ -117,7 +117,7 @@ def _sample(options: argparse.Namespace) -> None:
     from rdm_rl.demo.digits import TEACHER_FOLDER
     from rdm_rl.student import load_student
 
-    pipeline, steps = load_student(options.student, options.model or TEACHER_FOLDER)
+    pipeline, steps, guidance_scale = load_student(options.student, options.model or TEACHER_FOLDER)
     pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
@@ -125,7 +125,7 @@ def _sample(options: argparse.Namespace) -> None:
         images = pipeline(
             prompt,
             num_inference_steps=steps,
-            guidance_scale=1.0,
+            guidance_scale=guidance_scale,
             num_images_per_prompt=options.num_images,
             generator=generator,
         ).images

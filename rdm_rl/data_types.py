@@ -6,10 +6,12 @@ K student steps, (C, H, W) the latent shape.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from rdm_rl.samplers import Transition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class PromptBatch:
         sample_ids: Number of each sample in the whole run, over all processes and micro-batches. It seeds the
             sample's noise, so a sample does not depend on how a batch is cut.
         columns: The data set's other columns, each of length N.
+        noise_seeds: Seed of each sample's initial noise, length N, where noises are named: those shared by a group, or
+            paired with a teacher's images. None: they come from the rollout's generators.
         stream: The phase of the run, so that phases do not share random numbers.
         update: The update it belongs to, which seeds its noise too.
 
@@ -75,6 +79,7 @@ class PromptBatch:
     group_ids: Tensor
     sample_ids: Sequence[int]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    noise_seeds: Sequence[int] | None = None
     stream: str = "train"
     update: int = 0
 
@@ -86,6 +91,8 @@ class PromptBatch:
             "sample_ids": len(self.sample_ids),
             **{f"columns[{name!r}]": len(values) for name, values in self.columns.items()},
         }
+        if self.noise_seeds is not None:
+            sizes["noise_seeds"] = len(self.noise_seeds)
         if self.conditioning.tensors:
             sizes["conditioning"] = len(self.conditioning)
         if len(set(sizes.values())) > 1:
@@ -104,6 +111,8 @@ class Rollout:
         times: Time of each step, shape (K,), in (0, 1], falling; 1 is noise.
         states: The state that each step started from, shape (K, N, C, H, W).
         x_0: The policy's prediction at each step, shape (K, N, C, H, W).
+        transitions: How each step but the last went on from its prediction, length K - 1; none if that is not known,
+            and then no step has a likelihood.
 
     Raises:
         ValueError: If the shapes differ, or the number of prompts is not N.
@@ -113,6 +122,7 @@ class Rollout:
     times: Tensor
     states: Tensor
     x_0: Tensor
+    transitions: Sequence[Transition] = ()
 
     def __post_init__(self) -> None:
         """Check the shapes."""
@@ -123,11 +133,42 @@ class Rollout:
             )
         if self.states.shape[1] != len(self.batch.prompts):
             raise ValueError(f"{self.states.shape[1]} samples but {len(self.batch.prompts)} prompts.")
+        if len(self.transitions) not in (0, len(self.times) - 1):
+            raise ValueError(f"{len(self.transitions)} transitions between {len(self.times)} steps.")
+
+    def is_random(self, step: int) -> bool:
+        """Whether a step's next state was drawn, so that it has a likelihood; the last step's never is."""
+        return 0 <= step < len(self.transitions) and bool(self.transitions[step].std > 0)
 
     @property
     def sample(self) -> Tensor:
         """The finished samples, shape (N, C, H, W): the prediction of the last step."""
         return self.x_0[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    r"""A direction at the current prediction, and how far the policy has moved since the rollout.
+
+    Args:
+        values: The direction, shape (N, C, H, W).
+        log_ratio: :math:`\log \rho` of the recorded random steps, shape (R, N).
+        weight: What the recorded directions were multiplied by, shape (R, N).
+        clipped: Where a clip acted, shape (R, N), bool.
+    """
+
+    values: Tensor
+    log_ratio: Tensor
+    weight: Tensor
+    clipped: Tensor
+
+
+class Replay(Protocol):
+    """A direction that depends on the current prediction."""
+
+    def at(self, x_0: Tensor) -> Replayed:
+        """The direction at a prediction, shape (N, C, H, W), without a graph."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +183,8 @@ class DenseAdvantage:
         advantage: The reward normalised as ``scale_rewards`` says, shape (N,), or None; the trainer fills it in.
         faults: Samples on which the reward failed and was skipped.
         metrics: Further numbers for the log.
+        replay: For a direction that depends on the current prediction, through the likelihood of a recorded step: what
+            makes it anew (see :mod:`rdm_rl.replay`). ``values`` is then its value at the recorded prediction.
 
     Raises:
         ValueError: If the shapes differ, or an applicable direction is not finite.
@@ -153,6 +196,7 @@ class DenseAdvantage:
     advantage: Tensor | None = None
     faults: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    replay: "Replay | None" = None
 
     def __post_init__(self) -> None:
         """Check the shapes and that the direction is finite."""
@@ -181,3 +225,18 @@ class LossOutput:
 
     loss: Tensor
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """One recorded step of a rollout and where the rewards want it to move: what a policy update learns from.
+
+    Args:
+        rollout: The recorded chains.
+        step: Index of the step.
+        directions: The direction of each reward, by name.
+    """
+
+    rollout: Rollout
+    step: int
+    directions: Mapping[str, DenseAdvantage]

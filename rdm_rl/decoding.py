@@ -14,9 +14,6 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from rdm_rl.data_types import Rollout
-from rdm_rl.noise_schedule import NoiseSchedule
-from rdm_rl.policy import X0Predictor
-from rdm_rl.warm_start import ode_solution
 
 
 class ImageDecoder:
@@ -73,38 +70,6 @@ class ImageDecoder:
             slope = torch.autograd.grad(images, leaf, (gradient.float() / size).to(images))[0]
             parts.append(slope.float() * size)
         return torch.cat(parts)
-
-
-class TeacherImages:
-    """The teacher's images from the noise and the prompts of a rollout: what each sample would have become.
-
-    Args:
-        teacher: The teacher, guidance included.
-        schedule: The noise schedule.
-        decoder: Makes images.
-        steps: Steps of the teacher's ODE solver.
-    """
-
-    def __init__(self, teacher: X0Predictor, schedule: NoiseSchedule, decoder: ImageDecoder, steps: int) -> None:
-        """Keep the parts."""
-        self.teacher, self.schedule, self.decoder, self.steps = teacher, schedule, decoder, steps
-        self._last: tuple[Rollout, Tensor] | None = None
-
-    @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> Tensor:
-        """The images, kept until another rollout is asked about.
-
-        Args:
-            rollout: The recorded chains of N samples.
-
-        Returns:
-            Images, shape (N, 3, H', W'), in [0, 1].
-        """
-        if self._last is None or self._last[0] is not rollout:
-            start, noise, size = float(rollout.times[0]), rollout.states[0], self.decoder.batch_size
-            solutions = ode_solution(self.teacher, noise, start, rollout.batch.conditioning, self.schedule, self.steps)
-            self._last = rollout, torch.cat([self.decoder.decode(part) for part in solutions.split(size)])
-        return self._last[1]
 
 
 def load_tiny_decoder(

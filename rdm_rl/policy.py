@@ -7,27 +7,41 @@ Step k takes the state :math:`x_k` at time :math:`t_k` to
     x_{k+1} = \alpha_{k+1} \hat x_0 + \sigma_{k+1} \epsilon
     \;\;\Rightarrow\;\; \pi_\theta(x_{k+1} \mid x_k) = N(\alpha_{k+1} \hat x_0,\ \sigma_{k+1}^2 I),
 
-the re-noising sampler of consistency models. The last step has no noise: its prediction is the sample. Stock
-``LCMScheduler`` walks the same chain (see ``rdm_rl.families``), bit for bit on the CPU.
+the re-noising sampler of consistency models (:mod:`rdm_rl.samplers` has others). The last step has no noise: its
+prediction is the sample. Stock ``LCMScheduler`` walks the same chain (see ``rdm_rl.families``), bit for bit on the CPU.
+
+A Gaussian's likelihood is known in closed form, so that of a recorded step needs one prediction and no autograd:
+
+.. math::
+    \log \pi_\theta(x' \mid x) = -\frac{\lVert x' - a \hat x_0 - b x \rVert^2}{2 s^2} - \tfrac{D}{2} \log 2\pi s^2
+
+Summed over the D dimensions (level ``sample``) it is the likelihood itself, whose ratio between two policies explodes
+with D; its mean over them (level ``dimension``) is what public implementations of DDPO and its kin use.
 
 References:
     | Consistency Models (Song et al., 2023), algorithm 1
     | https://arxiv.org/abs/2303.01469
     | Improved Distribution Matching Distillation for Fast Image Synthesis (Yin et al., 2024), section 4.4
     | https://arxiv.org/abs/2405.14867
+    | Training Diffusion Models with Reinforcement Learning (Black et al., 2023), section 4.3
+    | https://arxiv.org/abs/2305.13301
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rdm_rl.data_types import Conditioning, PromptBatch, Rollout
-from rdm_rl.noise_schedule import NoiseSchedule
-from rdm_rl.randomness import Generators, normal
+from rdm_rl.noise_schedule import NoiseSchedule, append_dims
+from rdm_rl.randomness import Generators, normal, seeded_generator
+from rdm_rl.samplers import Sampler, Transition, renoise
 
 # A network wrapped to predict x_0: (x_t of shape (N, C, H, W), t of shape (N,), conditioning) -> shape (N, C, H, W).
 X0Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
+Level = Literal["dimension", "sample"]
 
 
 def student_times(num_inference_steps: int) -> Tensor:
@@ -60,10 +74,12 @@ def rollout(
     *,
     shape: Sequence[int],
     generator: Generators,
+    sampler: Sampler = renoise,
 ) -> Rollout:
     """Walk the policy from noise to samples and record every state and prediction, without a graph.
 
-    Noise is drawn in the order of a diffusers pipeline: the initial state, then one draw for each step but the last.
+    Noise is drawn in the order of a diffusers pipeline: the initial state, then one draw for each random step. Where
+    the batch names the seeds of its initial noises, these are drawn from the seeds alone.
 
     Args:
         policy: The student.
@@ -72,15 +88,128 @@ def rollout(
         times: Time of each step, shape (K,), falling from 1.
         shape: The latent shape (C, H, W).
         generator: One generator, or one for each sample.
+        sampler: How to go from one state to the next.
 
     Returns:
         The recorded chains.
     """
     count, device = len(batch.prompts), times.device
-    states, predictions = [normal((count, *shape), generator, device)], []
+    initial = generator
+    if batch.noise_seeds is not None:
+        initial = [seeded_generator(seed, "initial_noise") for seed in batch.noise_seeds]
+    states, predictions, transitions = [normal((count, *shape), initial, device)], [], []
     for step, t in enumerate(times):
         predictions.append(policy(states[-1], t.expand(count), batch.conditioning))
         if step + 1 < len(times):
-            noise = normal((count, *shape), generator, device)
-            states.append(schedule.perturb(predictions[-1], noise, times[step + 1]))
-    return Rollout(batch=batch, times=times, states=torch.stack(states), x_0=torch.stack(predictions))
+            transition = sampler(schedule, t, times[step + 1])
+            state = transition.mean(predictions[-1], states[-1] if transition.state_scale else None)
+            if transition.std:
+                noise = normal((count, *shape), generator, device)
+                state = state + append_dims(transition.std, state) * noise
+            states.append(state)
+            transitions.append(transition)
+    return Rollout(
+        batch=batch,
+        times=times,
+        states=torch.stack(states),
+        x_0=torch.stack(predictions),
+        transitions=tuple(transitions),
+    )
+
+
+def over_dimensions(values: Tensor, level: Level) -> Tensor:
+    """The sum over a sample's dimensions (``sample``) or their mean (``dimension``).
+
+    Args:
+        values: Shape (..., C, H, W).
+        level: Which of the two.
+
+    Returns:
+        Shape (...).
+
+    Raises:
+        ValueError: If the level is unknown.
+
+    Example:
+        >>> over_dimensions(torch.ones(2, 1, 3, 4), "sample"), over_dimensions(torch.ones(2, 1, 3, 4), "dimension")
+        (tensor([12., 12.]), tensor([1., 1.]))
+    """
+    flat = values.flatten(-3)
+    match level:
+        case "dimension":
+            return flat.mean(-1)
+        case "sample":
+            return flat.sum(-1)
+    raise ValueError(f"importance_sampling_level={level!r} is unknown; use 'dimension' or 'sample'.")
+
+
+def log_probability(
+    action: Tensor, x_0: Tensor, transition: Transition, state: Tensor | None = None, level: Level = "sample"
+) -> Tensor:
+    r"""The log-likelihood of a recorded step, :math:`\log \pi_\theta(x' \mid x)`.
+
+    Args:
+        action: The state that was reached, x', shape (..., N, C, H, W).
+        x_0: The policy's prediction, the same shape.
+        transition: How the step is made; its std is positive.
+        state: The state it started from, the same shape; None where b = 0.
+        level: Summed over the dimensions, or their mean.
+
+    Returns:
+        The log-likelihood, shape (..., N).
+
+    Example:
+        >>> step = Transition(x_0_scale=torch.tensor(1.0), state_scale=torch.tensor(0.0), std=torch.tensor(1.0))
+        >>> round(log_probability(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), step).item(), 4)
+        -0.9189
+    """
+    std = append_dims(transition.std, action)
+    values = -0.5 * ((action - transition.mean(x_0, state)) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    return over_dimensions(values, level)
+
+
+def log_ratio(
+    action: Tensor,
+    x_0: Tensor,
+    old_x_0: Tensor,
+    transition: Transition,
+    state: Tensor | None = None,
+    level: Level = "sample",
+) -> Tensor:
+    r"""How much likelier a recorded step is now: :math:`\log \rho = \log \pi_\theta(x'|x) - \log \pi_{old}(x'|x)`.
+
+    Written with the difference :math:`\Delta = a(\hat x_0 - \hat x_{0,old})`, so that equal predictions give exactly 0.
+
+    Args:
+        action: The state that was reached, x', shape (..., N, C, H, W).
+        x_0: The current prediction, which broadcasts against it.
+        old_x_0: The prediction when the step was made.
+        transition: How the step is made; its std is positive.
+        state: The state it started from; None where b = 0.
+        level: Summed over the dimensions, or their mean.
+
+    Returns:
+        The log ratio, shape (..., N).
+    """
+    difference = append_dims(transition.x_0_scale, action) * (x_0 - old_x_0)
+    error = action - transition.mean(old_x_0, state)
+    variance = append_dims(transition.std, action).square()
+    return over_dimensions(difference * (2 * error - difference) / (2 * variance), level)
+
+
+def kl_divergence(x_0: Tensor, reference_x_0: Tensor, transition: Transition, level: Level = "sample") -> Tensor:
+    r"""The divergence of one step of the policy from that of a reference policy at the same state, in closed form.
+
+    .. math:: \mathrm{KL}(\pi_\theta \,\|\, \pi_{ref}) = \frac{a^2 \lVert \hat x_0 - \hat x_{0,ref} \rVert^2}{2 s^2}
+
+    Args:
+        x_0: The policy's prediction, shape (N, C, H, W).
+        reference_x_0: The reference's, the same shape.
+        transition: How the step is made; its std is positive.
+        level: Summed over the dimensions, or their mean.
+
+    Returns:
+        The divergence, shape (N,).
+    """
+    scaled = append_dims(transition.x_0_scale / transition.std, x_0) * (x_0 - reference_x_0)
+    return over_dimensions(0.5 * scaled.square(), level)

@@ -11,8 +11,10 @@ policy's own samples), all wrapped to predict x_0:
        for each reward: a direction A_j in which it wants xhat_0 of step k to move
            distribution matching: re-noise xhat_0 to x_t, A = (mu_real(x_t) - mu_fake(x_t)) / s
            differentiable reward r: A = grad r(decode(xhat_0)) at xhat_0            (rdm_rl.rewards.adapters)
+           black-box reward r: A = normalised r times the score of the step's noise  (rdm_rl.replay)
        A = sum_j lambda_j A_j                                                     (rdm_rl.weighting)
     4. policy: replay step k with gradients and move xhat_0 along A                policy_loss
+       (again on the same rollout, with A weighted by how likely it still is, if num_iterations > 1)
 
 ``RDMTrainer`` calls these functions in this order; state, optimisers and randomness live there. Every function here is
 pure. DMD2's GAN term and DMDR's DynaDG are left out.
@@ -27,10 +29,12 @@ References:
 import torch
 from torch import Tensor
 
-from rdm_rl.advantages import Group, Normalization, distribution_matching_advantage
+from rdm_rl.advantages import Group, Normalization, distribution_matching_directions
 from rdm_rl.data_types import Conditioning, DenseAdvantage, LossOutput
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, append_dims, denoising_weight
-from rdm_rl.policy import X0Predictor
+from rdm_rl.policy import Level, X0Predictor
+from rdm_rl.replay import ReweightedDirection
+from rdm_rl.samplers import Transition
 
 
 def fake_score_loss(
@@ -76,6 +80,7 @@ def distribution_matching(
     normalization: Normalization = "group",
     group: Group = "prompt",
     scale_floor: float = 1e-6,
+    reuse: tuple[Level, float] | None = None,
 ) -> DenseAdvantage:
     r"""R_dm as a dense advantage: where the teacher would rather see the sample than the fake score does.
 
@@ -94,6 +99,7 @@ def distribution_matching(
         normalization: Which scale divides the direction.
         group: What a group is.
         scale_floor: The smallest scale.
+        reuse: If the direction will serve several updates: the level of the ratio and the clip of its weight.
 
     Returns:
         The direction, shape (N, C, H, W), applicable everywhere. Its metric is ``gap``, the root mean square of
@@ -102,16 +108,23 @@ def distribution_matching(
     noisy = [schedule.perturb(x_0, noise_r, t_r) for noise_r, t_r in zip(noise, t, strict=True)]
     teacher_x_0 = torch.stack([teacher(x_t, t_r, conditioning) for x_t, t_r in zip(noisy, t, strict=True)])
     fake_x_0 = torch.stack([fake_score(x_t, t_r, conditioning) for x_t, t_r in zip(noisy, t, strict=True)])
-    values = distribution_matching_advantage(
+    values = distribution_matching_directions(
         x_0, teacher_x_0, fake_x_0, group_ids, normalization, scale_floor, group=group
     )
+    replay = None
+    if reuse is not None:
+        drawn = Transition(x_0_scale=schedule.alpha(t), state_scale=torch.zeros_like(t), std=schedule.sigma(t))
+        replay = ReweightedDirection(
+            values=values, action=torch.stack(noisy), x_0=x_0, transition=drawn, level=reuse[0], clip=reuse[1]
+        )
     difference = (teacher_x_0 - fake_x_0).square()
     gap = (difference.mean() / (x_0 - teacher_x_0).square().mean().clamp_min(1e-24)).sqrt()
     return DenseAdvantage(
-        values=values,
+        values=values.mean(0),
         applicable=torch.ones(len(x_0), dtype=torch.bool, device=x_0.device),
         reward=-difference.flatten(2).mean((0, 2)),
         metrics={"gap": gap.item()},
+        replay=replay,
     )
 
 

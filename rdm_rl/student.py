@@ -1,25 +1,26 @@
 """Saving a student as plain diffusers: a LoRA or a pipeline, the scheduler that walks it, and a model card."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCard, ModelCardData
 
 from rdm_rl import __version__
 from rdm_rl.networks import AdapterNetworks, Networks
+from rdm_rl.samplers import SamplerName
 
 _CARD = """# {name}
 
-A {steps}-step student of `{base}`, distilled with rdm_rl {version}. The guidance of the teacher is part of the student,
-so it is used with `guidance_scale=1.0`, and with the {steps} steps it was trained for.
+A {steps}-step student of `{base}`, trained with rdm_rl {version}. {guidance}
 
 ```python
 from diffusers import {imports}
 
 pipe = DiffusionPipeline.from_pretrained("{source}"){load_lora}
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0).images[0]
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance_scale}).images[0]
 ```
 
 | setting | value |
@@ -32,6 +33,27 @@ pipe.load_lora_weights("{name}", weight_name="pytorch_lora_weights.safetensors")
 pipe.scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")"""
 
 
+_USE_FILE = "student.json"
+_GUIDANCE_INSIDE = """The guidance of the teacher is part of the
+student, so it is used with `guidance_scale=1.0`, and with the {steps} steps it was trained for."""
+_GUIDANCE_OUTSIDE = """It is used as it was
+trained: with guidance, and with {steps} steps."""
+
+
+class SavedStudent(NamedTuple):
+    """A saved student in plain diffusers, and how it is used.
+
+    Args:
+        pipeline: The pipeline.
+        num_inference_steps: Its number of steps.
+        guidance_scale: Its guidance.
+    """
+
+    pipeline: DiffusionPipeline
+    num_inference_steps: int
+    guidance_scale: float
+
+
 def save_student(
     folder: Path,
     networks: Networks,
@@ -40,6 +62,8 @@ def save_student(
     base: str,
     facts: Mapping[str, Any],
     name: str | None = None,
+    sampler: SamplerName = "renoise",
+    guidance_scale: float = 1.0,
 ) -> None:
     """Write the policy, its scheduler and a model card.
 
@@ -50,20 +74,26 @@ def save_student(
         base: Name or path of the base model.
         facts: What else the card says, a row each.
         name: What the student is called in the card's code: its name on the hub; None is the folder's name.
+        sampler: The policy's sampler.
+        guidance_scale: Guidance that the student is used with.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    scheduler = networks.family.student_scheduler(num_inference_steps)
+    scheduler = networks.family.student_scheduler(num_inference_steps, sampler)
     lora = isinstance(networks, AdapterNetworks)
     if isinstance(networks, AdapterNetworks):
         networks.family.save_lora(str(folder), *networks.export())
         scheduler.save_pretrained(folder / "scheduler")
     else:
         networks.family.save_pipeline(str(folder), networks.module("policy"), scheduler)
+    use = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     kind, name = type(scheduler).__name__, name or folder.name
     base = Path(base).name if Path(base).is_absolute() else base  # A card is published; a machine's paths are not.
     text = _CARD.format(
         name=name,
         steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        guidance=(_GUIDANCE_INSIDE if guidance_scale == 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
         base=base,
         version=__version__,
         imports=f"DiffusionPipeline, {kind}" if lora else "DiffusionPipeline",
@@ -79,15 +109,15 @@ def save_student(
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
 
-def load_student(folder: str | Path, model: str | Path) -> tuple[DiffusionPipeline, int]:
-    """A saved student in plain diffusers, and its number of steps.
+def load_student(folder: str | Path, model: str | Path) -> SavedStudent:
+    """A saved student in plain diffusers, and how it is used.
 
     Args:
         folder: What :func:`save_student` wrote.
         model: The base pipeline, used if the folder holds an adapter.
 
     Returns:
-        The pipeline, without progress bars, and the steps it was trained for.
+        The pipeline, without progress bars, its number of steps and its guidance.
 
     Raises:
         FileNotFoundError: If the folder holds no student.
@@ -97,12 +127,16 @@ def load_student(folder: str | Path, model: str | Path) -> tuple[DiffusionPipeli
     if (folder / "pytorch_lora_weights.safetensors").is_file():
         pipeline = DiffusionPipeline.from_pretrained(str(model))
         pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
-        pipeline.scheduler = LCMScheduler.from_pretrained(str(folder), subfolder="scheduler")
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        schedulers = {one.__name__: one for one in (LCMScheduler, DDIMScheduler)}
+        pipeline.scheduler = schedulers[config["_class_name"]].from_config(config)
     elif (folder / "model_index.json").is_file():
         pipeline = DiffusionPipeline.from_pretrained(str(folder))
     else:
         raise FileNotFoundError(f"{str(folder)!r} holds neither pytorch_lora_weights.safetensors nor model_index.json.")
     pipeline.set_progress_bar_config(disable=True)
-    if "original_inference_steps" not in pipeline.scheduler.config:
-        raise ValueError(f"{str(folder)!r} holds no student: the pipeline's scheduler names no number of steps.")
-    return pipeline, int(pipeline.scheduler.config.original_inference_steps)
+    if not (folder / _USE_FILE).is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no student: there is no {_USE_FILE} that says how many steps it takes."
+        )
+    return SavedStudent(pipeline, **json.loads((folder / _USE_FILE).read_text(encoding="utf-8")))

@@ -117,6 +117,40 @@ def measure(
     )
 
 
+def batch_moments(
+    directions: Sequence[Mapping[str, DenseAdvantage]], total: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each reward's values in one update, for rewards that have any.
+
+    Args:
+        directions: The directions by reward name, for each micro-batch of this process.
+        total: Sums a tensor over the processes.
+
+    Returns:
+        The two numbers by name, equal in all processes.
+
+    Example:
+        >>> values = torch.tensor([1.0, 3.0, float("nan")])
+        >>> seen = DenseAdvantage(values=torch.zeros(3, 1, 1, 1), applicable=~values.isnan(), reward=values)
+        >>> batch_moments([{"clarity": seen}])
+        {'clarity': (2.0, 1.0)}
+    """
+    names = list(directions[0])
+    sums = torch.zeros(len(names), 3, dtype=torch.float64)
+    for micro_batch in directions:
+        for row, name in zip(sums, names, strict=True):
+            values = micro_batch[name].reward
+            if values is not None:
+                known = values[~values.isnan()].cpu().double()
+                row += torch.stack([known.sum(), known.square().sum(), known.new_tensor(len(known))])
+    moments = {}
+    for name, (values, squares, count) in zip(names, total(sums).tolist(), strict=True):
+        if count:
+            mean = values / count
+            moments[name] = (mean, math.sqrt(max(0.0, squares / count - mean**2)))
+    return moments
+
+
 def _direction_sums(one: DenseAdvantage, rdm: DenseAdvantage | None) -> tuple[float, float, float, float]:
     """Sum and number of squares, sum and number of cosines to ``rdm``."""
     values = one.values[one.applicable].cpu().double().flatten(1)  # Not every accelerator has float64.

@@ -1,21 +1,25 @@
 r"""Plain rewards as directions: what turns a callable into what the trainer asks for.
 
-A differentiable reward wants :math:`\hat x_0` to move along its gradient (ReFL, DRaFT, AlignProp); a reward that is
-only watched has no direction.
+A differentiable reward wants :math:`\hat x_0` to move along its gradient (ReFL, DRaFT, AlignProp); a black box acts
+through the likelihood of the policy's random steps (DDPO, GRPO); a reward that is only watched has no direction.
 
 References:
     | ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation (Xu et al., 2023), ReFL
     | https://arxiv.org/abs/2304.05977
     | Directly Fine-Tuning Diffusion Models on Differentiable Rewards (Clark et al., 2023), DRaFT
     | https://arxiv.org/abs/2309.17400
+    | Training Diffusion Models with Reinforcement Learning (Black et al., 2023), DDPO
+    | https://arxiv.org/abs/2305.13301
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.randomness import Generators
+from rdm_rl.replay import PolicyGradientDirection
 from rdm_rl.rewards.registry import RewardContext
 from rdm_rl.rewards.scoring import PlainReward, RewardOutput
 
@@ -48,6 +52,11 @@ class PlainRewardAdapter:
             self.reward.function.prepare()
 
     @property
+    def wants_teacher_images(self) -> bool:
+        """Whether the reward compares with the teacher's images."""
+        return self.reward.wants_teacher_images
+
+    @property
     def context(self) -> RewardContext:
         """What the trainer gave."""
         if self._context is None:
@@ -77,6 +86,10 @@ class PathwiseReward(PlainRewardAdapter):
     ``pathwise_steps="any"``.
     """
 
+    def acts_on(self, step: int, rollout: Rollout) -> bool:
+        """Whether the reward has a direction on a step."""
+        return self.context.args.pathwise_steps == "any" or step == len(rollout.times) - 1
+
     def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
         """The gradient of the reward at the predictions of a step.
 
@@ -92,7 +105,7 @@ class PathwiseReward(PlainRewardAdapter):
             RewardError: If the reward fails and that is not to be skipped.
         """
         x_0 = rollout.x_0[step]
-        if self.context.args.pathwise_steps == "last" and step != len(rollout.times) - 1:
+        if not self.acts_on(step, rollout):
             nowhere = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
             return DenseAdvantage(values=torch.zeros_like(x_0), applicable=nowhere)
         output = self.start(rollout, step, gradient=True)()
@@ -115,13 +128,14 @@ class PathwiseReward(PlainRewardAdapter):
         )
 
 
-class WatchedReward(PlainRewardAdapter):
-    """A reward with the weight 0: evaluated on the finished samples and logged, without a direction."""
+class FinalImageReward(PlainRewardAdapter):
+    """What the adapters share that judge the finished samples alone: the reward is asked once for each rollout."""
 
     def __init__(self, name: str, function: Callable[..., object]) -> None:
         """Nothing is being waited for yet."""
         super().__init__(name, function)
         self._waiting: tuple[Rollout, Callable[[], RewardOutput]] | None = None
+        self._known: tuple[Rollout, RewardOutput] | None = None
 
     def prefetch(self, rollout: Rollout) -> None:
         """Begin to ask the reward, so that other rewards work while it does.
@@ -129,7 +143,37 @@ class WatchedReward(PlainRewardAdapter):
         Args:
             rollout: The recorded chains.
         """
-        self._waiting = rollout, self.start(rollout, -1, gradient=False)
+        if self._known is None or self._known[0] is not rollout:
+            self._waiting = rollout, self.start(rollout, -1, gradient=False)
+
+    def values(self, rollout: Rollout) -> RewardOutput:
+        """The reward of the finished samples.
+
+        Args:
+            rollout: The recorded chains of N samples.
+
+        Returns:
+            The values. Faults are counted when they are first asked for.
+
+        Raises:
+            RewardError: If the reward fails and that is not to be skipped.
+        """
+        if self._known is not None and self._known[0] is rollout:
+            return replace(self._known[1], faults=0)
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or waiting[0] is not rollout:
+            waiting = rollout, self.start(rollout, -1, gradient=False)
+        output = waiting[1]()
+        self._known = rollout, output
+        return output
+
+
+class WatchedReward(FinalImageReward):
+    """A reward with the weight 0: evaluated on the finished samples and logged, without a direction."""
+
+    def acts_on(self, step: int, rollout: Rollout) -> bool:
+        """It never has a direction."""
+        return False
 
     def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
         """The reward of the finished samples, and no direction.
@@ -145,14 +189,65 @@ class WatchedReward(PlainRewardAdapter):
         Raises:
             RewardError: If the reward fails and that is not to be skipped.
         """
-        waiting, self._waiting = self._waiting, None
-        if waiting is None or waiting[0] is not rollout:
-            waiting = rollout, self.start(rollout, -1, gradient=False)
-        output = waiting[1]()
-        x_0 = rollout.x_0[step]
+        output, x_0 = self.values(rollout), rollout.x_0[step]
         return DenseAdvantage(
             values=torch.zeros_like(x_0),
             applicable=torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device),
             reward=output.values,
             faults=output.faults,
+        )
+
+
+class PolicyGradientReward(FinalImageReward):
+    r"""A black box: the finished sample's reward, credited to the noise that a random step drew.
+
+    On step k the direction is :math:`\hat A_i \rho_i \nabla_{\hat x_0} \log \pi_\theta(x_{k+1} | x_k)` (see
+    :func:`rdm_rl.advantages.policy_gradient_advantage`). The reward comes first and its normalisation
+    :math:`\hat A` later, when the rewards of all samples are known.
+    """
+
+    def acts_on(self, step: int, rollout: Rollout) -> bool:
+        """Whether the step is random: a likelihood is needed."""
+        return rollout.is_random(step)
+
+    def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
+        """The reward of the finished samples, with what makes a direction of its advantage.
+
+        Args:
+            rollout: The recorded chains of N samples.
+            step: Index of the step that will be replayed.
+            generator: Not used.
+
+        Returns:
+            A direction that is 0 until :func:`rdm_rl.replay.with_advantage` fills it in; not applicable where the
+            reward is not, or on a step that is not random.
+
+        Raises:
+            RewardError: If the reward fails and that is not to be skipped.
+        """
+        x_0, args = rollout.x_0[step], self.context.args
+        if not self.acts_on(step, rollout):
+            nowhere = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
+            return DenseAdvantage(values=torch.zeros_like(x_0), applicable=nowhere)
+        output = self.values(rollout)
+        factor, transition = 1.0, rollout.transitions[step]
+        if args.step_weighting == "std":
+            spreads = torch.stack([one.std for one in rollout.transitions if one.std > 0])
+            factor = (transition.std / spreads.mean()).item()
+        low, high = args.clip_range
+        return DenseAdvantage(
+            values=torch.zeros_like(x_0),
+            applicable=output.applicable,
+            reward=output.values,
+            faults=output.faults,
+            replay=PolicyGradientDirection(
+                action=rollout.states[step + 1],
+                state=rollout.states[step],
+                x_0=x_0,
+                transition=transition,
+                level=args.importance_sampling_level,
+                epsilon=low,
+                epsilon_high=high,
+                factor=factor,
+            ),
         )

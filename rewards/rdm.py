@@ -81,4 +81,5 @@ class DistributionMatchingReward:
             normalization=args.dm_normalization,
             group=args.dm_group,
             scale_floor=args.dm_scale_floor,
+            reuse=(args.importance_sampling_level, args.importance_weight_clip) if args.num_iterations > 1 else None,
         )

@@ -359,7 +359,7 @@ def load_rewards(reward_funcs: RewardSpec | Sequence[RewardSpec]) -> dict[str, A
 
 
 def as_directions(
-    rewards: Mapping[str, Any], weights: Mapping[str, float], columns: Sequence[str]
+    rewards: Mapping[str, Any], weights: Mapping[str, float], columns: Sequence[str], *, pathwise: bool = True
 ) -> dict[str, DirectionReward]:
     """Rewards of either kind as objects with a direction.
 
@@ -367,14 +367,15 @@ def as_directions(
         rewards: The rewards by name.
         weights: Their weights. A plain reward with the weight 0 is only watched.
         columns: The data set's columns beside the prompt.
+        pathwise: Whether differentiable rewards act by their gradient; else they are black boxes, too.
 
     Returns:
         The objects by name.
 
     Raises:
-        ValueError: If a reward that is not differentiable has a weight, or a column is missing.
+        ValueError: If a column is missing.
     """
-    from rdm_rl.rewards.adapters import PathwiseReward, WatchedReward
+    from rdm_rl.rewards.adapters import PathwiseReward, PolicyGradientReward, WatchedReward
     from rdm_rl.rewards.scoring import check_columns
 
     directions: dict[str, DirectionReward] = {}
@@ -385,15 +386,10 @@ def as_directions(
         check_columns(name, reward, columns)
         if weights[name] == 0:
             directions[name] = WatchedReward(name, reward)
-        elif getattr(reward, "differentiable", False):
+        elif pathwise and getattr(reward, "differentiable", False):
             directions[name] = PathwiseReward(name, reward)
         else:
-            raise ValueError(
-                f"The reward {name!r} has the weight {weights[name]:g} but is a black box: it does not declare "
-                "differentiable = True, and this version has no policy-gradient direction for such rewards. Set its "
-                "entry of reward_weights to 0 to watch it in the log; or, if its values have a graph to the images, "
-                f"declare it: @register_reward({name!r}, differentiable=True)."
-            )
+            directions[name] = PolicyGradientReward(name, reward)
     return directions
 
 

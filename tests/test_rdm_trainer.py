@@ -77,9 +77,9 @@ def test_each_loss_moves_its_own_role(lora: bool, base: Path, tmp_path: Path) ->
     randomize(trainer.networks)
     trainer.create_optimizers()
     rollout = trainer.generate_rollout(next(trainer.prompt_batches(0)))
-    advantage = trainer.compute_advantages(trainer.compute_rewards(rollout, 1))
+    directions = trainer.compute_rewards(rollout, 1)
     losses = {
-        "policy": lambda: trainer.compute_policy_loss(rollout, 1, advantage),
+        "policy": lambda: trainer.compute_policy_loss(rollout, 1, directions),
         "fake_score": lambda: trainer.compute_fake_score_loss(rollout, "test", 0),
     }
     for role, other in (("policy", "fake_score"), ("fake_score", "policy")):
@@ -280,9 +280,9 @@ class Every(RDMTrainer):
         self._count("compute_advantages")
         return directions["own"]
 
-    def compute_policy_loss(self, rollout: Rollout, step: int, advantage: DenseAdvantage) -> LossOutput:
+    def compute_policy_loss(self, rollout: Rollout, step: int, directions: Mapping[str, DenseAdvantage]) -> LossOutput:
         self._count("compute_policy_loss")
-        made = super().compute_policy_loss(rollout, step, advantage)
+        made = super().compute_policy_loss(rollout, step, directions)
         return LossOutput(loss=made.loss, metrics={**made.metrics, "own": 11.0})
 
     def compute_fake_score_loss(self, rollout: Rollout, stream: str, update: int) -> LossOutput:

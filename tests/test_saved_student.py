@@ -195,7 +195,7 @@ def test_folder_of_a_student(lora: bool, base: Path, tmp_path: Path) -> None:
     assert "num_inference_steps=3" in card
     assert "guidance_scale=1.0" in card
     assert "2.5" in card
-    pipe, steps = load_student(tmp_path / "student", base)
+    pipe, steps, _ = load_student(tmp_path / "student", base)
     assert isinstance(pipe, StableDiffusionPipeline)
     assert steps == 3
     made = pipe(PROMPTS, num_inference_steps=3, guidance_scale=1.0, generator=torch.Generator().manual_seed(3))

@@ -7,9 +7,13 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from rdm_rl.advantages import Group, Normalization, RewardScale
+from rdm_rl.advantages import Group, Normalization, RewardBaseline, RewardScale
+from rdm_rl.policy import Level
 from rdm_rl.renoise import RenoiseDistribution
+from rdm_rl.samplers import SamplerName
 from rdm_rl.weighting import Reference
+
+_WITHOUT_FAKE_SCORE = {"fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 0}
 
 # Each method is a setting of one trainer. `rdm-rl methods` prints this table.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,7 +29,28 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "refl": (
         "gradients of differentiable rewards alone, without 'rdm' in reward_funcs; the control",
-        {"reward_weighting": "fixed", "fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 0},
+        {"reward_weighting": "fixed", **_WITHOUT_FAKE_SCORE},
+    ),
+    "ddpo": (
+        "policy gradient of black-box rewards on a many-step sampler, without 'rdm'; what TRL's DDPOTrainer did",
+        {
+            **{"reward_weighting": "fixed", "reward_gradient": "score_function", **_WITHOUT_FAKE_SCORE},
+            **{"warm_start": "none", "sampler": "ddim", "eta": 1.0, "num_inference_steps": 50, "guidance_scale": 5.0},
+            **{"num_replayed_steps": 50, "ema_decay": 0.0, "learning_rate": 3e-4},
+        },
+    ),
+    "redif": (
+        "policy gradient towards the teacher's image of the same prompt and noise, without 'rdm' (ReDiFTrainer)",
+        {
+            **{"reward_weighting": "fixed", "reward_gradient": "score_function", **_WITHOUT_FAKE_SCORE},
+            **{"warm_start": "none", "sampler": "ddim", "eta": 0.4, "num_inference_steps": 5, "guidance_scale": 5.0},
+            **{"teacher_guidance_scale": 5.0, "num_replayed_steps": 4, "step_weighting": "std"},
+            **{"group_noise": "shared", "noise_pool": 4, "scale_rewards": "batch", "ema_decay": 0.0},
+        },
+    ),
+    "hybrid": (
+        "'rdm' on every step, black-box rewards on the random ones, gradients of rewards on the last; after RTDMD",
+        {"dm_normalization": "group", "reward_weighting": "adaptive", "num_replayed_steps": 2},
     ),
 }
 
@@ -113,9 +138,35 @@ class RDMConfig(TrainingArguments):
         fidelity_budget: How many times its value in the cold start the gap to the teacher may be; None means 1.5 for
             ``reward_weighting="budget"``.
         pathwise_steps: The steps on which gradients of rewards act: the ``last``, or ``any``.
-        scale_rewards: How a reward's values become the ``advantage`` of a :class:`~rdm_rl.data_types.DenseAdvantage`:
-            minus the group's mean, over the standard deviation of the ``group`` or the ``batch``, or over 1 (``none``).
-            Nothing in this version trains on it.
+        reward_gradient: How rewards that are differentiable act: by their own gradient (``pathwise``), or as black
+            boxes through the policy's likelihood (``score_function``), as those that are not always do.
+        scale_rewards: What a black box's centred rewards are divided by to make advantages: the standard deviation of
+            the ``group`` or of the ``batch`` (a running one), or 1 (``none``).
+        reward_baseline: What they are centred on: the mean of the ``group``, or of the whole ``batch``.
+        advantage_clip: Advantages are clipped to plus and minus this.
+        epsilon: How far a step's likelihood ratio may fall below 1 before its bad sample stops pushing; None is 1e-4 at
+            level ``dimension`` and 0.2 at ``sample``.
+        epsilon_high: How far it may rise above 1 before its good sample does; None is ``epsilon``.
+        importance_sampling_level: The log ratio is the mean over a sample's dimensions (``dimension``: a trust region),
+            or their sum (``sample``: the likelihood, for small models).
+        step_weighting: A factor for each step of a policy gradient: ``none``, or in proportion to the ``std`` of its
+            noise, because the direction grows as the noise shrinks.
+        beta: Weight of the divergence of the policy's random steps from those it had before the first update.
+        num_replayed_steps: Recorded steps that are replayed in each policy update, at most all those that a reward acts
+            on.
+        num_iterations: Policy updates M on each rollout. The fake score is updated once for each rollout.
+        importance_weight_clip: When a rollout is used again, distribution matching's direction is weighted by the
+            likelihood ratio, clipped to 1 plus and minus this; 0 leaves the ratio out.
+        sampler: How the policy goes from step to step: ``renoise``, ``ddim``, or, for flow models, ``flow_sde`` or
+            ``cps`` (see :mod:`rdm_rl.samplers`).
+        eta: How random ``ddim``, ``flow_sde`` and ``cps`` are in training; None is 1, 0.7 and 0.9.
+        guidance_scale: Guidance of the policy itself, in rollouts and updates alike. The saved student needs it too.
+        group_noise: Whether each generation starts from its ``own`` noise, or those of one prompt from a ``shared``
+            one.
+        noise_pool: Number of initial noises for each prompt, drawn from again and again, so that a teacher's images of
+            them can be kept; None always draws new ones.
+        teacher_cache_dir: Where the teacher's images are kept on disk, for rewards that ask for them; None keeps none.
+        teacher_cache_gib: Most disk space that they take; the least recently used go first.
         reward_batch_size: Most samples that a reward is called with; None is all.
         reward_timeout: Seconds after which a reward counts as hung; None waits for ever.
         on_reward_error: What happens when a reward fails: ``raise``, or ``skip`` the samples concerned.
@@ -195,10 +246,39 @@ class RDMConfig(TrainingArguments):
     pathwise_steps: Literal["last", "any"] = field(
         default="last", metadata={"help": "The steps on which gradients of rewards act."}
     )
-    scale_rewards: RewardScale = field(
-        default="group",
-        metadata={"help": "What centred values are divided by; nothing trains on them yet."},
+    reward_gradient: Literal["pathwise", "score_function"] = field(
+        default="pathwise", metadata={"help": "How differentiable rewards act: by their gradient, or as black boxes."}
     )
+    scale_rewards: RewardScale = field(
+        default="group", metadata={"help": "Whose standard deviation divides a black box's centred rewards."}
+    )
+    reward_baseline: RewardBaseline = field(default="group", metadata={"help": "Whose mean they are centred on."})
+    advantage_clip: float = field(default=5.0, metadata={"help": "Largest advantage, on both sides."})
+    epsilon: float | None = field(default=None, metadata={"help": "Lower clip of the likelihood ratio."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip of the likelihood ratio."})
+    importance_sampling_level: Level = field(
+        default="dimension", metadata={"help": "Log ratios: mean over the dimensions, or their sum ('sample')."}
+    )
+    step_weighting: Literal["none", "std"] = field(
+        default="none", metadata={"help": "A factor for each step of a policy gradient."}
+    )
+    beta: float = field(default=0.0, metadata={"help": "Weight of the divergence from the policy at the start."})
+    num_replayed_steps: int = field(default=1, metadata={"help": "Recorded steps replayed in each policy update."})
+    num_iterations: int = field(default=1, metadata={"help": "Policy updates M on each rollout."})
+    importance_weight_clip: float = field(
+        default=0.2, metadata={"help": "Clip of the weight of a rollout that is used again; 0: no weight."}
+    )
+    sampler: SamplerName = field(default="renoise", metadata={"help": "How the policy goes from step to step."})
+    eta: float | None = field(default=None, metadata={"help": "Randomness of ddim, flow_sde and cps in training."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the policy itself."})
+    group_noise: Literal["own", "shared"] = field(
+        default="own", metadata={"help": "Whether the generations of a prompt share their initial noise."}
+    )
+    noise_pool: int | None = field(
+        default=None, metadata={"help": "Initial noises for each prompt to draw from; default: always new ones."}
+    )
+    teacher_cache_dir: str | None = field(default=None, metadata={"help": "Where the teacher's images are kept."})
+    teacher_cache_gib: float = field(default=20.0, metadata={"help": "Most disk space that they take, in GiB."})
     reward_batch_size: int | None = field(
         default=None, metadata={"help": "Most samples that a reward is called with; default: all."}
     )
@@ -246,6 +326,19 @@ class RDMConfig(TrainingArguments):
         if self.renoise_distribution == "annealed_beta" and self.renoise_anneal_steps is None:
             self.renoise_anneal_steps = 2000
 
+    @property
+    def has_random_steps(self) -> bool:
+        """Whether a step of the policy has a likelihood: not the last, nor any with ``eta=0``."""
+        return self.num_inference_steps > 1 and self.eta != 0
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """The lower and upper clip of likelihood ratios: the settings, or the level's defaults."""
+        low = (
+            {"dimension": 1e-4, "sample": 0.2}[self.importance_sampling_level] if self.epsilon is None else self.epsilon
+        )
+        return low, low if self.epsilon_high is None else self.epsilon_high
+
     @classmethod
     def from_method(cls, method: str, **overrides: Any) -> "RDMConfig":
         """The settings of a named method.
@@ -285,6 +378,12 @@ class RDMConfig(TrainingArguments):
             "reward_conflict": ("keep", "project"),
             "pathwise_steps": ("last", "any"),
             "scale_rewards": get_args(RewardScale),
+            "reward_baseline": get_args(RewardBaseline),
+            "reward_gradient": ("pathwise", "score_function"),
+            "importance_sampling_level": get_args(Level),
+            "step_weighting": ("none", "std"),
+            "sampler": get_args(SamplerName),
+            "group_noise": ("own", "shared"),
             "on_reward_error": ("raise", "skip"),
             "warm_start": ("ode", "none"),
         }
@@ -311,6 +410,30 @@ class RDMConfig(TrainingArguments):
             raise ValueError(
                 f"fidelity_budget={self.fidelity_budget} needs reward_weighting='budget', not "
                 f"{self.reward_weighting!r}."
+            )
+        if self.reward_baseline == "batch" and self.scale_rewards == "group":
+            raise ValueError(
+                "reward_baseline='batch' centres on the batch, but scale_rewards='group' divides by a group's spread. "
+                "Set scale_rewards to 'batch' or 'none'."
+            )
+        if self.sampler == "renoise" and self.eta is not None:
+            raise ValueError(
+                f"eta={self.eta} is set, but sampler='renoise' always draws all noise anew. Set sampler='ddim', say."
+            )
+        if self.importance_weight_clip != 0.2 and self.num_iterations == 1:
+            raise ValueError(
+                f"importance_weight_clip={self.importance_weight_clip} is set, but no rollout is used twice: set "
+                "num_iterations to 2 or more, or leave it out."
+            )
+        if self.beta and not self.has_random_steps:
+            raise ValueError(
+                f"beta={self.beta} compares the policy's random steps with those at the start, but it has none: "
+                f"num_inference_steps={self.num_inference_steps}, sampler={self.sampler!r}, eta={self.eta}. Set beta=0."
+            )
+        if self.guidance_scale != 1 and self.warm_start == "ode":
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} asks the policy with guidance, but the warm start teaches it to "
+                "do without. Set guidance_scale=1, or warm_start='none'."
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub=True needs hub_model_id='owner/name'.")
@@ -347,6 +470,13 @@ class RDMConfig(TrainingArguments):
             "reward_batch_size": 1,
             "decode_batch_size": 1,
             "teacher_num_inference_steps": 1,
+            "num_replayed_steps": 1,
+            "num_iterations": 1,
+            "beta": 0,
+            "eta": 0,
+            "epsilon": 0,
+            "epsilon_high": 0,
+            "noise_pool": 1,
             "fake_score_max_grad_norm": 0,
             "gradient_accumulation_steps": 1,
             "per_device_train_batch_size": 1,
@@ -361,7 +491,11 @@ class RDMConfig(TrainingArguments):
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and is not a multiple "
                 f"of num_generations={self.num_generations}, so a prompt's group would be split. Set it to {fitting}."
             )
-        for name in ("reward_timeout", "fidelity_budget"):
+        for name, limit in (("importance_weight_clip", 1.0), ("eta", None if self.sampler == "flow_sde" else 1.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= (float("inf") if limit is None else limit):
+                raise ValueError(f"{name}={value}, but it must be between 0 and {limit}.")
+        for name in ("reward_timeout", "fidelity_budget", "advantage_clip", "teacher_cache_gib"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}, but it must be a positive number, or None.")

@@ -16,8 +16,8 @@ from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from rdm_rl.advantages import normalize_rewards
 from rdm_rl.checkpointing import check_settings, find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
-from rdm_rl.data_types import DenseAdvantage, LossOutput, PromptBatch, Rollout
-from rdm_rl.decoding import ImageDecoder, TeacherImages, load_tiny_decoder
+from rdm_rl.data_types import DenseAdvantage, Experience, LossOutput, PromptBatch, Rollout
+from rdm_rl.decoding import ImageDecoder, load_tiny_decoder
 from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family, check_model_name, load_family
@@ -25,11 +25,12 @@ from rdm_rl.families.base import fingerprint
 from rdm_rl.metric_window import reward_metrics
 from rdm_rl.networks import AdapterNetworks, Role, make_networks
 from rdm_rl.optimization import OptimizerFactory, RoleOptimizer, make_optimizer, make_scheduler
-from rdm_rl.policy import rollout
+from rdm_rl.policy import kl_divergence, rollout
 from rdm_rl.prompts import PromptSource, other_columns
 from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
 from rdm_rl.rdm import fake_score_loss, policy_loss
 from rdm_rl.renoise import anneal_progress, renoise_times
+from rdm_rl.replay import check_unmoved, replay_metrics, with_advantage
 from rdm_rl.rewards.registry import (
     BindableReward,
     PrefetchingReward,
@@ -39,13 +40,19 @@ from rdm_rl.rewards.registry import (
     load_rewards,
     reward_weights,
 )
+from rdm_rl.samplers import make_sampler, suits
 from rdm_rl.student import save_student
+from rdm_rl.teacher_images import TeacherCache, TeacherImages
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.rdm_config import RDMConfig
-from rdm_rl.trainers.reward_settings import check_weighting_settings, warn_of_reward_settings
+from rdm_rl.trainers.reward_settings import (
+    check_policy_gradient_settings,
+    check_weighting_settings,
+    warn_of_reward_settings,
+)
 from rdm_rl.trainers.training_loop import TrainingLoop
 from rdm_rl.warm_start import OdePairs, collect_pairs, regress
-from rdm_rl.weighting import RunningMean, Weighting, make_weighting, measure
+from rdm_rl.weighting import RunningMean, Weighting, batch_moments, make_weighting, measure
 
 EVALUATION_SEED = 12345
 SPREAD_DECAY = 0.95
@@ -57,8 +64,8 @@ class RDMTrainer(TrainingLoop):
     One step is one policy update: the policy rolls out samples, the fake score learns them, every reward says where
     they should move, and one recorded step of the policy is replayed and moved there. Each part is a method that a
     subclass may override: :meth:`generate_rollout`, :meth:`compute_fake_score_loss`, :meth:`compute_rewards`,
-    :meth:`compute_advantages`, :meth:`compute_policy_loss`, :meth:`training_step`, :meth:`evaluate`, :meth:`log`,
-    :meth:`save_model`, :meth:`create_optimizers`.
+    :meth:`compute_advantages`, :meth:`replay_step`, :meth:`compute_policy_loss`, :meth:`training_step`,
+    :meth:`evaluate`, :meth:`log`, :meth:`save_model`, :meth:`create_optimizers`.
 
     Args:
         model: The pipeline to distil: a folder, a hub name, or a loaded ``DiffusionPipeline``. It is also the teacher.
@@ -111,7 +118,13 @@ class RDMTrainer(TrainingLoop):
         if train_dataset is None:
             raise ValueError("train_dataset is missing: pass rows with a 'prompt' column.")
         self.prompts = PromptSource(train_dataset, args.seed if args.data_seed is None else args.data_seed)
-        self.rewards = as_directions(rewards, self.reward_weights, list(other_columns([train_dataset[0]], 1)))
+        self.rewards = as_directions(
+            rewards,
+            self.reward_weights,
+            list(other_columns([train_dataset[0]], 1)),
+            pathwise=args.reward_gradient == "pathwise",
+        )
+        check_policy_gradient_settings(args, self.rewards)
         if weighting is not None and not isinstance(weighting, Weighting):
             raise TypeError(
                 f"weighting={weighting!r} does not derive from rdm_rl.weighting.Weighting. Derive from it and override "
@@ -163,7 +176,13 @@ class RDMTrainer(TrainingLoop):
         if args.gradient_checkpointing:
             self.networks.enable_activation_checkpointing()
             self.family.enable_decoder_checkpointing()
-        self.times = self.family.student_times(args.num_inference_steps).to(self.device)
+        if not suits(args.sampler, self.family.schedule):
+            raise ValueError(
+                f"sampler={args.sampler!r} is not made for this model's noise schedule. Use 'renoise' with any model, "
+                "'ddim' with a variance-preserving one, 'flow_sde' or 'cps' with a flow."
+            )
+        self.sampler = make_sampler(args.sampler, args.eta)
+        self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
         self._last_checkpoint: Path | None = None
         self._bind_rewards()
@@ -171,6 +190,9 @@ class RDMTrainer(TrainingLoop):
         self._own_optimizers = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}
         self.average: PolicyAverage | None = None
+        self.reference: PolicyAverage | None = None
+        self._experiences: list[Experience] = []
+        self._is_fresh = True  # No update has been made on the rollout yet.
         self._last_rollout: Rollout | None = None
 
     def _bind_rewards(self) -> None:
@@ -192,12 +214,32 @@ class RDMTrainer(TrainingLoop):
                 self.networks.teacher_family.schedule,
                 decoder,
                 args.teacher_num_inference_steps,
+                self._teacher_cache(),
             ),
             last_checkpoint=lambda: self._last_checkpoint,
         )
         for reward in self.rewards.values():
             if isinstance(reward, BindableReward):
                 reward.bind(context)
+
+    def _teacher_cache(self) -> TeacherCache | None:
+        """Where the teacher's images are kept, under a name that no other teacher, decoder or setting has."""
+        args, family = self.args, self.networks.teacher_family
+        if args.teacher_cache_dir is None:
+            return None
+        decoder = args.reward_decoder
+        key = fingerprint(
+            self.networks.module("teacher"),
+            border=family.border(),
+            prediction_type=family.prediction_type,
+            shape=list(self.family.latent_shape),
+            sampler="ddim",
+            steps=args.teacher_num_inference_steps,
+            guidance=self.teacher_guidance_scale,
+            start=float(self.times[0]),
+            decoder=fingerprint(self.family.pipeline.vae) if decoder is None else str(decoder),
+        )
+        return TeacherCache(args.teacher_cache_dir, key, int(args.teacher_cache_gib * 2**30))
 
     # ----- what a run is made of -----
 
@@ -209,7 +251,8 @@ class RDMTrainer(TrainingLoop):
     def create_optimizers(self) -> None:
         """Make the optimiser of each role: the policy's from the inherited settings, the fake score's from its own."""
         args, (own_policy, own_fake_score) = self.args, self._own_optimizers
-        updates = args.fake_score_warmup_steps + self.state.max_steps * args.fake_score_updates_per_policy_update
+        rollouts = -(-self.state.max_steps // args.num_iterations)
+        updates = args.fake_score_warmup_steps + rollouts * args.fake_score_updates_per_policy_update
         plan: tuple[tuple[Role, Any, float, int, float], ...] = (
             ("policy", own_policy, args.learning_rate, self.state.max_steps, args.max_grad_norm),
             ("fake_score", own_fake_score, args.fake_score_learning_rate, updates, args.fake_score_max_grad_norm),
@@ -270,24 +313,88 @@ class RDMTrainer(TrainingLoop):
     def training_step(self) -> dict[str, float]:
         """One update of the method: rollouts, fake-score updates, rewards, policy update.
 
+        With ``num_iterations`` M, the first M - 1 of these are made for every Mth policy update only.
+
         Returns:
             Numbers for the log.
         """
-        update = self._global_step()
-        rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update)]
+        rollout_number, iteration = divmod(self._global_step(), self.args.num_iterations)
+        metrics = {}
+        if iteration == 0 or not self._experiences:
+            rollouts, metrics = self.collect_rollouts(rollout_number)
+            metrics |= self.collect_experiences(rollouts, rollout_number)
+        return metrics | self._update_policy()
+
+    def collect_rollouts(self, number: int) -> tuple[list[Rollout], dict[str, float]]:
+        """New samples, and the fake score's updates on them.
+
+        Args:
+            number: How many times this was done before; it seeds the samples.
+
+        Returns:
+            A rollout for each micro-batch, and numbers for the log.
+        """
+        rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(number)]
         count = self.args.fake_score_updates_per_policy_update
         metrics = self._fake_score_health(rollouts[0]) if count and self.is_logging_step() else {}
         for index in range(count):
-            metrics |= self._update_fake_score(rollouts, "fake_score", update * count + index)
-        metrics |= self._update_policy(rollouts)
+            metrics |= self._update_fake_score(rollouts, "fake_score", number * count + index)
         self._last_rollout = rollouts[0]
-        return metrics
+        return rollouts, metrics
 
-    def prompt_batches(self, update: int, stream: str = "train") -> Iterator[PromptBatch]:
-        """The micro-batches of this process for one update.
+    def collect_experiences(self, rollouts: Sequence[Rollout], number: int) -> dict[str, float]:
+        """Ask the rewards about the steps that will be replayed, and set the weights of their directions.
 
         Args:
-            update: Number of the update.
+            rollouts: A rollout for each micro-batch.
+            number: Their number; it seeds the choice of the steps.
+
+        Returns:
+            Numbers for the log.
+        """
+        steps = self.draw_steps(rollouts[0], number)
+        pairs = [(one, step) for one in rollouts for step in steps]
+        found = [self.compute_rewards(one, step) for one, step in pairs]
+        moments = batch_moments(found, self.sum_over_processes)
+        for name, (_, spread) in moments.items():
+            self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY)).add(spread)
+        self._experiences = [
+            Experience(rollout=one, step=step, directions=self._with_advantages(own, one.batch, moments))
+            for (one, step), own in zip(pairs, found, strict=True)
+        ]
+        self._is_fresh = True
+        statistics = measure(
+            [one.directions for one in self._experiences],
+            [one.rollout.batch.group_ids for one in self._experiences],
+            self.sum_over_processes,
+        )
+        self.weighting.update(statistics, self._global_step())
+        return reward_metrics(statistics, self.weighting)
+
+    def draw_steps(self, rollout: Rollout, number: int) -> list[int]:
+        """The recorded steps that will be replayed: ``num_replayed_steps`` of those that a reward acts on.
+
+        They are the same for all samples and processes.
+
+        Args:
+            rollout: A rollout.
+            number: Its number, which seeds the choice.
+
+        Returns:
+            Their indices, without repetition.
+        """
+        acting = [reward for name, reward in self.rewards.items() if self.reward_weights[name]]
+        every = range(len(rollout.times))
+        left = [step for step in every if any(_acts_on(reward, step, rollout) for reward in acting)] or [*every]
+        generator = seeded_generator(self.args.seed, "replayed_step", number)
+        count = min(self.args.num_replayed_steps, len(left))
+        return [left.pop(int(torch.randint(len(left), (1,), generator=generator))) for _ in range(count)]
+
+    def prompt_batches(self, update: int, stream: str = "train") -> Iterator[PromptBatch]:
+        """The micro-batches of this process for one rollout.
+
+        Args:
+            update: Number of the rollout.
             stream: Keeps the samples of other phases apart from those of training.
 
         Yields:
@@ -301,17 +408,28 @@ class RDMTrainer(TrainingLoop):
             ) * groups
             rows = self.prompts.rows(first, groups)
             texts = [row["prompt"] for row in rows]
+            sample_ids = range(first * args.num_generations, (first + groups) * args.num_generations)
             yield PromptBatch(
                 prompts=[text for text in texts for _ in range(args.num_generations)],
                 conditioning=self.family.encode(texts).repeat(args.num_generations),
                 group_ids=torch.arange(first, first + groups, device=self.device).repeat_interleave(
                     args.num_generations
                 ),
-                sample_ids=range(first * args.num_generations, (first + groups) * args.num_generations),
+                sample_ids=sample_ids,
                 columns=other_columns(rows, args.num_generations),
+                noise_seeds=self._noise_seeds(sample_ids, stream, update),
                 stream=stream,
                 update=update,
             )
+
+    def _noise_seeds(self, sample_ids: Sequence[int], stream: str, update: int) -> list[int] | None:
+        """The seeds of the initial noises, where these are shared, drawn from a pool, or paired with kept images."""
+        args = self.args
+        if args.group_noise == "own" and args.noise_pool is None and args.teacher_cache_dir is None:
+            return None
+        size = args.num_generations if args.group_noise == "shared" else 1
+        generators = seeded_generators(args.seed, f"{stream}/noise_seed", update, (one // size for one in sample_ids))
+        return [int(torch.randint(args.noise_pool or 2**62, (1,), generator=one)) for one in generators]
 
     def generate_rollout(self, batch: PromptBatch) -> Rollout:
         """The policy's chains for a batch of prompts, without a graph.
@@ -323,12 +441,13 @@ class RDMTrainer(TrainingLoop):
             The recorded chains.
         """
         return rollout(
-            self.networks.predictor("policy"),
+            self.networks.predictor("policy", self.args.guidance_scale),
             batch,
             self.family.schedule,
             self.times,
             shape=self.family.latent_shape,
             generator=self.generators("rollout", batch),
+            sampler=self.sampler,
         )
 
     def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
@@ -364,20 +483,62 @@ class RDMTrainer(TrainingLoop):
         """
         return self.weighting.combine(directions)
 
-    def compute_policy_loss(self, rollout: Rollout, step: int, advantage: DenseAdvantage) -> LossOutput:
+    def replay_step(self, rollout: Rollout, step: int) -> Tensor:
+        """The current policy's predictions at a recorded step, with gradients.
+
+        Args:
+            rollout: The recorded chains.
+            step: Index of the step.
+
+        Returns:
+            The predictions, shape (N, C, H, W).
+        """
+        t = rollout.times[step].expand(len(rollout.batch.prompts))
+        return self.networks.predict(
+            "policy", rollout.states[step], t, rollout.batch.conditioning, self.args.guidance_scale
+        )
+
+    def compute_policy_loss(self, rollout: Rollout, step: int, directions: Mapping[str, DenseAdvantage]) -> LossOutput:
         """The policy's loss: one recorded step replayed with gradients.
 
         Args:
             rollout: The recorded chains.
             step: Index of the step.
-            advantage: Where its predictions should move.
+            directions: Where each reward wants its predictions to move.
 
         Returns:
             The loss.
+
+        Raises:
+            RuntimeError: If the policy has not been updated since the rollout, but disagrees with it.
         """
-        t = rollout.times[step].expand(len(rollout.batch.prompts))
-        x_0 = self.networks.predict("policy", rollout.states[step], t, rollout.batch.conditioning)
-        return policy_loss(x_0, advantage)
+        x_0 = self.replay_step(rollout, step)
+        current, metrics = self._at_prediction(directions, x_0.detach())
+        output = policy_loss(x_0, self.compute_advantages(current))
+        metrics |= output.metrics
+        if self.reference is None or not rollout.is_random(step):
+            return LossOutput(loss=output.loss, metrics=metrics)
+        with self.reference.applied(), torch.no_grad():
+            reference_x_0 = self.replay_step(rollout, step)
+        level = self.args.importance_sampling_level
+        divergence = kl_divergence(x_0, reference_x_0, rollout.transitions[step], level).mean()
+        metrics["kl"] = divergence.item()
+        return LossOutput(loss=output.loss + self.args.beta * divergence, metrics=metrics)
+
+    def _at_prediction(
+        self, directions: Mapping[str, DenseAdvantage], x_0: Tensor
+    ) -> tuple[dict[str, DenseAdvantage], dict[str, float]]:
+        """The directions at the current prediction, and what the log says of their likelihood ratios."""
+        current, metrics = dict(directions), dict[str, float]()
+        for name, one in directions.items():
+            if one.replay is not None:
+                replayed = one.replay.at(x_0)
+                if self._is_fresh:
+                    exact = not (self.args.bf16 or self.args.fp16)
+                    check_unmoved(name, replayed.log_ratio, self.args.importance_sampling_level, exact=exact)
+                current[name] = replace(one, values=replayed.values)
+                metrics |= _prefixed(name, replay_metrics(replayed))
+        return current, metrics
 
     def compute_fake_score_loss(self, rollout: Rollout, stream: str, update: int) -> LossOutput:
         """The fake score's denoising loss on the policy's predictions, of a randomly drawn step for each sample.
@@ -429,48 +590,44 @@ class RDMTrainer(TrainingLoop):
             "fake_score/learning_rate": rate,
         }
 
-    def _update_policy(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        optimizer, totals = self.optimizers["policy"], defaultdict[str, float](float)
-        generator = seeded_generator(self.args.seed, "replayed_step", self._global_step())
-        step = int(torch.randint(len(self.times), (1,), generator=generator))
-        directions = [self.compute_rewards(one, step) for one in rollouts]
-        statistics = measure(directions, [one.batch.group_ids for one in rollouts], self.sum_over_processes)
-        self.weighting.update(statistics, self._global_step())
-        for name, values in statistics.rewards.items():
-            if values.std is not None:
-                self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY)).add(values.std)
-        for one, own in zip(rollouts, directions, strict=True):
-            own = self._with_advantages(own, one.batch)
-            output = self.compute_policy_loss(one, step, self.compute_advantages(own))
-            optimizer.backward(output.loss, 1 / len(rollouts))
-            numbers = _prefixed("policy", output.metrics)
-            for name, direction in own.items():
-                numbers |= _prefixed(name, direction.metrics)
-            for key, value in numbers.items():
-                totals[key] += value / len(rollouts)
-        totals |= reward_metrics(statistics, self.weighting)
-        totals["policy/learning_rate"] = optimizer.learning_rate
-        totals["policy/grad_norm"] = optimizer.step()
+    def _update_policy(self) -> dict[str, float]:
+        optimizer, numbers = self.optimizers["policy"], defaultdict[str, list[float]](list)
+        for one in self._experiences:
+            output = self.compute_policy_loss(one.rollout, one.step, one.directions)
+            optimizer.backward(output.loss, 1 / len(self._experiences))
+            seen = _prefixed("policy", output.metrics)
+            for name, direction in one.directions.items():
+                seen |= _prefixed(name, direction.metrics)
+            for name, value in seen.items():
+                numbers[name].append(value)
+        self._is_fresh = False
+        rate = optimizer.learning_rate  # That of this update: the step below sets the next one's.
+        means = {name: sum(values) / len(values) for name, values in numbers.items()}
+        means |= {"policy/learning_rate": rate, "policy/grad_norm": optimizer.step()}
         if self.average is not None:
             self.average.step()
-        return dict(totals)
+        return means
 
     def _with_advantages(
-        self, directions: Mapping[str, DenseAdvantage], batch: PromptBatch
+        self,
+        directions: Mapping[str, DenseAdvantage],
+        batch: PromptBatch,
+        moments: Mapping[str, tuple[float, float]],
     ) -> dict[str, DenseAdvantage]:
-        """The directions with their rewards normalised as ``scale_rewards`` says."""
-        normalised = {
-            name: normalize_rewards(
-                one.reward,
-                ~one.reward.isnan(),
-                batch.group_ids,
-                self.args.scale_rewards,
-                spread=(self.reward_spreads[name].value if name in self.reward_spreads else None) or 0.0,
-            )
-            for name, one in directions.items()
-            if one.reward is not None
-        }
-        return {name: replace(one, advantage=normalised.get(name)) for name, one in directions.items()}
+        """The directions with their rewards normalised as ``reward_baseline`` and ``scale_rewards`` say."""
+        args, made = self.args, dict(directions)
+        for name, one in directions.items():
+            if one.reward is not None and name in moments:
+                advantage = normalize_rewards(
+                    one.reward,
+                    ~one.reward.isnan(),
+                    batch.group_ids,
+                    args.scale_rewards,
+                    spread=self.reward_spreads[name].value or 0.0,
+                    batch_mean=moments[name][0] if args.reward_baseline == "batch" else None,
+                )
+                made[name] = with_advantage(one, advantage, args.advantage_clip)
+        return made
 
     @torch.no_grad()
     def _fake_score_health(self, fresh: Rollout) -> dict[str, float]:
@@ -555,8 +712,12 @@ class RDMTrainer(TrainingLoop):
         self.record_phase("fake_score_warmup/loss", losses)
 
     def _start_average(self) -> None:
+        """Begin the average, and keep a copy of the policy that ``beta`` compares with."""
+        parameters = self.networks.named_parameters("policy")
         if self.args.ema_decay:
-            self.average = PolicyAverage(self.networks.named_parameters("policy"), self.args.ema_decay)
+            self.average = PolicyAverage(parameters, self.args.ema_decay)
+        if self.args.beta:
+            self.reference = PolicyAverage(parameters, decay=1.0)  # Never stepped.
 
     # ----- looking at the student -----
 
@@ -573,6 +734,8 @@ class RDMTrainer(TrainingLoop):
     def generate(self, prompts: Sequence[str], *, generator: Generators) -> Tensor:
         """Images of the student, as stock diffusers makes them from what :meth:`save_model` saves.
 
+        A sampler with ``eta`` runs with 0 here, as stock pipelines do: what is random in training need not be in use.
+
         Args:
             prompts: The prompts.
             generator: One generator, or one for each prompt.
@@ -586,16 +749,29 @@ class RDMTrainer(TrainingLoop):
             group_ids=torch.arange(len(prompts)),
             sample_ids=range(len(prompts)),
         )
+        return self.family.decode(self.sample_student(batch, generator=generator).sample)
+
+    @torch.no_grad()
+    def sample_student(self, batch: PromptBatch, *, generator: Generators) -> Rollout:
+        """The student's chains as :meth:`generate` walks them.
+
+        Args:
+            batch: The prompts.
+            generator: One generator, or one for each prompt.
+
+        Returns:
+            The recorded chains.
+        """
         with self.averaged_policy():
-            chains = rollout(
-                self.networks.predictor("policy"),
+            return rollout(
+                self.networks.predictor("policy", self.args.guidance_scale),
                 batch,
                 self.family.schedule,
                 self.times,
                 shape=self.family.latent_shape,
                 generator=generator,
+                sampler=make_sampler(self.args.sampler, 0.0),
             )
-        return self.family.decode(chains.sample)
 
     def evaluate(self) -> dict[str, float]:
         """Draw a grid of samples with fixed noise, save it, and send it to the trackers.
@@ -633,6 +809,8 @@ class RDMTrainer(TrainingLoop):
                     Path(output_dir or self.args.output_dir),
                     self.networks,
                     num_inference_steps=self.args.num_inference_steps,
+                    sampler=self.args.sampler,
+                    guidance_scale=self.args.guidance_scale,
                     base=self.model_name,
                     name=self.args.hub_model_id,
                     facts=self._card_facts(),
@@ -666,6 +844,8 @@ class RDMTrainer(TrainingLoop):
             }
             if self.average is not None:
                 tensors["ema"] = self.average.tensors()
+            if self.reference is not None:
+                tensors["reference"] = self.reference.tensors()
             if self._last_rollout is not None:
                 tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
             state = {
@@ -692,6 +872,8 @@ class RDMTrainer(TrainingLoop):
         self._start_average()
         if self.average is not None:
             self.average.load(tensors["ema"], state["ema_updates"])
+        if self.reference is not None and "reference" in tensors:
+            self.reference.load(tensors["reference"], 0)
         self.weighting.load_state_dict(state["weighting"])
         self.reward_spreads = {}
         for name, spread in state.get("reward_spreads", {}).items():
@@ -700,9 +882,14 @@ class RDMTrainer(TrainingLoop):
         self._last_checkpoint = folder
         # Another process's samples are not saved: with several, the first lag after resuming is left out.
         if "last_samples" in tensors and self.state.global_step > 0 and self.accelerator.num_processes == 1:
-            batch = next(self.prompt_batches(self.state.global_step - 1))
+            batch = next(self.prompt_batches((self.state.global_step - 1) // self.args.num_iterations))
             samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
             self._last_rollout = Rollout(batch=batch, times=self.times, **samples)
+
+
+def _acts_on(reward: Any, step: int, rollout: Rollout) -> bool:
+    """Whether a reward has a direction on a step; one that does not say has one everywhere."""
+    return not hasattr(reward, "acts_on") or reward.acts_on(step, rollout)
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:

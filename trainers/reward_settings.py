@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from rdm_rl.rewards.adapters import PathwiseReward, WatchedReward
+from rdm_rl.rewards.adapters import PlainRewardAdapter, PolicyGradientReward
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.weighting import AdaptiveWeighting, Weighting
 
@@ -18,6 +18,7 @@ WEIGHTING_SETTINGS = (
     "adaptive_reference",
     "fidelity_budget",
 )
+POLICY_GRADIENT_SETTINGS = ("epsilon", "epsilon_high", "advantage_clip", "step_weighting", "reward_baseline")
 
 
 def check_weighting_settings(args: RDMConfig, names: Sequence[str], weighting: Weighting | None) -> None:
@@ -45,6 +46,59 @@ def check_weighting_settings(args: RDMConfig, names: Sequence[str], weighting: W
         )
 
 
+def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Any]) -> None:
+    """Refuse black-box rewards that could not act, and settings of theirs that nothing would act on.
+
+    Args:
+        args: The settings.
+        rewards: The rewards, as directions, by name.
+
+    Raises:
+        ValueError: If something cannot work.
+    """
+    boxes = [name for name, reward in rewards.items() if isinstance(reward, PolicyGradientReward)]
+    if boxes and not args.has_random_steps:
+        raise ValueError(
+            f"The reward {boxes[0]!r} is a black box: it acts through the likelihood of the policy's random steps. But "
+            f"num_inference_steps={args.num_inference_steps}, sampler={args.sampler!r} and eta={args.eta} leave no "
+            "random step (the last one never is). Use two steps or more and eta above 0; or, if the reward's values "
+            "have a graph to the images, declare differentiable = True; or watch it with the weight 0."
+        )
+    if boxes and args.num_generations == 1 and args.reward_baseline == "group":
+        raise ValueError(
+            f"num_generations=1: the reward {boxes[0]!r} is compared with the mean of its group, which is itself, so "
+            "every advantage would be 0. Set num_generations to 2 or more (8, say), or reward_baseline='batch' with "
+            "scale_rewards='batch'."
+        )
+    if "rdm" in rewards and args.guidance_scale != 1:
+        raise ValueError(
+            f"guidance_scale={args.guidance_scale} gives the policy guidance of its own, but with 'rdm' it takes over "
+            "the teacher's (teacher_guidance_scale). Set guidance_scale=1, or leave out 'rdm'."
+        )
+    changed = [name for name in POLICY_GRADIENT_SETTINGS if getattr(args, name) != _defaults(args)[name]]
+    if changed and not boxes:
+        raise ValueError(
+            f"{', '.join(changed)} is set, but no black-box reward acts in this run. Leave it out, give one a weight, "
+            "or set reward_gradient='score_function'."
+        )
+    ratios = boxes or args.num_iterations > 1 or args.beta
+    if args.importance_sampling_level != _defaults(args)["importance_sampling_level"] and not ratios:
+        raise ValueError(
+            f"importance_sampling_level={args.importance_sampling_level!r} is set, but this run uses no likelihood: no "
+            "black-box reward acts, num_iterations=1 and beta=0. Leave it out."
+        )
+    wanting = any(reward.wants_teacher_images for reward in rewards.values() if isinstance(reward, PlainRewardAdapter))
+    if args.teacher_cache_dir is not None and not wanting:
+        raise ValueError(
+            f"teacher_cache_dir={args.teacher_cache_dir!r} is set, but no reward asks for the teacher's images. Leave "
+            "it out, or use a reward such as 'teacher_clip'."
+        )
+
+
+def _defaults(args: RDMConfig) -> dict[str, Any]:
+    return {one.name: one.default for one in fields(args)}
+
+
 def warn_of_reward_settings(
     args: RDMConfig, rewards: Mapping[str, Any], weights: Mapping[str, float], weighting: Weighting
 ) -> None:
@@ -56,18 +110,12 @@ def warn_of_reward_settings(
         weights: Their weights.
         weighting: What combines them.
     """
-    all_plain = all(isinstance(reward, PathwiseReward | WatchedReward) for reward in rewards.values())
+    all_plain = all(isinstance(reward, PlainRewardAdapter) for reward in rewards.values())
     pushing = [name for name, weight in weights.items() if weight and name != "rdm"]
     if all_plain and args.fake_score_updates_per_policy_update:
         logger.warning(
             "No reward uses the fake score, and yet it is trained: set fake_score_updates_per_policy_update=0 and "
             "fake_score_warmup_steps=0, as RDMConfig.from_method('refl') does, or put 'rdm' into reward_funcs."
-        )
-    if all_plain and args.pathwise_steps == "last" and args.num_inference_steps > 1:
-        logger.warning(
-            "All rewards act on the last of %d steps only, and the step is drawn anew in each update: most updates "
-            "will move nothing. Set pathwise_steps='any'.",
-            args.num_inference_steps,
         )
     if pushing and 0 < args.max_steps <= args.reward_start_step:
         logger.warning(

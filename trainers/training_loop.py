@@ -35,6 +35,7 @@ class TrainingLoop(ABC):
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         self.accelerator = Accelerator(mixed_precision=precision, cpu=args.use_cpu)
         self._num_prompts = num_prompts
+        self._save_due = False
         self._window = MetricWindow()
 
     def start_callbacks(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], model: nn.Module) -> None:
@@ -83,11 +84,15 @@ class TrainingLoop(ABC):
         if evaluate_first:
             self._evaluate_and_log()
         self._window = MetricWindow()
-        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+        self._save_due = False
+        while self.state.global_step < self.state.max_steps and not (
+            self.control.should_training_stop and self.rollout_is_used_up
+        ):
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
             self._window.add(self.training_step())
             self.state.global_step += 1
-            self.state.epoch = self.state.global_step * self.prompts_per_step / self._num_prompts
+            self.state.epoch = self.prompts_per_step / self._num_prompts * self.state.global_step
+            self.state.epoch /= self.args.num_iterations
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
             self._act_on_control()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -100,9 +105,17 @@ class TrainingLoop(ABC):
         if self.control.should_evaluate:
             self._evaluate_and_log()
             self.control.should_evaluate = False
-        if self.control.should_save:
+        # A rollout is not saved: a checkpoint waits until it is used up, so that a resumed run goes on with the next.
+        self._save_due = self._save_due or self.control.should_save
+        self.control.should_save = False
+        if self._save_due and (self.rollout_is_used_up or self.state.global_step >= self.state.max_steps):
             self.save_checkpoint()
-            self.control.should_save = False
+            self._save_due = False
+
+    @property
+    def rollout_is_used_up(self) -> bool:
+        """Whether the next update begins with new samples."""
+        return int(self.state.global_step) % self.args.num_iterations == 0
 
     def _evaluate_and_log(self) -> None:
         measured = {f"eval/{name}": value for name, value in self.evaluate().items()}
@@ -120,10 +133,11 @@ class TrainingLoop(ABC):
         return int(self.state.global_step)
 
     def is_logging_step(self) -> bool:
-        """Whether the running update will be logged: its health numbers cost a rollout and three forward passes."""
-        step, args = int(self.state.global_step) + 1, self.args
-        return args.logging_strategy == "steps" and (
+        """Whether an update on the coming rollout will be logged: health numbers cost a rollout and three passes."""
+        args, first = self.args, int(self.state.global_step) + 1
+        return args.logging_strategy == "steps" and any(
             step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+            for step in range(first, first + args.num_iterations)
         )
 
     def _window_means(self) -> dict[str, float]:
@@ -134,8 +148,8 @@ class TrainingLoop(ABC):
             everyone = gather_object([means])
             names = {name: None for one in everyone for name in one}
             means = {name: fmean(one[name] for one in everyone if name in one) for name in names}
-        images = steps * self.prompts_per_step * self.args.num_generations
-        passes = 1 + self.args.fake_score_updates_per_policy_update
+        images = steps / self.args.num_iterations * self.prompts_per_step * self.args.num_generations
+        passes = self.args.num_iterations + self.args.fake_score_updates_per_policy_update
         return means | {
             "images_per_second": images / seconds,
             "samples_per_second": images * passes / seconds,
@@ -166,7 +180,7 @@ class TrainingLoop(ABC):
 
     @property
     def prompts_per_step(self) -> int:
-        """Prompts in one update, over all processes."""
+        """Prompts in one rollout, over all micro-batches and processes."""
         groups: int = self.args.per_device_train_batch_size // self.args.num_generations
         micro_batches: int = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         return groups * micro_batches
@@ -175,7 +189,8 @@ class TrainingLoop(ABC):
         """Updates in the run: ``max_steps``, or what ``num_train_epochs`` comes to."""
         if self.args.max_steps >= 0:
             return int(self.args.max_steps)
-        return math.ceil(float(self.args.num_train_epochs) * self._num_prompts / self.prompts_per_step)
+        rollouts = math.ceil(float(self.args.num_train_epochs) * self._num_prompts / self.prompts_per_step)
+        return rollouts * self.args.num_iterations
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients over the processes, in place."""

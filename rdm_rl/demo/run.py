@@ -23,7 +23,7 @@ from rdm_rl.evaluation.metrics import Kind, SamplerMetrics, judge
 from rdm_rl.evaluation.report import Report, write_report
 from rdm_rl.evaluation.tables import format_table
 from rdm_rl.randomness import seeded_generator
-from rdm_rl.student import load_student
+from rdm_rl.student import SavedStudent, load_student
 from rdm_rl.trainers.callbacks import QuietProgressCallback
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
@@ -86,13 +86,16 @@ class Evaluation:
         self.prompts, self.wanted = mixed_prompts(NUM_IMAGES)
         self.reference = self.draw(load_teacher(), TEACHER_STEPS, self.reference_seed).images
 
-    def draw(self, pipeline: StableDiffusionPipeline, steps: int, seed: int | None = None) -> Draw:
-        """Images of a pipeline at guidance 1.0.
+    def draw(
+        self, pipeline: StableDiffusionPipeline, steps: int, seed: int | None = None, guidance_scale: float = 1.0
+    ) -> Draw:
+        """Images of a pipeline.
 
         Args:
             pipeline: The pipeline.
             steps: Steps for each image.
             seed: Seed of the noise; None for that of the judged images.
+            guidance_scale: Its guidance.
 
         Returns:
             The images.
@@ -100,7 +103,11 @@ class Evaluation:
 
         def sample(prompts: list[str], generator: torch.Generator) -> Tensor:
             output = pipeline(
-                prompts, num_inference_steps=steps, guidance_scale=1.0, generator=generator, output_type="pt"
+                prompts,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                output_type="pt",
             )
             images: Tensor = output.images
             return images
@@ -313,7 +320,7 @@ def train_student(args: RDMConfig, folder: Path, evaluation: Evaluation) -> tupl
     before.trainer = trainer = demo_trainer(args, [before])
     trainer.train()
     trainer.save_model(folder)
-    pipeline, steps = load_student(folder, TEACHER_FOLDER)
+    pipeline, steps, _ = load_student(folder, TEACHER_FOLDER)
     draws = {f"student, {steps_text(steps)}": evaluation.draw(pipeline, steps)}
     return trainer, ({f"warm start, {steps_text(steps)}": before.draw} if before.draw else {}) | draws
 
@@ -372,12 +379,15 @@ def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir:
         seeds: One repetition for each seed.
         output_dir: Where a report goes, or None.
     """
-    pipelines = {f"teacher, {steps_text(TEACHER_STEPS)}": (load_teacher(), TEACHER_STEPS)}
+    pipelines = {f"teacher, {steps_text(TEACHER_STEPS)}": SavedStudent(load_teacher(), TEACHER_STEPS, 1.0)}
     pipelines |= {f"student {folder}": load_student(folder, TEACHER_FOLDER) for folder in folders}
     rows: list[SamplerMetrics] = []
     for seed in tqdm(seeds, desc="repetitions"):
         evaluation = Evaluation(seed)
-        draws = {name: evaluation.draw(pipeline, steps) for name, (pipeline, steps) in pipelines.items()}
+        draws = {
+            name: evaluation.draw(one.pipeline, one.num_inference_steps, guidance_scale=one.guidance_scale)
+            for name, one in pipelines.items()
+        }
         rows += evaluation.judge(draws)
         pictures, captions = evaluation.picture(draws)
     order = [*dict.fromkeys(row.name for row in rows)]

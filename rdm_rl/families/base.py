@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rdm_rl.data_types import Conditioning
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
+from rdm_rl.samplers import SamplerName
 
 
 class Family(ABC):
@@ -82,11 +83,19 @@ class Family(ABC):
         self.pipeline.vae.enable_gradient_checkpointing()
 
     @abstractmethod
-    def student_scheduler(self, num_inference_steps: int) -> Any:
-        """The stock scheduler with which diffusers walks the K-step student exactly as the policy does."""
+    def student_scheduler(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Any:
+        """The stock scheduler with which diffusers walks the K-step student exactly as the policy does.
+
+        Args:
+            num_inference_steps: Steps K of the student.
+            sampler: The policy's sampler.
+
+        Raises:
+            ValueError: If no stock scheduler makes the sampler's K steps.
+        """
 
     @abstractmethod
-    def student_times(self, num_inference_steps: int) -> Tensor:
+    def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times that the student visits, shape (K,), in (0, 1], falling: those of the student's scheduler."""
 
     @abstractmethod

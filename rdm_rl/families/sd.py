@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rdm_rl.data_types import Conditioning
 from rdm_rl.families.base import Family, fingerprint
 from rdm_rl.noise_schedule import VariancePreserving
+from rdm_rl.samplers import SamplerName
 
 
 class StableDiffusionFamily(Family):
@@ -79,25 +80,31 @@ class StableDiffusionFamily(Family):
         images = (images * 0.5 + 0.5).clamp(0, 1)
         return images.float()
 
-    def student_scheduler(self, num_inference_steps: int) -> LCMScheduler:
-        """``LCMScheduler`` set so that its step is the policy's.
+    def student_scheduler(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Any:
+        """``LCMScheduler``, or ``DDIMScheduler`` for ``ddim``, set so that its step is the policy's.
 
-        Its default ``timestep_scaling`` of 10 would mix the noisy sample into x_0, and a base configuration's
+        LCM's default ``timestep_scaling`` of 10 would mix the noisy sample into x_0, and a base configuration's
         ``clip_sample`` or ``thresholding`` would silently change latents. ``original_inference_steps`` makes
-        ``pipe(prompt, num_inference_steps=K, guidance_scale=1.0)`` walk the student's own K times.
+        ``pipe(prompt, num_inference_steps=K, guidance_scale=1.0)`` walk the student's own K times. DDIM's ``trailing``
+        steps begin at pure noise; its last one goes to clean data.
         """
-        scheduler: LCMScheduler = LCMScheduler.from_config(
-            self.pipeline.scheduler.config,
-            timestep_scaling=10000.0,
-            clip_sample=False,
-            thresholding=False,
-            original_inference_steps=num_inference_steps,
-        )
-        return scheduler
+        config = {**self.pipeline.scheduler.config, "clip_sample": False, "thresholding": False}
+        if sampler == "renoise":
+            return LCMScheduler.from_config(
+                config, timestep_scaling=10000.0, original_inference_steps=num_inference_steps
+            )
+        steps = len(self.schedule.alphas_cumprod)
+        if sampler != "ddim" or steps % num_inference_steps:
+            raise ValueError(
+                f"sampler={sampler!r} with num_inference_steps={num_inference_steps}: a variance-preserving model is "
+                f"sampled with 'renoise' or 'ddim', and stock DDIM's steps only chain if their number divides {steps}. "
+                "Use 'renoise', or 'ddim' with 2, 4, 5, 8, 10, 20, 25, 40 or 50 steps."
+            )
+        return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0)
 
-    def student_times(self, num_inference_steps: int) -> Tensor:
+    def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times of the student's scheduler."""
-        scheduler = self.student_scheduler(num_inference_steps)
+        scheduler = self.student_scheduler(num_inference_steps, sampler)
         scheduler.set_timesteps(num_inference_steps)
         times: Tensor = (scheduler.timesteps.cpu().float() + 1) / scheduler.config.num_train_timesteps
         return times
