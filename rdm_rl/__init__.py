@@ -10,17 +10,20 @@ from rdm_rl._lazy import lazy_names
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["RDMConfig", "RDMTrainer", "__version__"]
+__all__ = ["RDMConfig", "RDMTrainer", "ReDiFConfig", "ReDiFTrainer", "__version__"]
 
 # A new public name goes into `__all__` and into both branches: type checkers read the first, Python runs the second.
 if TYPE_CHECKING:
     from rdm_rl.trainers.rdm_config import RDMConfig
     from rdm_rl.trainers.rdm_trainer import RDMTrainer
+    from rdm_rl.trainers.redif_trainer import ReDiFConfig, ReDiFTrainer
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
             "RDMConfig": "rdm_rl.trainers.rdm_config",
             "RDMTrainer": "rdm_rl.trainers.rdm_trainer",
+            "ReDiFConfig": "rdm_rl.trainers.redif_trainer",
+            "ReDiFTrainer": "rdm_rl.trainers.redif_trainer",
         },
     )

@@ -145,7 +145,9 @@ class RDMTrainer(TrainingLoop):
         self.reward_spreads: dict[str, RunningMean] = {}
         looked_at = train_dataset if eval_dataset is None else eval_dataset
         count = min(args.per_device_eval_batch_size, len(PromptSource(looked_at, 0, "eval_dataset")))
-        self.eval_prompts = [looked_at[index]["prompt"] for index in range(count)]
+        eval_rows = [looked_at[index] for index in range(count)]
+        self.eval_prompts = [row["prompt"] for row in eval_rows]
+        self.eval_columns = other_columns(eval_rows, 1)
         for one in (model, teacher):
             if isinstance(one, str | Path):
                 check_model_name(str(one))
