@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rdm_rl import RDMTrainer
 from rdm_rl.decoding import ImageDecoder, load_tiny_decoder
-from rdm_rl.teacher_images import TeacherImages
 from rdm_rl.families import load_family
+from rdm_rl.teacher_images import TeacherImages
 from tests.helpers import QUICK, StepAway, latents, one_rollout, quick_trainer, snapshot
 
 

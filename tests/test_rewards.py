@@ -15,7 +15,7 @@ from rdm_rl.randomness import normal, seeded_generators
 from rdm_rl.rdm import distribution_matching
 from rdm_rl.renoise import group_times
 from rdm_rl.rewards import get_reward, list_rewards, register_reward
-from rdm_rl.rewards.adapters import PathwiseReward, WatchedReward
+from rdm_rl.rewards.adapters import PathwiseReward, PolicyGradientReward, WatchedReward
 from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.jpeg import JpegCompressibility
 from rdm_rl.rewards.model import RewardModel
@@ -365,8 +365,11 @@ def test_what_becomes_of_each_kind() -> None:
     assert isinstance(watched, WatchedReward), "a weight of 0 needs no gradient"
     negative = as_directions({"scaled": scaled}, {"scaled": -1.0}, [])["scaled"]
     assert isinstance(negative, PathwiseReward)
-    with pytest.raises(ValueError, match="'jpeg' has the weight 1 but is a black box"):
-        as_directions({"jpeg": JpegCompressibility()}, {"jpeg": 1.0}, [])
+    box = as_directions({"jpeg": JpegCompressibility()}, {"jpeg": 1.0}, [])["jpeg"]
+    assert isinstance(box, PolicyGradientReward)
+    without = as_directions({"scaled": scaled}, {"scaled": 1.0}, [], pathwise=False)["scaled"]
+    assert isinstance(without, PolicyGradientReward)
+    assert isinstance(as_directions({"scaled": scaled}, {"scaled": 0.0}, [], pathwise=False)["scaled"], WatchedReward)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
