@@ -1,7 +1,7 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from transformers.trainer_callback import TrainerCallback, TrainerState
 from rdm_rl.advantages import normalize_rewards
 from rdm_rl.checkpointing import check_settings, find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
 from rdm_rl.data_types import DenseAdvantage, Experience, LossOutput, PromptBatch, Rollout
-from rdm_rl.decoding import ImageDecoder, load_tiny_decoder
 from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family, check_model_name, load_family
@@ -34,7 +33,6 @@ from rdm_rl.replay import check_unmoved, replay_metrics, with_advantage
 from rdm_rl.rewards.registry import (
     BindableReward,
     PrefetchingReward,
-    RewardContext,
     RewardSpec,
     as_directions,
     load_rewards,
@@ -42,9 +40,9 @@ from rdm_rl.rewards.registry import (
 )
 from rdm_rl.samplers import make_sampler, suits
 from rdm_rl.student import save_student
-from rdm_rl.teacher_images import TeacherCache, TeacherImages
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.trainers.reward_context import make_reward_context
 from rdm_rl.trainers.reward_settings import (
     check_policy_gradient_settings,
     check_weighting_settings,
@@ -187,7 +185,18 @@ class RDMTrainer(TrainingLoop):
         self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
         self._last_checkpoint: Path | None = None
-        self._bind_rewards()
+        context = make_reward_context(
+            self.networks,
+            args,
+            self.teacher_guidance_scale,
+            first_time=float(self.times[0]),
+            device=self.device,
+            global_step=self._global_step,
+            last_checkpoint=lambda: self._last_checkpoint,
+        )
+        for reward in self.rewards.values():
+            if isinstance(reward, BindableReward):
+                reward.bind(context)
         warn_of_reward_settings(args, self.rewards, self.reward_weights, self.weighting)
         self._own_optimizers = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}
@@ -196,52 +205,6 @@ class RDMTrainer(TrainingLoop):
         self._experiences: list[Experience] = []
         self._is_fresh = True  # No update has been made on the rollout yet.
         self._last_rollout: Rollout | None = None
-
-    def _bind_rewards(self) -> None:
-        """Give the networks, the settings and the images to the rewards that need them."""
-        args = self.args
-        decode: Callable[[Tensor], Tensor] = self.family.decode
-        if args.reward_decoder is not None:
-            channels, checkpointing = self.family.latent_shape[0], args.gradient_checkpointing
-            decode = load_tiny_decoder(args.reward_decoder, channels, self.device, checkpointing=checkpointing)
-        decoder = ImageDecoder(decode, args.decode_batch_size)
-        context = RewardContext(
-            networks=self.networks,
-            args=args,
-            teacher_guidance_scale=self.teacher_guidance_scale,
-            global_step=self._global_step,
-            decoder=decoder,
-            teacher_images=TeacherImages(
-                self.networks.predictor("teacher", self.teacher_guidance_scale),
-                self.networks.teacher_family.schedule,
-                decoder,
-                args.teacher_num_inference_steps,
-                self._teacher_cache(),
-            ),
-            last_checkpoint=lambda: self._last_checkpoint,
-        )
-        for reward in self.rewards.values():
-            if isinstance(reward, BindableReward):
-                reward.bind(context)
-
-    def _teacher_cache(self) -> TeacherCache | None:
-        """Where the teacher's images are kept, under a name that no other teacher, decoder or setting has."""
-        args, family = self.args, self.networks.teacher_family
-        if args.teacher_cache_dir is None:
-            return None
-        decoder = args.reward_decoder
-        key = fingerprint(
-            self.networks.module("teacher"),
-            border=family.border(),
-            prediction_type=family.prediction_type,
-            shape=list(self.family.latent_shape),
-            sampler="ddim",
-            steps=args.teacher_num_inference_steps,
-            guidance=self.teacher_guidance_scale,
-            start=float(self.times[0]),
-            decoder=fingerprint(self.family.pipeline.vae) if decoder is None else str(decoder),
-        )
-        return TeacherCache(args.teacher_cache_dir, key, int(args.teacher_cache_gib * 2**30))
 
     # ----- what a run is made of -----
 
@@ -321,7 +284,7 @@ class RDMTrainer(TrainingLoop):
             Numbers for the log.
         """
         rollout_number, iteration = divmod(self._global_step(), self.args.num_iterations)
-        metrics = {}
+        metrics: dict[str, float] = {}
         if iteration == 0 or not self._experiences:
             rollouts, metrics = self.collect_rollouts(rollout_number)
             metrics |= self.collect_experiences(rollouts, rollout_number)
@@ -361,7 +324,14 @@ class RDMTrainer(TrainingLoop):
         for name, (_, spread) in moments.items():
             self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY)).add(spread)
         self._experiences = [
-            Experience(rollout=one, step=step, directions=self._with_advantages(own, one.batch, moments))
+            Experience(
+                rollout=one,
+                step=step,
+                directions={
+                    name: self.normalize(name, direction, one.batch.group_ids, moments)
+                    for name, direction in own.items()
+                },
+            )
             for (one, step), own in zip(pairs, found, strict=True)
         ]
         self._is_fresh = True
@@ -372,6 +342,37 @@ class RDMTrainer(TrainingLoop):
         )
         self.weighting.update(statistics, self._global_step())
         return reward_metrics(statistics, self.weighting)
+
+    def normalize(
+        self,
+        name: str,
+        direction: DenseAdvantage,
+        group_ids: Tensor,
+        moments: Mapping[str, tuple[float, float]],
+    ) -> DenseAdvantage:
+        """A direction whose values are normalised as ``reward_baseline`` and ``scale_rewards`` say.
+
+        Args:
+            name: The reward.
+            direction: Its direction.
+            group_ids: Group of each sample, shape (N,).
+            moments: Mean and standard deviation of the values of all samples, for rewards that have any.
+
+        Returns:
+            The direction with its ``advantage``, shape (N,).
+        """
+        args = self.args
+        if direction.reward is None or name not in moments:
+            return direction
+        advantage = normalize_rewards(
+            direction.reward,
+            ~direction.reward.isnan(),
+            group_ids,
+            args.scale_rewards,
+            spread=self.reward_spreads[name].value or 0.0,
+            batch_mean=moments[name][0] if args.reward_baseline == "batch" else None,
+        )
+        return with_advantage(direction, advantage, args.advantage_clip)
 
     def draw_steps(self, rollout: Rollout, number: int) -> list[int]:
         """The recorded steps that will be replayed: ``num_replayed_steps`` of those that a reward acts on.
@@ -609,27 +610,6 @@ class RDMTrainer(TrainingLoop):
         if self.average is not None:
             self.average.step()
         return means
-
-    def _with_advantages(
-        self,
-        directions: Mapping[str, DenseAdvantage],
-        batch: PromptBatch,
-        moments: Mapping[str, tuple[float, float]],
-    ) -> dict[str, DenseAdvantage]:
-        """The directions with their rewards normalised as ``reward_baseline`` and ``scale_rewards`` say."""
-        args, made = self.args, dict(directions)
-        for name, one in directions.items():
-            if one.reward is not None and name in moments:
-                advantage = normalize_rewards(
-                    one.reward,
-                    ~one.reward.isnan(),
-                    batch.group_ids,
-                    args.scale_rewards,
-                    spread=self.reward_spreads[name].value or 0.0,
-                    batch_mean=moments[name][0] if args.reward_baseline == "batch" else None,
-                )
-                made[name] = with_advantage(one, advantage, args.advantage_clip)
-        return made
 
     @torch.no_grad()
     def _fake_score_health(self, fresh: Rollout) -> dict[str, float]:
@@ -886,7 +866,7 @@ class RDMTrainer(TrainingLoop):
         if "last_samples" in tensors and self.state.global_step > 0 and self.accelerator.num_processes == 1:
             batch = next(self.prompt_batches((self.state.global_step - 1) // self.args.num_iterations))
             samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
-            self._last_rollout = Rollout(batch=batch, times=self.times, **samples)
+            self._last_rollout = Rollout(batch=batch, times=self.times, states=samples["states"], x_0=samples["x_0"])
 
 
 def _acts_on(reward: Any, step: int, rollout: Rollout) -> bool:

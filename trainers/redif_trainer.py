@@ -48,8 +48,8 @@ class ReDiFConfig(RDMConfig):
     They are the ``recommended`` ones: a five-step DDIM student with guidance 5 in rollout and update alike, ``eta``
     0.4, a factor for each step, groups that share their initial noise (so that a group has one teacher image), a pool
     of noises (so that teacher images are made once), and advantages over the spread of the batch.
-    ``from_preset("paper")`` has what the paper's public code sets. The control is one switch: ``reward_gradient="pathwise"`` sends the gradient
-    of the same reward through the last step instead (DRaFT-1).
+    ``from_preset("paper")`` has what the paper's public code sets. The control is one switch:
+    ``reward_gradient="pathwise"`` sends the gradient of the same reward through the last step instead (DRaFT-1).
 
     References:
         | ReDiF: Reinforced Distillation for Few Step Diffusion (Tighkhorshid et al., 2025)

@@ -1,0 +1,83 @@
+"""What rewards are given of a run: its networks, its decoder, and the teacher's images."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rdm_rl.decoding import ImageDecoder, load_tiny_decoder
+from rdm_rl.families.base import fingerprint
+from rdm_rl.networks import Networks
+from rdm_rl.rewards.registry import RewardContext
+from rdm_rl.teacher_images import TeacherCache, TeacherImages
+from rdm_rl.trainers.rdm_config import RDMConfig
+
+
+def make_reward_context(
+    networks: Networks,
+    args: RDMConfig,
+    teacher_guidance_scale: float,
+    *,
+    first_time: float,
+    device: torch.device,
+    global_step: Callable[[], int],
+    last_checkpoint: Callable[[], Path | None],
+) -> RewardContext:
+    """The record that a trainer gives to its rewards.
+
+    Args:
+        networks: The three roles.
+        args: The settings.
+        teacher_guidance_scale: Guidance of the teacher.
+        first_time: The time at which rollouts begin, and with them the teacher's images.
+        device: Where decoders run.
+        global_step: Gives the number of policy updates made so far.
+        last_checkpoint: Gives the folder of the last checkpoint, or None.
+
+    Returns:
+        The record.
+    """
+    family = networks.family
+    decode: Callable[[Tensor], Tensor] = family.decode
+    if args.reward_decoder is not None:
+        channels, checkpointing = family.latent_shape[0], args.gradient_checkpointing
+        decode = load_tiny_decoder(args.reward_decoder, channels, device, checkpointing=checkpointing)
+    decoder = ImageDecoder(decode, args.decode_batch_size)
+    return RewardContext(
+        networks=networks,
+        args=args,
+        teacher_guidance_scale=teacher_guidance_scale,
+        global_step=global_step,
+        decoder=decoder,
+        teacher_images=TeacherImages(
+            networks.predictor("teacher", teacher_guidance_scale),
+            networks.teacher_family.schedule,
+            decoder,
+            args.teacher_num_inference_steps,
+            _teacher_cache(networks, args, teacher_guidance_scale, first_time),
+        ),
+        last_checkpoint=last_checkpoint,
+    )
+
+
+def _teacher_cache(
+    networks: Networks, args: RDMConfig, teacher_guidance_scale: float, first_time: float
+) -> TeacherCache | None:
+    """Where the teacher's images are kept, under a name that no other teacher, decoder or setting has."""
+    if args.teacher_cache_dir is None:
+        return None
+    family = networks.teacher_family
+    key = fingerprint(
+        networks.module("teacher"),
+        border=family.border(),
+        prediction_type=family.prediction_type,
+        shape=list(family.latent_shape),
+        sampler="ddim",
+        steps=args.teacher_num_inference_steps,
+        guidance=teacher_guidance_scale,
+        start=first_time,
+        decoder=args.reward_decoder or fingerprint(networks.family.pipeline.vae),
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+    )
+    return TeacherCache(args.teacher_cache_dir, key, args.teacher_cache_gib * 2**30)
