@@ -191,6 +191,7 @@ def log_ratio(
     Returns:
         The log ratio, shape (..., N).
     """
+    x_0, old_x_0 = x_0.expand_as(action), old_x_0.expand_as(action)  # Before factors of shape (R, N) meet (N, ...).
     difference = append_dims(transition.x_0_scale, action) * (x_0 - old_x_0)
     error = action - transition.mean(old_x_0, state)
     variance = append_dims(transition.std, action).square()
