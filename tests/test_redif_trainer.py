@@ -1,5 +1,10 @@
 """ReDiF: pairs of the same prompt and noise, the teacher's kept images, presets, the control, and what is refused."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rdm_rl import ReDiFConfig, ReDiFTrainer
@@ -21,6 +28,7 @@ from rdm_rl.trainers.rdm_config import method_settings
 from rdm_rl.trainers.redif_trainer import PRESETS
 from tests.helpers import PROMPTS, changed, declare, one_rollout, same, trained_weights
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # As little as possible beside what a test looks at; a teacher of 4 steps and without guidance.
 SMALL: dict[str, Any] = {
     "use_cpu": True,
@@ -346,3 +354,43 @@ def test_the_saved_student_is_the_trained_one_in_stock_diffusers(guidance: float
     ).images
     torch.testing.assert_close(ours, stock, rtol=0, atol=2e-5)
     assert not torch.allclose(ours[:1], untrained, rtol=0, atol=2e-5)
+
+
+# ----- the example for Stable Diffusion -----
+
+
+def test_the_example_runs_as_it_is_launched(base: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\ndog\nhorse\nowl\n", encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(EXAMPLES / "redif.py")]
+    words = ["--config", str(EXAMPLES / "redif.yaml"), "--model_name_or_path", str(base), "--dataset", str(prompts)]
+    words += ["--output_dir", str(tmp_path / "run"), "--reward_funcs", "teacher_mse", "--held_out", "1", "--use_cpu"]
+    words += ["--bf16", "false", "--max_steps", "1", "--per_device_train_batch_size", "2", "--num_generations", "2"]
+    words += ["--teacher_num_inference_steps", "2", "--logging_steps", "1", "--eval_strategy", "no"]
+    done = subprocess.run(
+        [*launch, *words],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"alignment/teacher_mse: -\d\.\d+ before, -\d\.\d+ after", done.stdout)
+    weights = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)
+    use = json.loads((tmp_path / "run" / "student.json").read_text())
+    assert use == {"num_inference_steps": 5, "guidance_scale": 5.0}
+
+
+def test_its_settings_are_the_recommended_ones() -> None:
+    given = yaml.safe_load((EXAMPLES / "redif.yaml").read_text(encoding="utf-8"))
+    recommended = method_settings("redif")
+    spelt_out = recommended.keys() & given.keys()
+    assert {"eta", "guidance_scale", "group_noise", "noise_pool", "scale_rewards", "step_weighting"} <= spelt_out
+    for name in spelt_out:
+        assert given[name] == recommended[name], name
