@@ -1,6 +1,7 @@
 """Black-box rewards through the policy's likelihood, in the trainer: ratios, groups, the hybrid, refusals."""
 
 import asyncio
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.helpers import (
     changed,
     declare,
     log_numbers,
+    prompt_batch,
     quick_trainer,
     randomize,
     same,
@@ -31,6 +33,11 @@ from tests.helpers import (
     trained_weights,
 )
 
+# Older transformers know the other name alone; newer ones warn of it.
+CHECKPOINTING = max(
+    {one.name for one in fields(RDMConfig)} & {"gradient_checkpointing", "activation_checkpointing"},
+    key="activation_checkpointing".__eq__,
+)
 PPO = {**WITHOUT_RDM, "num_inference_steps": 3, "reward_weighting": "fixed", "per_device_train_batch_size": 4}
 HYBRID = {**QUICK, "num_inference_steps": 3}
 
@@ -58,7 +65,7 @@ def collected(trainer: RDMTrainer, number: int = 0) -> list[Any]:
     [
         {"importance_sampling_level": "sample"},
         {"sampler": "ddim", "eta": 0.6, "num_inference_steps": 4, "guidance_scale": 3.0},
-        {"guidance_scale": 3.0, "activation_checkpointing": True, "importance_sampling_level": "sample"},
+        {"guidance_scale": 3.0, CHECKPOINTING: True, "importance_sampling_level": "sample"},
         {"group_noise": "shared", "noise_pool": 3},
     ],
     ids=["renoise", "ddim", "guided-checkpointing", "noise"],

@@ -1,7 +1,8 @@
-"""A rollout that serves several policy updates: what is done once, what each time, and that it is the right gradient."""
+"""A rollout that serves several policy updates: what is done once, what each time, and the right gradient."""
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,12 @@ def test_the_second_update_is_the_weighted_old_direction_at_the_moved_weights(
         return float((error / sum(other.double().square().sum() for other in second)).sqrt())
 
     scale = -1 / now.numel()
-    assert distance(got, by_hand((scale * weighted).float())) < 1e-3
-    assert distance(got, by_hand((scale * plain).float())) > 5e-3, "not the direction without its weight"
+    near = distance(got, by_hand((scale * weighted).float()))
+    assert near < 1e-3
+    far_off = distance(got, by_hand((scale * plain).float()))
+    assert far_off > max(1e-4, 10 * near), "not the direction without its weight"
     unmoved = before + plain - now  # Towards a target that stayed where the old policy was.
-    assert distance(got, by_hand((scale * unmoved).float())) > 5e-3
+    assert distance(got, by_hand((scale * unmoved).float())) > max(1e-4, 10 * near)
 
 
 def test_a_clip_of_0_leaves_the_ratio_out(base: Path, tmp_path: Path) -> None:
@@ -194,7 +197,7 @@ def test_what_is_done_once_for_a_rollout(iterations: int, base: Path, tmp_path: 
 
 def test_the_rate_of_the_fake_score_ends_with_the_run(base: Path, tmp_path: Path) -> None:
     settings = {**REUSE, "lr_scheduler_type": "linear", "max_steps": 5, "fake_score_updates_per_policy_update": 3}
-    trainer = quick_trainer(base, tmp_path, ["rdm"], **settings, fake_score_warmup_steps=2)
+    trainer = quick_trainer(base, tmp_path, ["rdm"], **{**settings, "fake_score_warmup_steps": 2})
     trainer.train()
     assert trainer.optimizers["fake_score"].learning_rate == pytest.approx(0, abs=1e-12)
     assert trainer.optimizers["policy"].learning_rate == pytest.approx(0, abs=1e-12)
@@ -281,7 +284,7 @@ def test_the_policy_moves_in_every_update(base: Path, tmp_path: Path) -> None:
 
     trainer = quick_trainer(base, tmp_path, ["rdm"], given={"callbacks": [Watching()]}, **REUSE)
     trainer.train()
-    moved = [{name.split("/")[0] for name in changed(one, other)} for one, other in zip(seen, seen[1:], strict=False)]
+    moved = [{name.split("/")[0] for name in changed(one, other)} for one, other in pairwise(seen)]
     assert moved == [{"policy"}, {"policy", "fake_score"}, {"policy"}]
     rows = trainer.state.log_history
     for update, row in enumerate(rows):
@@ -303,7 +306,7 @@ def test_one_step_students_reuse_rollouts(base: Path, tmp_path: Path) -> None:
     assert changed(before, trained_weights(trainer))
     for update, row in enumerate(trainer.state.log_history):
         assert (row["policy/rdm/log_ratio_max"] == 0) == (update % 2 == 0)
-    with pytest.raises(ValueError, match="'box' is a black box: .* leave no random step"):
+    with pytest.raises(ValueError, match=r"'box' is a black box: .* leave no random step"):
         quick_trainer(base, tmp_path, ["rdm", black_box()], **settings)
 
 

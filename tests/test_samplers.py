@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ SHAPE = (3, 2, 4, 4)
 
 def pairs(steps: int) -> list[tuple[Tensor, Tensor]]:
     times = student_times(steps)
-    return list(zip(times[:-1], times[1:], strict=True))
+    return list(pairwise(times))
 
 
 @pytest.mark.parametrize("schedule", [VP, FLOW])
