@@ -72,9 +72,26 @@ class ImageDecoder:
         return torch.cat(parts)
 
 
+class TinyDecoder:
+    """A function like ``Family.decode``, made of a tiny autoencoder.
+
+    Args:
+        network: The autoencoder.
+    """
+
+    def __init__(self, network: AutoencoderTiny) -> None:
+        """Keep the network."""
+        self.network = network
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        """Images, shape (N, 3, H', W'), in [0, 1], of latents of shape (N, C, H, W)."""
+        images: Tensor = self.network.decode(x_0.to(self.network.dtype), return_dict=False)[0]
+        return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+
 def load_tiny_decoder(
     model: str | Path, latent_channels: int, device: torch.device, *, checkpointing: bool = False
-) -> Callable[[Tensor], Tensor]:
+) -> TinyDecoder:
     """The decoder of a tiny autoencoder (TAESD and its kin) for the same latents, many times cheaper than the VAE's.
 
     References:
@@ -88,7 +105,7 @@ def load_tiny_decoder(
         checkpointing: Recompute its activations in the backward pass.
 
     Returns:
-        A function like ``Family.decode``.
+        The decoder.
 
     Raises:
         ValueError: If it is made for latents with another number of channels.
@@ -103,9 +120,4 @@ def load_tiny_decoder(
     network.eval().to(device)
     if checkpointing:
         network.enable_gradient_checkpointing()
-
-    def decode(x_0: Tensor) -> Tensor:
-        images: Tensor = network.decode(x_0.to(network.dtype), return_dict=False)[0]
-        return (images * 0.5 + 0.5).clamp(0, 1).float()
-
-    return decode
+    return TinyDecoder(network)

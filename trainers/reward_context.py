@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdm_rl.decoding import ImageDecoder, load_tiny_decoder
 from rdm_rl.families.base import fingerprint
@@ -40,9 +40,11 @@ def make_reward_context(
     """
     family = networks.family
     decode: Callable[[Tensor], Tensor] = family.decode
+    decoder_network: nn.Module = family.pipeline.vae
     if args.reward_decoder is not None:
         channels, checkpointing = family.latent_shape[0], args.gradient_checkpointing
-        decode = load_tiny_decoder(args.reward_decoder, channels, device, checkpointing=checkpointing)
+        decode = tiny = load_tiny_decoder(args.reward_decoder, channels, device, checkpointing=checkpointing)
+        decoder_network = tiny.network
     decoder = ImageDecoder(decode, args.decode_batch_size)
     return RewardContext(
         networks=networks,
@@ -55,14 +57,18 @@ def make_reward_context(
             networks.teacher_family.schedule,
             decoder,
             args.teacher_num_inference_steps,
-            _teacher_cache(networks, args, teacher_guidance_scale, first_time),
+            _teacher_cache(networks, args, teacher_guidance_scale, first_time, decoder_network),
         ),
         last_checkpoint=last_checkpoint,
     )
 
 
 def _teacher_cache(
-    networks: Networks, args: RDMConfig, teacher_guidance_scale: float, first_time: float
+    networks: Networks,
+    args: RDMConfig,
+    teacher_guidance_scale: float,
+    first_time: float,
+    decoder: nn.Module,
 ) -> TeacherCache | None:
     """Where the teacher's images are kept, under a name that no other teacher, decoder or setting has."""
     if args.teacher_cache_dir is None:
@@ -77,7 +83,7 @@ def _teacher_cache(
         steps=args.teacher_num_inference_steps,
         guidance=teacher_guidance_scale,
         start=first_time,
-        decoder=args.reward_decoder or fingerprint(networks.family.pipeline.vae),
+        decoder=fingerprint(decoder),
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
     )
     return TeacherCache(args.teacher_cache_dir, key, args.teacher_cache_gib * 2**30)
