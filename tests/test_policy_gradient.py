@@ -165,7 +165,6 @@ def test_training_raises_a_black_box_reward(base: Path, tmp_path: Path) -> None:
 
     before = mean()
     trainer.train()
-    print("RAISED", before, mean())
     assert mean() > before + 0.02
 
 
