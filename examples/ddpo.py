@@ -1,0 +1,176 @@
+r"""What TRL's ``examples/scripts/ddpo.py`` did: a many-step policy learns to please a reward by policy gradient (DDPO).
+
+    python examples/ddpo.py                                                   # embedded digits, on the CPU
+    accelerate launch examples/ddpo.py --config examples/ddpo.yaml            # Stable Diffusion 1.5
+    python examples/ddpo.py --reward_gradient pathwise --reward_funcs ink     # AlignProp's job: see below
+
+The policy is a DDIM sampler with ``eta`` 1. The reward of a finished image is compared with those of the same prompt's
+other images, and PPO's clipped surrogate is climbed on its random steps: on all of them with Stable Diffusion, on three
+of nine, drawn anew for each update, with the digits. ``before_after.png`` shows the same noise before and after; judged
+images are drawn without the sampler's randomness, as a stock pipeline draws them. Every field of ``RDMConfig`` is a
+flag. ``docs/migration_from_trl.md`` has the settings of TRL beside ours.
+
+**AlignProp's job.** ``--reward_gradient pathwise`` sends the gradient of a differentiable reward through the last step
+(``--pathwise_steps any``: through every step, one at a time) instead: ``ink`` on the digits, ``aesthetic`` with Stable
+Diffusion. There is no back-propagation through several steps.
+
+====================  ================================================  ============================================
+\                     digits (the defaults)                             Stable Diffusion 1.5 (``ddpo.yaml``)
+====================  ================================================  ============================================
+hardware              one CPU core                                      a GPU
+memory                not yet measured                                          not measured by us
+time                  not yet measured                                            not measured by us
+expected              not yet measured                                        not measured by us
+====================  ================================================  ============================================
+
+For Stable Diffusion, the README of the paper's PyTorch code (https://github.com/kvablack/ddpo-pytorch) says: less than
+10 GB of GPU memory with LoRA, and about 4 hours for 100 epochs on eight A100; its figures show the reward's curves.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from rdm_rl import RDMConfig, RDMTrainer
+from rdm_rl.data_types import PromptBatch
+from rdm_rl.demo.digits import TEACHER_FOLDER
+from rdm_rl.evaluation.pictures import image_grid
+from rdm_rl.randomness import seeded_generators
+from rdm_rl.rewards.adapters import PlainRewardAdapter
+from rdm_rl.train import TrainArguments, load_prompts, make_rewards
+from rdm_rl.trainers.rdm_config import HONOURED, method_settings
+
+# Common animals, as in the paper's experiments; the choice is ours.
+ANIMALS = (
+    "ant bat bear bee beetle bird butterfly camel cat chicken cow crab deer dog dolphin donkey duck eagle elephant "
+    "fish fox frog giraffe goat goose gorilla hamster hedgehog horse kangaroo lion lizard monkey mouse otter owl panda "
+    "penguin pig rabbit raccoon shark sheep snail snake spider squirrel tiger turtle whale wolf zebra"
+).split()
+
+# Method "ddpo" for a model of 32 x 32 pixels. Chosen on development seeds.
+DIGITS: dict[str, Any] = {
+    **method_settings("ddpo"),
+    "output_dir": "runs/ddpo",
+    "num_inference_steps": 10,
+    "num_replayed_steps": 3,
+    "guidance_scale": 1.0,
+    "per_device_train_batch_size": 64,
+    "num_generations": 8,
+    "decode_batch_size": 64,
+    "max_steps": 40,
+    "logging_steps": 5,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "constant",
+    "save_strategy": "no",
+    "disable_tqdm": False,
+}
+
+
+@dataclass
+class Arguments(TrainArguments):
+    """What is trained on what, with the digits as the default.
+
+    Args:
+        model_name_or_path: As in ``rdm-rl train``.
+        dataset: As there; ``animals`` are names of animals.
+        reward_funcs: As there.
+        lora_r: As there.
+        num_judged: Images that are judged before and after.
+    """
+
+    model_name_or_path: str = field(default="digits", metadata={"help": "Pipeline folder or hub name, or 'digits'."})
+    dataset: str = field(default="digits", metadata={"help": "File of prompts, hub data set, 'digits' or 'animals'."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["jpeg_compressibility"],
+        metadata={"help": "Names of rewards, module:attribute or path.py:attribute."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    num_judged: int = field(default=240, metadata={"help": "Images that are judged before and after training."})
+
+
+def parse(words: Sequence[str] | None) -> tuple[Arguments, RDMConfig]:
+    """The settings from flags and a YAML file, over the digits' defaults."""
+    summary = str(__doc__).split("\n\n", 1)[0]
+    parser = TrlParser((Arguments, RDMConfig), description=summary, formatter_class=argparse.HelpFormatter)
+    refused = {one.name for one in fields(TrainingArguments)} - HONOURED
+    for action in parser._actions:
+        if action.dest.removeprefix("no_") in refused:
+            action.help = argparse.SUPPRESS
+    parser.set_defaults_with_config(**DIGITS)
+    arguments, args = parser.parse_args_and_config(None if words is None else list(words))
+    return arguments, args
+
+
+@torch.no_grad()
+def look(trainer: RDMTrainer, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], Tensor]:
+    """Mean rewards of the current policy's images from fixed noise, and the images, shape (N, 3, H, W)."""
+    values: dict[str, list[Tensor]] = {}
+    images = []
+    size = trainer.args.per_device_train_batch_size
+    for first in range(0, len(rows), size):
+        some = rows[first : first + size]
+        prompts, numbers = [row["prompt"] for row in some], range(first, first + len(some))
+        batch = PromptBatch(
+            prompts=prompts,
+            conditioning=trainer.family.encode(prompts),
+            group_ids=torch.arange(len(some)),
+            sample_ids=numbers,
+            columns={name: [row[name] for row in some] for name in some[0] if name != "prompt"},
+        )
+        chains = trainer.sample_student(batch, generator=seeded_generators(0, "ddpo/look", 0, numbers))
+        images.append(trainer.family.decode(chains.sample).cpu())
+        for name, reward in trainer.rewards.items():
+            if isinstance(reward, PlainRewardAdapter):
+                values.setdefault(name, []).append(reward.start(chains, -1, gradient=False)().values.cpu())
+    return {name: torch.cat(found).nanmean().item() for name, found in values.items()}, torch.cat(images)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Judge, train, judge again, and save."""
+    arguments, args = parse(words)
+    animals = arguments.dataset == "animals"
+    data = [{"prompt": name} for name in ANIMALS] if animals else load_prompts(arguments)
+    digits = arguments.model_name_or_path == "digits"
+    trainer = RDMTrainer(
+        TEACHER_FOLDER if digits else arguments.model_name_or_path,
+        make_rewards(arguments.reward_funcs, arguments.reward_options),
+        args,
+        data,
+        peft_config=None
+        if arguments.full
+        else LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha,
+            target_modules=arguments.lora_target_modules,
+        ),
+        policy_init=arguments.policy_init,
+    )
+    rows = [data[index % len(data)] for index in range(arguments.num_judged)]
+    before, first_images = look(trainer, rows)
+    trainer.train()
+    after, last_images = look(trainer, rows)
+    trainer.save_model()
+    if not trainer.accelerator.is_main_process:
+        return
+    folder = Path(args.output_dir)
+    shown = [index * len(rows) // min(20, len(rows)) for index in range(min(20, len(rows)))]
+    pictures = {"before": first_images[shown], "after": last_images[shown]}
+    image_grid(pictures, [rows[index]["prompt"] for index in shown]).save(folder / "before_after.png")
+    result = {"before": before, "after": after, "log": trainer.state.log_history}
+    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    for name in before:
+        print(f"{name}: {before[name]:.4f} before, {after[name]:.4f} after {trainer.state.global_step} updates")
+    print(f"The policy and before_after.png are in {folder}")
+
+
+if __name__ == "__main__":
+    main()
