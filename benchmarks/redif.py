@@ -57,21 +57,22 @@ COMMON = {
     "warm_start": "none",
     "max_steps": 100_000,  # The budget ends a run.
 }
-JUDGED, REFERENCE, REFERENCE_SEED = 250, 250, 8999
-BUDGET = 12_000
+JUDGED, REFERENCE, REFERENCE_SEED = 200, 250, 8999
+BUDGET = 8_000
 MATCHES = ("mse", "histogram", "features", "cosine")
 FIGURES = ("distance_to_teacher", "distance_to_data", "recall", "precision", "accuracy")
-GNDM = {"dm_scale_floor": 0.1, "fake_score_learning_rate": 1e-3, "learning_rate": 1e-4}
-# Name, kind, budget and settings; those without a budget are starts.
+GNDM = {"learning_rate": 1e-4, "dm_scale_floor": 0.1, "fake_score_learning_rate": 1e-3}
+# Name, kind, budget and settings; those without a budget are starts. Chosen on a development seed.
 ARMS = {
     "start": ("redif", 0, {}),
-    "ReDiF": ("redif", BUDGET, {"learning_rate": 1e-4}),
-    "DRaFT": ("redif", BUDGET, {"learning_rate": 1e-4, "reward_gradient": "pathwise"}),
+    "ReDiF": ("redif", BUDGET, {"learning_rate": 3e-4, "eta": 0.15}),
+    "DRaFT": ("redif", BUDGET, {"learning_rate": 3e-4, "eta": 0.0, "reward_gradient": "pathwise"}),
     "GNDM, DDIM": ("gndm", BUDGET, {**GNDM, "sampler": "ddim", "eta": 0.0}),
+    "ReDiF, eta 0.4": ("redif", BUDGET, {"learning_rate": 3e-4, "eta": 0.4}),
     "start, re-noising": ("gndm", 0, GNDM),
     "GNDM": ("gndm", BUDGET, GNDM),
 }
-STARTS = {"ReDiF": "start", "DRaFT": "start", "GNDM, DDIM": "start", "GNDM": "start, re-noising"}
+STARTS = {name: "start" for name in ("ReDiF", "ReDiF, eta 0.4", "DRaFT", "GNDM, DDIM")} | {"GNDM": "start, re-noising"}
 MATCH = {"guidance_scale": 1.0, "teacher_num_inference_steps": TEACHER_STEPS}
 
 
