@@ -49,8 +49,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=40, help="policy updates")
     parser.add_argument("--num_inference_steps", type=int, default=5, help="steps of the student: 4 or 5")
     parser.add_argument("--teacher_steps", type=int, default=50, help="steps of the teacher's images")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="learning rate")
-    parser.add_argument("--eta", type=float, default=0.4, help="randomness of the sampler in training")
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="learning rate")
+    parser.add_argument(
+        "--eta", type=float, default=0.15, help="randomness of the sampler in training; none in --draft"
+    )
     parser.add_argument("--batch_size", type=int, default=32, help="samples of an update; a group is 8 of one prompt")
     parser.add_argument("--num_judged", type=int, default=100, help="held-out pairs before and after")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
@@ -66,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
         teacher_num_inference_steps=options.teacher_steps,
         guidance_scale=1.0,  # The digits teacher was made to do without.
         teacher_guidance_scale=1.0,
-        eta=options.eta,
+        eta=0.0 if options.draft else options.eta,  # The control needs none, and would learn to expect it.
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
         max_steps=options.max_steps,
