@@ -23,6 +23,7 @@ Normalization = Literal["sample", "group", "group_rms", "none"]
 Group = Literal["prompt", "renoise", "prompt_renoise"]
 RewardScale = Literal["group", "batch", "none"]
 RewardBaseline = Literal["group", "batch"]
+LARGEST_LOG_RATIO = 20.0  # A bad sample pushes no harder than with a ratio of 5e8; further up, float32 overflows.
 
 
 def group_mean(values: Tensor, group_ids: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ def policy_gradient_advantage(
     Returns:
         The direction, shape (N, C, H, W), and where the clip acted, shape (N,), bool.
     """
-    rho = log_rho.exp()
+    rho = log_rho.clamp_max(LARGEST_LOG_RATIO).exp()
     clipped = ((advantage > 0) & (rho > 1 + epsilon_high)) | ((advantage < 0) & (rho < 1 - epsilon))
     factor = torch.where(clipped, 0.0, advantage * rho) * (error[0].numel() if level == "sample" else 1)
     score = append_dims(transition.x_0_scale / transition.std.square(), error) * error

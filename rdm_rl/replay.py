@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rdm_rl.advantages import policy_gradient_advantage
+from rdm_rl.advantages import LARGEST_LOG_RATIO, policy_gradient_advantage
 from rdm_rl.data_types import DenseAdvantage, Replayed
 from rdm_rl.noise_schedule import append_dims
 from rdm_rl.policy import Level, log_ratio
@@ -82,8 +82,9 @@ class PolicyGradientDirection:
             epsilon=self.epsilon,
             epsilon_high=self.epsilon_high,
         )
+        weight = log_rho.clamp_max(LARGEST_LOG_RATIO).exp()
         return Replayed(
-            values=self.factor * values, log_ratio=log_rho[None], weight=log_rho.exp()[None], clipped=clipped[None]
+            values=self.factor * values, log_ratio=log_rho[None], weight=weight[None], clipped=clipped[None]
         )
 
 

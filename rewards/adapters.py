@@ -137,11 +137,12 @@ class FinalImageReward(PlainRewardAdapter):
         self._waiting: tuple[Rollout, Callable[[], RewardOutput]] | None = None
         self._known: tuple[Rollout, RewardOutput] | None = None
 
-    def prefetch(self, rollout: Rollout) -> None:
+    def prefetch(self, rollout: Rollout, step: int) -> None:
         """Begin to ask the reward, so that other rewards work while it does.
 
         Args:
             rollout: The recorded chains.
+            step: The step whose direction will be asked for.
         """
         if self._known is None or self._known[0] is not rollout:
             self._waiting = rollout, self.start(rollout, -1, gradient=False)
@@ -209,6 +210,11 @@ class PolicyGradientReward(FinalImageReward):
     def acts_on(self, step: int, rollout: Rollout) -> bool:
         """Whether the step is random: a likelihood is needed."""
         return rollout.is_random(step)
+
+    def prefetch(self, rollout: Rollout, step: int) -> None:
+        """Begin to ask the reward, if it acts on the step."""
+        if self.acts_on(step, rollout):
+            super().prefetch(rollout, step)
 
     def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
         """The reward of the finished samples, with what makes a direction of its advantage.

@@ -89,8 +89,8 @@ class BindableReward(Protocol):
 class PrefetchingReward(Protocol):
     """A reward that can begin its work before its direction is asked for."""
 
-    def prefetch(self, rollout: Rollout) -> None:
-        """Begin."""
+    def prefetch(self, rollout: Rollout, step: int) -> None:
+        """Begin, if the step's direction needs it; the direction of that step is asked for next."""
         ...
 
 

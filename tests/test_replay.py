@@ -173,9 +173,6 @@ def test_an_advantage_is_clipped_and_must_be_known() -> None:
 
 
 @pytest.mark.parametrize("advantage", [0.0, -1.0])
-@pytest.mark.xfail(
-    raises=AssertionError, reason="exp overflows at log ratios above 88: 0 * inf is NaN, -1 * inf is inf"
-)
 def test_a_ratio_beyond_float_leaves_the_direction_finite(advantage: float) -> None:
     """At level 'sample' log ratios of hundreds are ordinary; a sample without an advantage must still not be pushed."""
     step = transition()

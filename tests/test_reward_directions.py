@@ -201,7 +201,7 @@ def test_watched_rewards_judge_the_finished_samples(base: Path, tmp_path: Path) 
     assert not made["grey"].applicable.any()
     # Asked about another rollout than the one it works on, it judges that one.
     other = trainer.generate_rollout(next(trainer.prompt_batches(1)))
-    trainer.rewards["grey"].prefetch(rollout)
+    trainer.rewards["grey"].prefetch(rollout, 0)
     again = trainer.rewards["grey"].direction(other, 0, generator=torch.Generator())
     torch.testing.assert_close(again.reward, trainer.family.decode(other.sample).mean((1, 2, 3)))
 

@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
@@ -416,6 +417,11 @@ class RDMConfig(TrainingArguments):
                 "reward_baseline='batch' centres on the batch, but scale_rewards='group' divides by a group's spread. "
                 "Set scale_rewards to 'batch' or 'none'."
             )
+        if self.pathwise_steps != "last" and self.reward_gradient != "pathwise":
+            raise ValueError(
+                f"pathwise_steps={self.pathwise_steps!r} is set, but with reward_gradient='score_function' no reward "
+                "acts by its own gradient. Leave it out, or set reward_gradient='pathwise'."
+            )
         if self.sampler == "renoise" and self.eta is not None:
             raise ValueError(
                 f"eta={self.eta} is set, but sampler='renoise' always draws all noise anew. Set sampler='ddim', say."
@@ -491,10 +497,14 @@ class RDMConfig(TrainingArguments):
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and is not a multiple "
                 f"of num_generations={self.num_generations}, so a prompt's group would be split. Set it to {fitting}."
             )
-        for name, limit in (("importance_weight_clip", 1.0), ("eta", None if self.sampler == "flow_sde" else 1.0)):
+        for name in ("beta", "epsilon", "epsilon_high", "guidance_scale", "eta"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= (float("inf") if limit is None else limit):
-                raise ValueError(f"{name}={value}, but it must be between 0 and {limit}.")
+            if value is not None and not isfinite(value):
+                raise ValueError(f"{name}={value}, but it must be a finite number.")
+        for name in ("importance_weight_clip", *(() if self.sampler == "flow_sde" else ("eta",))):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}, but it must be between 0 and 1.")
         for name in ("reward_timeout", "fidelity_budget", "advantage_clip", "teacher_cache_gib"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

@@ -362,20 +362,21 @@ class RDMTrainer(TrainingLoop):
             The direction with its ``advantage``, shape (N,).
         """
         args = self.args
-        if direction.reward is None or name not in moments:
+        if direction.reward is None:
             return direction
+        mean, _ = moments.get(name, (0.0, 0.0))  # It may have said nothing of any sample.
         advantage = normalize_rewards(
             direction.reward,
             ~direction.reward.isnan(),
             group_ids,
             args.scale_rewards,
-            spread=self.reward_spreads[name].value or 0.0,
-            batch_mean=moments[name][0] if args.reward_baseline == "batch" else None,
+            spread=(self.reward_spreads[name].value if name in self.reward_spreads else None) or 0.0,
+            batch_mean=mean if args.reward_baseline == "batch" else None,
         )
         return with_advantage(direction, advantage, args.advantage_clip)
 
     def draw_steps(self, rollout: Rollout, number: int) -> list[int]:
-        """The recorded steps that will be replayed: ``num_replayed_steps`` of those that a reward acts on.
+        """The recorded steps that will be replayed: ``num_replayed_steps`` of those that a reward or ``beta`` acts on.
 
         They are the same for all samples and processes.
 
@@ -388,7 +389,12 @@ class RDMTrainer(TrainingLoop):
         """
         acting = [reward for name, reward in self.rewards.items() if self.reward_weights[name]]
         every = range(len(rollout.times))
-        left = [step for step in every if any(_acts_on(reward, step, rollout) for reward in acting)] or [*every]
+        left = [
+            step
+            for step in every
+            if any(_acts_on(reward, step, rollout) for reward in acting) or (self.args.beta and rollout.is_random(step))
+        ]
+        left = left or [*every]
         generator = seeded_generator(self.args.seed, "replayed_step", number)
         count = min(self.args.num_replayed_steps, len(left))
         return [left.pop(int(torch.randint(len(left), (1,), generator=generator))) for _ in range(count)]
@@ -465,11 +471,12 @@ class RDMTrainer(TrainingLoop):
         """
         begun = {name: reward for name, reward in self.rewards.items() if isinstance(reward, PrefetchingReward)}
         for reward in begun.values():
-            reward.prefetch(rollout)
+            reward.prefetch(rollout, step)
         # Those that have begun are waited for last, so that they work while the others do.
+        draws = f"/{step}" if self.args.num_replayed_steps > 1 else ""  # Each step is re-noised by itself.
         directions = {
             name: self.rewards[name].direction(
-                rollout, step, generator=self.generators(f"reward/{name}", rollout.batch)
+                rollout, step, generator=self.generators(f"reward/{name}{draws}", rollout.batch)
             )
             for name in [*(name for name in self.rewards if name not in begun), *begun]
         }

@@ -81,6 +81,11 @@ def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Any]) 
             f"{', '.join(changed)} is set, but no black-box reward acts in this run. Leave it out, give one a weight, "
             "or set reward_gradient='score_function'."
         )
+    if args.importance_weight_clip != _defaults(args)["importance_weight_clip"] and "rdm" not in rewards:
+        raise ValueError(
+            f"importance_weight_clip={args.importance_weight_clip} is set, which weights the direction of 'rdm' on a "
+            "rollout that is used again, but 'rdm' is not in reward_funcs. Leave it out."
+        )
     ratios = boxes or args.num_iterations > 1 or args.beta
     if args.importance_sampling_level != _defaults(args)["importance_sampling_level"] and not ratios:
         raise ValueError(

@@ -100,7 +100,7 @@ class StableDiffusionFamily(Family):
                 f"sampled with 'renoise' or 'ddim', and stock DDIM's steps only chain if their number divides {steps}. "
                 "Use 'renoise', or 'ddim' with 2, 4, 5, 8, 10, 20, 25, 40 or 50 steps."
             )
-        return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0)
+        return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True)
 
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times of the student's scheduler."""
