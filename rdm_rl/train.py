@@ -126,6 +126,27 @@ def make_rewards(names: Sequence[str], options: dict[str, Any] | str | None) -> 
     return made
 
 
+def lora_config(arguments: TrainArguments) -> LoraConfig | None:
+    """The adapters that the arguments ask for; None for full copies.
+
+    Example:
+        >>> lora_config(TrainArguments(model_name_or_path="digits", dataset="digits", lora_r=8)).lora_alpha
+        8
+    """
+    if arguments.full:
+        return None
+    alpha = arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha
+    return LoraConfig(r=arguments.lora_r, lora_alpha=alpha, target_modules=arguments.lora_target_modules)
+
+
+def hide_refused_flags(parser: argparse.ArgumentParser) -> None:
+    """Leave the inherited settings that ``RDMConfig`` refuses out of a parser's help."""
+    refused = {one.name for one in fields(TrainingArguments)} - HONOURED
+    for action in parser._actions:
+        if action.dest in refused or action.dest.removeprefix("no_") in refused:
+            action.help = argparse.SUPPRESS
+
+
 def train_command(words: Sequence[str]) -> None:
     """Parse, train and save.
 
@@ -135,10 +156,7 @@ def train_command(words: Sequence[str]) -> None:
     """
     parser = TrlParser((TrainArguments, RDMConfig), prog="rdm-rl train", formatter_class=argparse.HelpFormatter)
     parser.add_argument("--method", choices=sorted(METHODS), help="Settings of a method; `rdm-rl methods` lists them.")
-    inherited = {one.name for one in fields(TrainingArguments)} - HONOURED
-    for action in parser._actions:
-        if action.dest in inherited or action.dest.removeprefix("no_") in inherited:
-            action.help = argparse.SUPPRESS  # RDMConfig refuses it when it is set.
+    hide_refused_flags(parser)
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--method")
     method = first.parse_known_args(list(words))[0].method
@@ -147,18 +165,13 @@ def train_command(words: Sequence[str]) -> None:
     parser.set_defaults_with_config(**defaults)
     arguments, args, _ = parser.parse_args_and_config(list(words))
     data = load_prompts(arguments)
-    lora = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha,
-        target_modules=arguments.lora_target_modules,
-    )
     model = TEACHER_FOLDER if arguments.model_name_or_path == "digits" else arguments.model_name_or_path
     trainer = RDMTrainer(
         str(model),
         make_rewards(arguments.reward_funcs, arguments.reward_options),
         args,
         data,
-        peft_config=None if arguments.full else lora,
+        peft_config=lora_config(arguments),
         policy_init=arguments.policy_init,
     )
     trainer.train()
