@@ -14,14 +14,20 @@ flag. ``docs/migration_from_trl.md`` has the settings of TRL beside ours.
 (``--pathwise_steps any``: through every step, one at a time) instead: ``ink`` on the digits, ``aesthetic`` with Stable
 Diffusion. There is no back-propagation through several steps.
 
-====================  ================================================  ============================================
-\                     digits (the defaults)                             Stable Diffusion 1.5 (``ddpo.yaml``)
-====================  ================================================  ============================================
-hardware              one CPU core                                      a GPU
-memory                not yet measured                                          not measured by us
-time                  not yet measured                                            not measured by us
-expected              not yet measured                                        not measured by us
-====================  ================================================  ============================================
+==========  ==============================================================  ==================================
+\           digits (the defaults)                                           Stable Diffusion 1.5 (``ddpo.yaml``)
+==========  ==============================================================  ==================================
+hardware    one CPU core                                                    a GPU
+memory      0.7 GiB, of the process at its peak                             not yet measured
+time        62 s of processor time, start and judging included              not yet measured
+expected    JPEG size of 240 judged images 1.052 kB before; 0.875, 0.956    not yet measured
+            and 0.927 kB after 30 updates (development seeds 1000 to 1002)
+AlignProp   ``ink`` from 0.309 to 0.386 in 10 updates, 30 s, 0.8 GiB        not yet measured
+==========  ==============================================================  ==================================
+
+Look at the picture, too: whatever digit is asked for, what comes is nearly always an upright stroke, which is small as
+a JPEG file. That is what the reward asks for, and nothing here holds the policy back; ``--beta`` would, or ``rdm``.
+(AlignProp: ``--max_steps 10 --num_generations 1 --learning_rate 1e-3``, seed 1000.)
 
 For Stable Diffusion, the README of the paper's PyTorch code (https://github.com/kvablack/ddpo-pytorch) says: less than
 10 GB of GPU memory with LoRA, and about 4 hours for 100 epochs on eight A100; its figures show the reward's curves.
@@ -66,7 +72,7 @@ DIGITS: dict[str, Any] = {
     "per_device_train_batch_size": 64,
     "num_generations": 8,
     "decode_batch_size": 64,
-    "max_steps": 40,
+    "max_steps": 30,
     "logging_steps": 5,
     "learning_rate": 3e-3,
     "lr_scheduler_type": "constant",
