@@ -62,17 +62,22 @@ BUDGET = 8_000
 MATCHES = ("mse", "histogram", "features", "cosine")
 FIGURES = ("distance_to_teacher", "distance_to_data", "recall", "precision", "accuracy")
 GNDM = {"learning_rate": 1e-4, "dm_scale_floor": 0.1, "fake_score_learning_rate": 1e-3}
+REDIF = {"learning_rate": 3e-4, "eta": 0.15}
+DRAFT = {"learning_rate": 3e-4, "eta": 0.0, "reward_gradient": "pathwise"}
 # Name, kind, budget and settings; those without a budget are starts. Chosen on a development seed.
 ARMS = {
     "start": ("redif", 0, {}),
-    "ReDiF": ("redif", BUDGET, {"learning_rate": 3e-4, "eta": 0.15}),
-    "DRaFT": ("redif", BUDGET, {"learning_rate": 3e-4, "eta": 0.0, "reward_gradient": "pathwise"}),
+    "ReDiF": ("redif", BUDGET, REDIF),
+    "DRaFT": ("redif", BUDGET, DRAFT),
     "GNDM, DDIM": ("gndm", BUDGET, {**GNDM, "sampler": "ddim", "eta": 0.0}),
-    "ReDiF, eta 0.4": ("redif", BUDGET, {"learning_rate": 3e-4, "eta": 0.4}),
+    "ReDiF, eta 0.4": ("redif", BUDGET, REDIF | {"eta": 0.4}),
     "start, re-noising": ("gndm", 0, GNDM),
     "GNDM": ("gndm", BUDGET, GNDM),
+    "ReDiF, 3 times": ("redif", 3 * BUDGET, REDIF),
+    "DRaFT, 3 times": ("redif", 3 * BUDGET, DRAFT),
+    "GNDM, DDIM, 3 times": ("gndm", 3 * BUDGET, {**GNDM, "sampler": "ddim", "eta": 0.0}),
 }
-STARTS = {name: "start" for name in ("ReDiF", "ReDiF, eta 0.4", "DRaFT", "GNDM, DDIM")} | {"GNDM": "start, re-noising"}
+STARTS = {name: "start" for name in ARMS if "start" not in name} | {"GNDM": "start, re-noising"}
 MATCH = {"guidance_scale": 1.0, "teacher_num_inference_steps": TEACHER_STEPS}
 
 
