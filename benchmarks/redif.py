@@ -75,7 +75,6 @@ ARMS = {
     "GNDM": ("gndm", BUDGET, GNDM),
     "ReDiF, 3 times": ("redif", 3 * BUDGET, REDIF),
     "DRaFT, 3 times": ("redif", 3 * BUDGET, DRAFT),
-    "GNDM, DDIM, 3 times": ("gndm", 3 * BUDGET, {**GNDM, "sampler": "ddim", "eta": 0.0}),
 }
 STARTS = {name: "start" for name in ARMS if "start" not in name} | {"GNDM": "start, re-noising"}
 MATCH = {"guidance_scale": 1.0, "teacher_num_inference_steps": TEACHER_STEPS}

@@ -5,9 +5,9 @@
 
 The student begins as the teacher itself, with 5 steps of DDIM instead of 50. The reward, ``teacher_mse``, compares its
 image with what the teacher's 50 steps make of the same noise; ``teacher_histogram`` is only watched. Both are measured
-before and after on prompts and noises that were not trained on. ``benchmarks/redif.md`` says what to expect of such
-runs: the control gains, the policy gradient hardly does. About two minutes on one CPU core, and a half of that with
-``--draft``; ``samples.png`` shows the student before and after, and the teacher.
+before and after on prompts and noises that were not trained on. Expect the control to gain a few percent, and the
+policy gradient none: ``benchmarks/redif.md`` has runs of this length, in which it lost as much. It shows the machinery,
+not a success. About two minutes on one CPU core; ``samples.png`` shows the student before and after, and the teacher.
 """
 
 import argparse
