@@ -1,6 +1,6 @@
 """ReDiF on the embedded digits: how near a five-step student comes to the teacher's own image of the same noise.
 
-    python benchmarks/redif.py                        # 5 seeds: see redif.md for the time
+    python benchmarks/redif.py                        # 5 seeds: half an hour on one core
     python benchmarks/redif.py --seeds 9000 9001      # a part of them, e.g. on another core
     python benchmarks/redif.py --report               # only write the tables and the picture again
 
