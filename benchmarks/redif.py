@@ -75,6 +75,12 @@ ARMS = {
     "GNDM": ("gndm", BUDGET, GNDM),
     "ReDiF, 3 times": ("redif", 3 * BUDGET, REDIF),
     "DRaFT, 3 times": ("redif", 3 * BUDGET, DRAFT),
+    # What a policy gradient wants: many samples in an update, and small updates.
+    "ReDiF, large batches": (
+        "redif",
+        22 * BUDGET,
+        {"learning_rate": 1e-4, "eta": 0.15, "per_device_train_batch_size": 128, "noise_pool": 1},
+    ),
 }
 STARTS = {name: "start" for name in ARMS if "start" not in name} | {"GNDM": "start, re-noising"}
 MATCH = {"guidance_scale": 1.0, "teacher_num_inference_steps": TEACHER_STEPS}

@@ -36,14 +36,12 @@ For Stable Diffusion, the README of the paper's PyTorch code (https://github.com
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
-from transformers import TrainingArguments
 from trl import TrlParser
 
 from rdm_rl import RDMConfig, RDMTrainer
@@ -52,8 +50,8 @@ from rdm_rl.demo.digits import TEACHER_FOLDER
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.rewards.adapters import PlainRewardAdapter
-from rdm_rl.train import TrainArguments, load_prompts, make_rewards
-from rdm_rl.trainers.rdm_config import HONOURED, method_settings
+from rdm_rl.train import TrainArguments, hide_refused_flags, load_prompts, lora_config, make_rewards
+from rdm_rl.trainers.rdm_config import method_settings
 
 # Common animals, as in the paper's experiments; the choice is ours.
 ANIMALS = (
@@ -107,10 +105,7 @@ def parse(words: Sequence[str] | None) -> tuple[Arguments, RDMConfig]:
     """The settings from flags and a YAML file, over the digits' defaults."""
     summary = str(__doc__).split("\n\n", 1)[0]
     parser = TrlParser((Arguments, RDMConfig), description=summary, formatter_class=argparse.HelpFormatter)
-    refused = {one.name for one in fields(TrainingArguments)} - HONOURED
-    for action in parser._actions:
-        if action.dest.removeprefix("no_") in refused:
-            action.help = argparse.SUPPRESS
+    hide_refused_flags(parser)
     parser.set_defaults_with_config(**DIGITS)
     arguments, args = parser.parse_args_and_config(None if words is None else list(words))
     return arguments, args
@@ -151,13 +146,7 @@ def main(words: Sequence[str] | None = None) -> None:
         make_rewards(arguments.reward_funcs, arguments.reward_options),
         args,
         data,
-        peft_config=None
-        if arguments.full
-        else LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha,
-            target_modules=arguments.lora_target_modules,
-        ),
+        peft_config=lora_config(arguments),
         policy_init=arguments.policy_init,
     )
     rows = [data[index % len(data)] for index in range(arguments.num_judged)]

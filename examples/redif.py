@@ -1,7 +1,7 @@
 """ReDiF on Stable Diffusion 1.5: a five-step student by policy gradient, rewarded for being like the teacher's image.
 
     accelerate launch examples/redif.py --config examples/redif.yaml
-    accelerate launch examples/redif.py --config examples/redif.yaml --reward_gradient pathwise    # the DRaFT control
+    accelerate launch examples/redif.py --config examples/redif.yaml --reward_gradient pathwise --eta 0  # DRaFT
 
 The settings are those of ``ReDiFConfig`` and of ``rdm-rl train``; flags win over the YAML file, which spells the
 recommended preset out and says what the paper's code has instead. The last ``--held_out`` rows are not trained on: they

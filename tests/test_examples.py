@@ -47,6 +47,14 @@ def test_the_rewards_of_the_custom_example() -> None:
     assert (module.pieces(load_digits("train").images[:50], [""] * 50) >= 1).all()
 
 
+def test_digits_redif(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--max_steps", "1", "--batch_size", "8", "--teacher_steps", "2", "--num_judged", "4"]
+    example("digits_redif").main(["--output_dir", str(tmp_path), "--num_inference_steps", "4", *short])
+    assert (tmp_path / "student" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "samples.png").is_file()
+    assert "after: teacher_mse" in capsys.readouterr().out
+
+
 def test_digits_gndmr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 20)
     monkeypatch.setattr("rdm_rl.demo.run.TEACHER_STEPS", 2)

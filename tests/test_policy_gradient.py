@@ -292,16 +292,20 @@ def test_noises_of_a_pool_come_again(shared: bool, base: Path, tmp_path: Path) -
     settings = {**PPO, "noise_pool": 2, "group_noise": "shared" if shared else "own"}
     trainer = quick_trainer(base, tmp_path, [black_box()], **settings)
     seen: dict[int, Tensor] = {}
-    for number in range(6):
+    of_prompts: dict[str, set[int]] = {}
+    for number in range(24):
         (batch,) = trainer.prompt_batches(number)
         rollout = trainer.generate_rollout(batch)
-        for seed, state in zip(batch.noise_seeds, rollout.states[0], strict=True):
+        for prompt, seed, state in zip(batch.prompts, batch.noise_seeds, rollout.states[0], strict=True):
             assert torch.equal(seen.setdefault(seed, state), state)
+            of_prompts.setdefault(prompt, set()).add(seed)
         if shared:
             assert batch.noise_seeds[0] == batch.noise_seeds[1]
             assert batch.noise_seeds[2] == batch.noise_seeds[3]
-    assert seen.keys() == {0, 1}
-    assert not torch.equal(seen[0], seen[1])
+    assert {len(seeds) for seeds in of_prompts.values()} == {2}
+    assert len(seen) == 2 * len(of_prompts), "a noise belongs to one prompt"
+    states = list(seen.values())
+    assert not any(torch.equal(states[0], other) for other in states[1:])
 
 
 def test_own_noise_is_that_of_the_samples_generators(base: Path, tmp_path: Path) -> None:

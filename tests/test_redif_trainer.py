@@ -236,6 +236,12 @@ def test_an_update_without_the_guidance_of_the_rollout_is_stopped(base: Path, tm
 # ----- the control -----
 
 
+def test_the_control_draws_no_noise_unless_told_to() -> None:
+    assert ReDiFConfig(use_cpu=True).eta == 0.4
+    assert ReDiFConfig(use_cpu=True, reward_gradient="pathwise").eta == 0.0
+    assert ReDiFConfig(use_cpu=True, reward_gradient="pathwise", eta=0.4).eta == 0.4
+
+
 def test_one_switch_sends_the_gradient_through_the_last_step_alone(base: Path, tmp_path: Path) -> None:
     settings = {"num_inference_steps": 4, "num_replayed_steps": 3, "max_steps": 1}
     replayed: dict[str, list[int]] = {}

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from diffusers import DiffusionPipeline
@@ -418,27 +419,34 @@ class RDMTrainer(TrainingLoop):
             rows = self.prompts.rows(first, groups)
             texts = [row["prompt"] for row in rows]
             sample_ids = range(first * args.num_generations, (first + groups) * args.num_generations)
+            prompts = [text for text in texts for _ in range(args.num_generations)]
             yield PromptBatch(
-                prompts=[text for text in texts for _ in range(args.num_generations)],
+                prompts=prompts,
                 conditioning=self.family.encode(texts).repeat(args.num_generations),
                 group_ids=torch.arange(first, first + groups, device=self.device).repeat_interleave(
                     args.num_generations
                 ),
                 sample_ids=sample_ids,
                 columns=other_columns(rows, args.num_generations),
-                noise_seeds=self._noise_seeds(sample_ids, stream, update),
+                noise_seeds=self._noise_seeds(prompts, sample_ids, stream, update),
                 stream=stream,
                 update=update,
             )
 
-    def _noise_seeds(self, sample_ids: Sequence[int], stream: str, update: int) -> list[int] | None:
+    def _noise_seeds(
+        self, prompts: Sequence[str], sample_ids: Sequence[int], stream: str, update: int
+    ) -> list[int] | None:
         """The seeds of the initial noises, where these are shared, drawn from a pool, or paired with kept images."""
         args = self.args
         if args.group_noise == "own" and args.noise_pool is None and args.teacher_cache_dir is None:
             return None
         size = args.num_generations if args.group_noise == "shared" else 1
         generators = seeded_generators(args.seed, f"{stream}/noise_seed", update, (one // size for one in sample_ids))
-        return [int(torch.randint(args.noise_pool or 2**62, (1,), generator=one)) for one in generators]
+        if args.noise_pool is None:
+            return [int(torch.randint(2**62, (1,), generator=one)) for one in generators]
+        # A pool belongs to its prompt and not to the run, so that another run finds the same teacher images.
+        drawn = [int(torch.randint(args.noise_pool, (1,), generator=one)) for one in generators]
+        return [crc32(prompt.encode()) << 24 | number for prompt, number in zip(prompts, drawn, strict=True)]
 
     def generate_rollout(self, batch: PromptBatch) -> Rollout:
         """The policy's chains for a batch of prompts, without a graph.

@@ -49,7 +49,9 @@ class ReDiFConfig(RDMConfig):
     0.4, a factor for each step, groups that share their initial noise (so that a group has one teacher image), a pool
     of noises (so that teacher images are made once), and advantages over the spread of the batch.
     ``from_preset("paper")`` has what the paper's public code sets. The control is one switch:
-    ``reward_gradient="pathwise"`` sends the gradient of the same reward through the last step instead (DRaFT-1).
+    ``reward_gradient="pathwise"`` sends the gradient of the same reward through the last step instead (DRaFT-1). It
+    needs no randomness, so ``eta`` is then 0 unless it is set: with it, the last step would learn to clean up noise
+    that is not there in use.
 
     References:
         | ReDiF: Reinforced Distillation for Few Step Diffusion (Tighkhorshid et al., 2025)
@@ -75,7 +77,9 @@ class ReDiFConfig(RDMConfig):
         default=_RECOMMENDED["warm_start"], metadata={"help": "Regression on the teacher's ODE solutions first."}
     )
     sampler: SamplerName = field(default=_RECOMMENDED["sampler"], metadata={"help": "How the policy goes on."})
-    eta: float | None = field(default=_RECOMMENDED["eta"], metadata={"help": "Randomness of the sampler in training."})
+    eta: float | None = field(
+        default=None, metadata={"help": "Randomness of the sampler in training; default: 0.4, or 0 with 'pathwise'."}
+    )
     guidance_scale: float = field(default=_RECOMMENDED["guidance_scale"], metadata={"help": "Guidance of the student."})
     teacher_guidance_scale: float | None = field(
         default=_RECOMMENDED["teacher_guidance_scale"], metadata={"help": "Guidance of the teacher."}
@@ -98,7 +102,9 @@ class ReDiFConfig(RDMConfig):
     ema_decay: float = field(default=_RECOMMENDED["ema_decay"], metadata={"help": "Decay of the averaged policy."})
 
     def __post_init__(self) -> None:
-        """Give the teacher's images a place beside the run's other files."""
+        """Give the teacher's images a place beside the run's other files, and settle ``eta``."""
+        if self.eta is None:
+            self.eta = _RECOMMENDED["eta"] if self.reward_gradient == "score_function" else 0.0
         if self.teacher_cache_dir is None:
             self.teacher_cache_dir = str(Path(self.output_dir or "trainer_output") / "teacher-images")
         super().__post_init__()
