@@ -46,14 +46,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/redif"), help="where everything goes")
     parser.add_argument("--draft", action="store_true", help="the control: the reward's gradient, on the last step")
-    parser.add_argument("--max_steps", type=int, default=40, help="policy updates")
+    parser.add_argument("--max_steps", type=int, default=60, help="policy updates")
     parser.add_argument("--num_inference_steps", type=int, default=5, help="steps of the student: 4 or 5")
     parser.add_argument("--teacher_steps", type=int, default=50, help="steps of the teacher's images")
-    parser.add_argument("--learning_rate", type=float, default=3e-4, help="learning rate")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument(
         "--eta", type=float, default=0.15, help="randomness of the sampler in training; none in --draft"
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="samples of an update; a group is 8 of one prompt")
+    parser.add_argument("--batch_size", type=int, default=128, help="samples of an update; a group is 8 of one prompt")
     parser.add_argument("--num_judged", type=int, default=100, help="held-out pairs before and after")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
     options = parser.parse_args(words)
