@@ -63,7 +63,11 @@ MATCHES = ("mse", "histogram", "features", "cosine")
 FIGURES = ("distance_to_teacher", "distance_to_data", "recall", "precision", "accuracy")
 GNDM = {"learning_rate": 1e-4, "dm_scale_floor": 0.1, "fake_score_learning_rate": 1e-3}
 REDIF = {"learning_rate": 3e-4, "eta": 0.15}
-DRAFT = {"learning_rate": 3e-4, "eta": 0.0, "reward_gradient": "pathwise"}
+DRAFT = {
+    **{"learning_rate": 3e-4, "reward_gradient": "pathwise", "eta": 0.0},
+    # Without randomness a group would be copies of one sample; one noise for each prompt keeps teacher images few.
+    **{"num_generations": 1, "noise_pool": 1},
+}
 # Name, kind, budget and settings; those without a budget are starts. Chosen on a development seed.
 ARMS = {
     "start": ("redif", 0, {}),

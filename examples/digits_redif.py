@@ -5,9 +5,10 @@
 
 The student begins as the teacher itself, with 5 steps of DDIM instead of 50. The reward, ``teacher_mse``, compares its
 image with what the teacher's 50 steps make of the same noise; ``teacher_histogram`` is only watched. Both are measured
-before and after on prompts and noises that were not trained on. Expect the control to gain a few percent, and the
-policy gradient none: ``benchmarks/redif.md`` has runs of this length, in which it lost as much. It shows the machinery,
-not a success. About two minutes on one CPU core; ``samples.png`` shows the student before and after, and the teacher.
+before and after on prompts and noises that were not trained on. Expect the control to gain, and the policy gradient
+next to nothing in so short a run (-0.00210 to -0.00212 with seed 0): ``benchmarks/redif.md`` says what it takes. It
+shows the machinery. About two and a half minutes on one CPU core, less with ``--draft``; ``samples.png`` shows the
+student before and after, and the teacher.
 """
 
 import argparse

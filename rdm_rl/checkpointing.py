@@ -8,7 +8,8 @@ file                           content
 ``policy.safetensors``         weights of the policy
 ``fake_score.safetensors``     weights of the fake score
 ``ema.safetensors``            averaged weights of the policy, if averaging is on
-``optimizers.pt``              both optimisers, their schedules and loss scalers, the weighting
+``reference.safetensors``      weights of the policy before the first update, with ``beta``
+``optimizers.pt``              both optimisers, schedules, loss scalers, the weighting, reward spreads
 ``last_samples.safetensors``   the samples that the fake score last saw, for its lag
 ``trainer_state.json``         step, epoch and log history, in transformers' format
 ``rdm_config.json``            the settings
@@ -91,8 +92,9 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     fixed = ["num_inference_steps", "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps"]
     fixed += ["learning_rate", "fake_score_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
     fixed += ["optim", "seed", "data_seed"]
-    if bool(saved["ema_decay"]) != bool(settings["ema_decay"]):
-        fixed.append("ema_decay")
+    fixed += ["num_iterations"]
+    saved = {"num_iterations": 1, "beta": 0.0, **saved}
+    fixed += [name for name in ("ema_decay", "beta") if bool(saved[name]) != bool(settings[name])]
     for name in fixed:
         if saved[name] != settings[name]:
             raise ValueError(

@@ -15,7 +15,7 @@ class PolicyAverage:
 
     Args:
         parameters: The policy's weights by name; the average starts from them.
-        decay: The final decay, in (0, 1).
+        decay: The final decay, in (0, 1]; a copy that is never stepped has 1.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:

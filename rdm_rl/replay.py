@@ -157,6 +157,7 @@ def replay_metrics(replayed: Replayed) -> dict[str, float]:
         of the weights as a share of their number.
 
     Example:
+        >>> import torch
         >>> ratio = torch.tensor([[1.0, 3.0]])
         >>> seen = Replayed(values=torch.zeros(2), log_ratio=ratio.log(), weight=ratio, clipped=ratio > 2)
         >>> replay_metrics(seen)["clip_fraction"], round(replay_metrics(seen)["effective_sample_size"], 3)
@@ -168,7 +169,9 @@ def replay_metrics(replayed: Replayed) -> dict[str, float]:
         "log_ratio_min": replayed.log_ratio.min().item(),
         "log_ratio_max": replayed.log_ratio.max().item(),
         "clip_fraction": replayed.clipped.float().mean().item(),
-        "effective_sample_size": (weight.sum().square() / (weight.numel() * weight.square().sum())).item(),
+        "effective_sample_size": (
+            weight.sum().square() / (weight.numel() * weight.square().sum()).clamp_min(1e-30)
+        ).item(),
     }
 
 

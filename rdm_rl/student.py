@@ -135,8 +135,8 @@ def load_student(folder: str | Path, model: str | Path) -> SavedStudent:
     else:
         raise FileNotFoundError(f"{str(folder)!r} holds neither pytorch_lora_weights.safetensors nor model_index.json.")
     pipeline.set_progress_bar_config(disable=True)
-    if not (folder / _USE_FILE).is_file():
-        raise ValueError(
-            f"{str(folder)!r} holds no student: there is no {_USE_FILE} that says how many steps it takes."
-        )
-    return SavedStudent(pipeline, **json.loads((folder / _USE_FILE).read_text(encoding="utf-8")))
+    if (folder / _USE_FILE).is_file():
+        return SavedStudent(pipeline, **json.loads((folder / _USE_FILE).read_text(encoding="utf-8")))
+    if "original_inference_steps" not in pipeline.scheduler.config:
+        raise ValueError(f"{str(folder)!r} holds no student: nothing in it says how many steps it takes.")
+    return SavedStudent(pipeline, int(pipeline.scheduler.config.original_inference_steps), 1.0)

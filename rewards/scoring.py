@@ -288,12 +288,13 @@ class PlainReward:
         def wait() -> RewardOutput:
             thread.join(self.timeout)
             missing: Exception = RuntimeError("it ended without an answer")
+            found = list(answers)  # Before calls that are given up answer that they were.
             if thread.is_alive():
                 given_up.set()  # A newer call may use the reward before this one ends.
                 for call in together:
                     call.cancel()
                 missing = TimeoutError(f"no answer within {self.timeout} seconds (reward_timeout)")
-            return self._collect([one or missing for one in answers], cuts, inputs, batch, gradient)
+            return self._collect([one or missing for one in found], cuts, inputs, batch, gradient)
 
         return wait
 

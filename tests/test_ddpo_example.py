@@ -154,8 +154,8 @@ def test_statistics_never_mix_prompts(
     trainer = quick_trainer(base, tmp_path, far_apart, train_dataset=PROMPTS, **settings(**own))
     rollouts, _ = trainer.collect_rollouts(0)
     trainer.collect_experiences(rollouts, 0)
-    assert len(trainer._experiences) == 3 * accumulation
-    for one in trainer._experiences:
+    assert len(trainer.experiences) == 3 * accumulation
+    for one in trainer.experiences:
         direction = one.directions["far_apart"]
         rewards, prompts = direction.reward.double(), one.rollout.batch.prompts
         assert len(set(prompts)) == batch // generations

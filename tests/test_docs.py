@@ -130,7 +130,7 @@ def test_metrics_page_describes_exactly_what_a_run_logs(base: Path, tmp_path: Pa
         return images.mean((1, 2, 3)).tolist()
 
     rewards = ["rdm", "ink", "box"]
-    settings = {"pathwise_steps": "any", "num_iterations": 2, "num_replayed_steps": 2, "beta": 0.1}
+    settings = {"pathwise_steps": "any", "num_iterations": 2, "num_replayed_steps": 2, "beta": 0.1, "max_steps": 4}
     trainer = tiny_trainer(base, tmp_path, given={"reward_funcs": ["rdm", "ink", box]}, **settings)
     trainer.train()
     logged = {key for entry in trainer.state.log_history for key in entry} - {"step", "phase_step"}

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rdm_rl import ReDiFConfig, ReDiFTrainer
+from rdm_rl import RDMConfig, ReDiFConfig, ReDiFTrainer
 from rdm_rl.data_types import PromptBatch, Rollout
 from rdm_rl.networks import Networks
 from rdm_rl.rewards.scoring import PlainReward
@@ -236,6 +236,21 @@ def test_an_update_without_the_guidance_of_the_rollout_is_stopped(base: Path, tm
 # ----- the control -----
 
 
+def test_copies_are_refused_and_the_control_makes_none() -> None:
+    with pytest.raises(ValueError, match="they would be copies"):
+        ReDiFConfig(use_cpu=True, eta=0.0)
+    assert ReDiFConfig(use_cpu=True, reward_gradient="pathwise").num_generations == 1
+    assert ReDiFConfig(use_cpu=True, reward_gradient="pathwise", eta=0.4).num_generations == 8
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_switch_works_with_every_preset(preset: str) -> None:
+    args = ReDiFConfig.from_preset(preset, use_cpu=True, reward_gradient="pathwise")
+    assert (args.eta, args.epsilon, args.step_weighting) == (0.0, None, ReDiFConfig(use_cpu=True).step_weighting)
+    method = RDMConfig.from_method("redif", use_cpu=True, reward_gradient="pathwise")
+    assert (method.eta, method.num_generations, method.step_weighting) == (0.0, 1, "none")
+
+
 def test_the_control_draws_no_noise_unless_told_to() -> None:
     assert ReDiFConfig(use_cpu=True).eta == 0.4
     assert ReDiFConfig(use_cpu=True, reward_gradient="pathwise").eta == 0.0
@@ -278,8 +293,8 @@ def test_the_control_follows_the_gradient_of_the_same_reward(base: Path, tmp_pat
     [
         ("ink", {}, "compares nothing with the teacher's images"),
         (["rdm", TeacherMSE()], {}, "'rdm'.*matches images in pairs"),
-        (TeacherMSE(), {"eta": 0.0}, "leave no random step"),
-        (TeacherMSE(), {"num_inference_steps": 1}, "leave no random step"),
+        (TeacherMSE(), {"eta": 0.0, "group_noise": "own"}, "leave no random step"),
+        (TeacherMSE(), {"num_inference_steps": 1, "group_noise": "own"}, "leave no random step"),
         (TeacherMSE(), {"num_generations": 1}, "compared with the mean of its group"),
         (TeacherMSE(), {"reward_gradient": "pathwise", "epsilon": 0.1}, "epsilon is set"),
     ],

@@ -120,7 +120,7 @@ def test_the_second_update_is_the_weighted_old_direction_at_the_moved_weights(
         **{**REUSE, "max_steps": 1, "num_renoise": renoise, "importance_sampling_level": level, "learning_rate": 3e-3},
     )
     trainer.train()
-    (one,) = trainer._experiences
+    (one,) = trainer.experiences
     old = one.directions["rdm"].replay
     assert isinstance(old, ReweightedDirection)
     assert old.values.shape == (renoise, 8, 4, 8, 8)
@@ -163,7 +163,7 @@ def test_a_clip_of_0_leaves_the_ratio_out(base: Path, tmp_path: Path) -> None:
     settings = {**REUSE, "max_steps": 1, "importance_weight_clip": 0.0, "learning_rate": 3e-3}
     trainer = quick_trainer(base, tmp_path, ["rdm"], **settings)
     trainer.train()
-    (one,) = trainer._experiences
+    (one,) = trainer.experiences
     got = gradients_of(trainer, trainer.compute_policy_loss(one.rollout, one.step, one.directions).loss)
     x_0 = trainer.replay_step(one.rollout, one.step)
     target = -one.directions["rdm"].values / x_0.numel()
@@ -316,7 +316,7 @@ def test_a_second_update_of_a_black_box_is_clipped(level: str, epsilon: float, b
     settings |= {"importance_sampling_level": level, "epsilon": epsilon, "learning_rate": 3e-3}
     trainer = quick_trainer(base, tmp_path, [black_box()], **settings)
     trainer.train()
-    (one,) = trainer._experiences
+    (one,) = trainer.experiences
     replay = one.directions["box"].replay
     assert isinstance(replay, PolicyGradientDirection)
     output = trainer.compute_policy_loss(one.rollout, one.step, one.directions)

@@ -14,6 +14,7 @@ from rdm_rl.renoise import RenoiseDistribution
 from rdm_rl.samplers import SamplerName
 from rdm_rl.weighting import Reference
 
+MOST_NOISES = 2**24  # In a pool.
 _WITHOUT_FAKE_SCORE = {"fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 0}
 
 # Each method is a setting of one trainer. `rdm-rl methods` prints this table.
@@ -155,7 +156,7 @@ class RDMConfig(TrainingArguments):
         beta: Weight of the divergence of the policy's random steps from those it had before the first update.
         num_replayed_steps: Recorded steps that are replayed in each policy update, at most all those that a reward acts
             on.
-        num_iterations: Policy updates M on each rollout. The fake score is updated once for each rollout.
+        num_iterations: Policy updates M on each rollout. Fake-score updates and rewards come once for each rollout.
         importance_weight_clip: When a rollout is used again, distribution matching's direction is weighted by the
             likelihood ratio, clipped to 1 plus and minus this; 0 leaves the ratio out.
         sampler: How the policy goes from step to step: ``renoise``, ``ddim``, or, for flow models, ``flow_sde`` or
@@ -167,7 +168,7 @@ class RDMConfig(TrainingArguments):
         noise_pool: Number of initial noises for each prompt, drawn from again and again, so that a teacher's images of
             them can be kept; None always draws new ones.
         teacher_cache_dir: Where the teacher's images are kept on disk, for rewards that ask for them; None keeps none.
-        teacher_cache_gib: Most disk space that they take; the least recently used go first.
+        teacher_cache_gib: Most disk space that they take, in GiB; the least recently used go first. None: no limit.
         reward_batch_size: Most samples that a reward is called with; None is all.
         reward_timeout: Seconds after which a reward counts as hung; None waits for ever.
         on_reward_error: What happens when a reward fails: ``raise``, or ``skip`` the samples concerned.
@@ -176,7 +177,8 @@ class RDMConfig(TrainingArguments):
         decode_batch_size: Samples that are decoded at once for rewards.
         teacher_num_inference_steps: Steps of the teacher's images, for rewards that ask for them.
         fake_score_learning_rate: Learning rate of the fake score; it must be well above the policy's.
-        fake_score_updates_per_policy_update: Updates of the fake score before each policy update.
+        fake_score_updates_per_policy_update: Updates of the fake score before each policy update, or, with
+            ``num_iterations``, on each rollout.
         fake_score_warmup_steps: Updates of the fake score on the initial policy before the first policy update.
         fake_score_max_grad_norm: Gradient norm that the fake score's gradients are clipped to; 0 does not clip.
         ema_decay: Decay of the averaged policy, reached after about 9 / (1 - decay) updates; 0 switches averaging off.
@@ -279,7 +281,9 @@ class RDMConfig(TrainingArguments):
         default=None, metadata={"help": "Initial noises for each prompt to draw from; default: always new ones."}
     )
     teacher_cache_dir: str | None = field(default=None, metadata={"help": "Where the teacher's images are kept."})
-    teacher_cache_gib: float = field(default=20.0, metadata={"help": "Most disk space that they take, in GiB."})
+    teacher_cache_gib: float | None = field(
+        default=20.0, metadata={"help": "Most disk space that they take, in GiB; null: no limit."}
+    )
     reward_batch_size: int | None = field(
         default=None, metadata={"help": "Most samples that a reward is called with; default: all."}
     )
@@ -354,7 +358,11 @@ class RDMConfig(TrainingArguments):
         Raises:
             ValueError: If the method is unknown.
         """
-        return cls(**{**method_settings(method), **overrides})
+        settings = method_settings(method)
+        if method == "redif" and overrides.get("reward_gradient") == "pathwise":  # The control has no policy gradient.
+            del settings["step_weighting"]
+            settings |= {"eta": 0.0, "num_generations": 1}
+        return cls(**{**settings, **overrides})
 
     def _refuse_ignored_fields(self) -> None:
         for inherited in fields(TrainingArguments):
@@ -421,6 +429,11 @@ class RDMConfig(TrainingArguments):
             raise ValueError(
                 f"pathwise_steps={self.pathwise_steps!r} is set, but with reward_gradient='score_function' no reward "
                 "acts by its own gradient. Leave it out, or set reward_gradient='pathwise'."
+            )
+        if self.group_noise == "shared" and self.num_generations > 1 and not self.has_random_steps:
+            raise ValueError(
+                f"group_noise='shared' starts the {self.num_generations} generations of a prompt from one noise, and "
+                "the policy has no random step, so they would be copies. Set num_generations=1, or group_noise='own'."
             )
         if self.sampler == "renoise" and self.eta is not None:
             raise ValueError(
@@ -505,7 +518,11 @@ class RDMConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}, but it must be between 0 and 1.")
-        for name in ("reward_timeout", "fidelity_budget", "advantage_clip", "teacher_cache_gib"):
+        if self.noise_pool is not None and self.noise_pool > MOST_NOISES:
+            raise ValueError(f"noise_pool={self.noise_pool}, but it can be {MOST_NOISES} at most. None has no end.")
+        if not 0 < self.advantage_clip < float("inf"):
+            raise ValueError(f"advantage_clip={self.advantage_clip}, but it must be a positive number.")
+        for name in ("reward_timeout", "fidelity_budget", "teacher_cache_gib"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}, but it must be a positive number, or None.")

@@ -31,6 +31,7 @@ from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_gener
 from rdm_rl.rdm import fake_score_loss, policy_loss
 from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.replay import check_unmoved, replay_metrics, with_advantage
+from rdm_rl.rewards.adapters import PolicyGradientReward
 from rdm_rl.rewards.registry import (
     BindableReward,
     PrefetchingReward,
@@ -62,9 +63,10 @@ class RDMTrainer(TrainingLoop):
 
     One step is one policy update: the policy rolls out samples, the fake score learns them, every reward says where
     they should move, and one recorded step of the policy is replayed and moved there. Each part is a method that a
-    subclass may override: :meth:`generate_rollout`, :meth:`compute_fake_score_loss`, :meth:`compute_rewards`,
-    :meth:`compute_advantages`, :meth:`replay_step`, :meth:`compute_policy_loss`, :meth:`training_step`,
-    :meth:`evaluate`, :meth:`log`, :meth:`save_model`, :meth:`create_optimizers`.
+    subclass may override: :meth:`prompt_batches`, :meth:`generate_rollout`, :meth:`compute_fake_score_loss`,
+    :meth:`compute_rewards`, :meth:`normalize`, :meth:`compute_advantages`, :meth:`draw_steps`, :meth:`replay_step`,
+    :meth:`compute_policy_loss`, :meth:`collect_rollouts`, :meth:`collect_experiences`, :meth:`training_step`,
+    :meth:`sample_student`, :meth:`evaluate`, :meth:`log`, :meth:`save_model`, :meth:`create_optimizers`.
 
     Args:
         model: The pipeline to distil: a folder, a hub name, or a loaded ``DiffusionPipeline``. It is also the teacher.
@@ -203,7 +205,7 @@ class RDMTrainer(TrainingLoop):
         self.optimizers: dict[Role, RoleOptimizer] = {}
         self.average: PolicyAverage | None = None
         self.reference: PolicyAverage | None = None
-        self._experiences: list[Experience] = []
+        self.experiences: list[Experience] = []
         self._is_fresh = True  # No update has been made on the rollout yet.
         self._last_rollout: Rollout | None = None
 
@@ -279,14 +281,14 @@ class RDMTrainer(TrainingLoop):
     def training_step(self) -> dict[str, float]:
         """One update of the method: rollouts, fake-score updates, rewards, policy update.
 
-        With ``num_iterations`` M, the first M - 1 of these are made for every Mth policy update only.
+        With ``num_iterations`` M, all but the last of these are made for every Mth policy update only.
 
         Returns:
             Numbers for the log.
         """
         rollout_number, iteration = divmod(self._global_step(), self.args.num_iterations)
         metrics: dict[str, float] = {}
-        if iteration == 0 or not self._experiences:
+        if iteration == 0 or not self.experiences:
             rollouts, metrics = self.collect_rollouts(rollout_number)
             metrics |= self.collect_experiences(rollouts, rollout_number)
         return metrics | self._update_policy()
@@ -324,7 +326,7 @@ class RDMTrainer(TrainingLoop):
         moments = batch_moments(found, self.sum_over_processes)
         for name, (_, spread) in moments.items():
             self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY)).add(spread)
-        self._experiences = [
+        self.experiences = [
             Experience(
                 rollout=one,
                 step=step,
@@ -337,8 +339,8 @@ class RDMTrainer(TrainingLoop):
         ]
         self._is_fresh = True
         statistics = measure(
-            [one.directions for one in self._experiences],
-            [one.rollout.batch.group_ids for one in self._experiences],
+            [one.directions for one in self.experiences],
+            [one.rollout.batch.group_ids for one in self.experiences],
             self.sum_over_processes,
         )
         self.weighting.update(statistics, self._global_step())
@@ -387,9 +389,18 @@ class RDMTrainer(TrainingLoop):
 
         Returns:
             Their indices, without repetition.
+
+        Raises:
+            ValueError: If a likelihood is needed and no step has one.
         """
         acting = [reward for name, reward in self.rewards.items() if self.reward_weights[name]]
         every = range(len(rollout.times))
+        likelihood = self.args.beta or any(isinstance(reward, PolicyGradientReward) for reward in acting)
+        if likelihood and not any(rollout.is_random(step) for step in every):
+            raise ValueError(
+                "A black-box reward or beta needs the likelihood of random steps, but generate_rollout() returned a "
+                "Rollout without any: give it the sampler's transitions, as rdm_rl.policy.rollout does."
+            )
         left = [
             step
             for step in every
@@ -610,9 +621,9 @@ class RDMTrainer(TrainingLoop):
 
     def _update_policy(self) -> dict[str, float]:
         optimizer, numbers = self.optimizers["policy"], defaultdict[str, list[float]](list)
-        for one in self._experiences:
+        for one in self.experiences:
             output = self.compute_policy_loss(one.rollout, one.step, one.directions)
-            optimizer.backward(output.loss, 1 / len(self._experiences))
+            optimizer.backward(output.loss, 1 / len(self.experiences))
             seen = _prefixed("policy", output.metrics)
             for name, direction in one.directions.items():
                 seen |= _prefixed(name, direction.metrics)
@@ -631,7 +642,7 @@ class RDMTrainer(TrainingLoop):
         """The fake score's loss on fresh samples, and its lag behind the policy.
 
         For the lag, the current policy repeats the rollout that the fake score last saw, from the same prompts and
-        noise, and both are judged at the same times and noise: only the policy's last update differs. Two rollouts
+        noise, and both are judged at the same times and noise: only the policy's updates since differ. Two rollouts
         of other prompts would differ by chance far more than by that.
         """
         update = self._global_step()
@@ -816,7 +827,10 @@ class RDMTrainer(TrainingLoop):
     def _card_facts(self) -> dict[str, Any]:
         """What the model card says of the run."""
         averaged = self.average is not None and self.args.save_ema
-        names = ("dm_normalization", "dm_group", "num_generations", "learning_rate", "seed")
+        names = ["num_generations", "learning_rate", "seed"]
+        names += ["dm_normalization", "dm_group"] if "rdm" in self.rewards else []
+        usual = {"sampler": "renoise", "eta": None, "num_iterations": 1}
+        names += [name for name, value in usual.items() if getattr(self.args, name) != value]
         return {
             "weights": "averaged over training (EMA)" if averaged else "of the last update",
             "rewards": ", ".join(f"{name} (weight {self.reward_weights[name]:g})" for name in self.rewards)
@@ -869,7 +883,7 @@ class RDMTrainer(TrainingLoop):
         self._start_average()
         if self.average is not None:
             self.average.load(tensors["ema"], state["ema_updates"])
-        if self.reference is not None and "reference" in tensors:
+        if self.reference is not None:
             self.reference.load(tensors["reference"], 0)
         self.weighting.load_state_dict(state["weighting"])
         self.reward_spreads = {}

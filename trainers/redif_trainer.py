@@ -51,7 +51,7 @@ class ReDiFConfig(RDMConfig):
     ``from_preset("paper")`` has what the paper's public code sets. The control is one switch:
     ``reward_gradient="pathwise"`` sends the gradient of the same reward through the last step instead (DRaFT-1). It
     needs no randomness, so ``eta`` is then 0 unless it is set: with it, the last step would learn to clean up noise
-    that is not there in use.
+    that is not there in use. Nor does it need groups, whose samples would be copies: ``num_generations`` is then 1.
 
     References:
         | ReDiF: Reinforced Distillation for Few Step Diffusion (Tighkhorshid et al., 2025)
@@ -105,6 +105,8 @@ class ReDiFConfig(RDMConfig):
         """Give the teacher's images a place beside the run's other files, and settle ``eta``."""
         if self.eta is None:
             self.eta = _RECOMMENDED["eta"] if self.reward_gradient == "score_function" else 0.0
+        if self.reward_gradient == "pathwise" and self.eta == 0 and self.group_noise == "shared":
+            self.num_generations = 1
         if self.teacher_cache_dir is None:
             self.teacher_cache_dir = str(Path(self.output_dir or "trainer_output") / "teacher-images")
         super().__post_init__()
@@ -125,7 +127,11 @@ class ReDiFConfig(RDMConfig):
         """
         if preset not in PRESETS:
             raise ValueError(f"preset {preset!r} is unknown. Use one of {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[preset], **overrides})
+        settings = dict(PRESETS[preset])
+        if overrides.get("reward_gradient") == "pathwise":  # These are the policy gradient's.
+            for name in ("eta", "epsilon", "importance_sampling_level", "step_weighting"):
+                settings.pop(name, None)
+        return cls(**{**settings, **overrides})
 
 
 class ReDiFTrainer(RDMTrainer):
@@ -139,7 +145,8 @@ class ReDiFTrainer(RDMTrainer):
         reward_funcs: At least one teacher-match reward; others may stand beside it.
         args: The settings; None for :class:`ReDiFConfig`.
         train_dataset: Rows with a ``prompt``.
-        eval_dataset: Rows that are not trained on, for the alignment; None uses the first training rows.
+        eval_dataset: Rows that are not trained on, for the alignment, of which the first
+            ``per_device_eval_batch_size`` are used; None uses the first training rows.
         options: What :class:`~rdm_rl.RDMTrainer` takes besides.
 
     Raises:
@@ -200,5 +207,6 @@ class ReDiFTrainer(RDMTrainer):
         for name, reward in self.rewards.items():
             if isinstance(reward, PlainRewardAdapter) and reward.wants_teacher_images:
                 values = reward.start(chains, -1, gradient=False)().values
-                numbers[f"alignment/{name}"] = values[~values.isnan()].mean().item()
+                if not bool(values.isnan().all()):
+                    numbers[f"alignment/{name}"] = values.nanmean().item()
         return numbers

@@ -86,4 +86,5 @@ def _teacher_cache(
         decoder=fingerprint(decoder),
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
     )
-    return TeacherCache(args.teacher_cache_dir, key, args.teacher_cache_gib * 2**30)
+    limit = None if args.teacher_cache_gib is None else args.teacher_cache_gib * 2**30
+    return TeacherCache(args.teacher_cache_dir, key, limit)

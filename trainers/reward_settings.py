@@ -86,13 +86,18 @@ def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Any]) 
             f"importance_weight_clip={args.importance_weight_clip} is set, which weights the direction of 'rdm' on a "
             "rollout that is used again, but 'rdm' is not in reward_funcs. Leave it out."
         )
-    ratios = boxes or args.num_iterations > 1 or args.beta
+    own = [one for one in rewards.values() if not isinstance(one, PlainRewardAdapter)]  # rdm, or the user's.
+    ratios = boxes or (args.num_iterations > 1 and own) or args.beta
     if args.importance_sampling_level != _defaults(args)["importance_sampling_level"] and not ratios:
         raise ValueError(
             f"importance_sampling_level={args.importance_sampling_level!r} is set, but this run uses no likelihood: no "
             "black-box reward acts, num_iterations=1 and beta=0. Leave it out."
         )
     wanting = any(reward.wants_teacher_images for reward in rewards.values() if isinstance(reward, PlainRewardAdapter))
+    if args.teacher_cache_gib != _defaults(args)["teacher_cache_gib"] and args.teacher_cache_dir is None:
+        raise ValueError(
+            f"teacher_cache_gib={args.teacher_cache_gib} is set, but no images are kept: set teacher_cache_dir, too."
+        )
     if args.teacher_cache_dir is not None and not wanting:
         raise ValueError(
             f"teacher_cache_dir={args.teacher_cache_dir!r} is set, but no reward asks for the teacher's images. Leave "
@@ -122,7 +127,8 @@ def warn_of_reward_settings(
             "No reward uses the fake score, and yet it is trained: set fake_score_updates_per_policy_update=0 and "
             "fake_score_warmup_steps=0, as RDMConfig.from_method('refl') does, or put 'rdm' into reward_funcs."
         )
-    if pushing and 0 < args.max_steps <= args.reward_start_step:
+    first = -(-args.reward_start_step // args.num_iterations) * args.num_iterations  # Weights are set for each rollout.
+    if pushing and first and 0 < args.max_steps <= first:
         logger.warning(
             "reward_start_step=%d is not before max_steps=%d: %s will never act.",
             *(args.reward_start_step, args.max_steps, ", ".join(pushing)),
