@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from rdm_rl import RDMTrainer
 from rdm_rl.decoding import ImageDecoder, load_tiny_decoder
 from rdm_rl.families import load_family
-from rdm_rl.teacher_images import TeacherImages
 from tests.helpers import QUICK, StepAway, latents, one_rollout, quick_trainer, snapshot
 
 
@@ -91,42 +90,6 @@ def test_a_gradient_is_pulled_back_through_the_decoder(batch_size: int, trainer:
     assert not x_0.requires_grad
     assert all(parameter.grad is None for parameter in vae.parameters())
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_teacher_images_are_those_of_the_stock_pipeline(guidance: float, base: Path, tmp_path: Path) -> None:
-    """DDIM over 999, 749, 499, 249 and on to 0, from the noise that the student starts from."""
-    trainer = quick_trainer(
-        base, tmp_path, StepAway(), **QUICK, teacher_guidance_scale=guidance, teacher_num_inference_steps=4
-    )
-    for parameter in trainer.networks.parameters("policy"):
-        parameter.data += 0.1  # The student is another model than its teacher.
-    rollout = one_rollout(trainer)
-    teacher = trainer.networks.predictor("teacher", guidance)
-    decoder = ImageDecoder(trainer.family.decode, 3)
-    give = TeacherImages(teacher, trainer.family.schedule, decoder, 4)
-    images = give(rollout)
-
-    stock = StableDiffusionPipeline.from_pretrained(str(base))
-    stock.set_progress_bar_config(disable=True)
-    stock.scheduler = DDIMScheduler.from_config(
-        stock.scheduler.config, timestep_spacing="trailing", steps_offset=0, set_alpha_to_one=True, clip_sample=False
-    )
-    expected = stock(
-        list(rollout.batch.prompts),
-        latents=rollout.states[0],
-        num_inference_steps=4,
-        guidance_scale=guidance,
-        output_type="pt",
-    ).images
-    assert stock.scheduler.timesteps.tolist() == [999, 749, 499, 249]
-    # They have 8 bits per channel.
-    torch.testing.assert_close(images, expected, rtol=0, atol=0.5 / 255 + 1e-4)
-    assert (images - trainer.family.decode(rollout.sample)).abs().max() > 0.01
-    with batches_of(trainer.networks.module("teacher")) as sizes:
-        assert give(rollout) is images, "kept for the next reward"
-        give(trainer.generate_rollout(next(trainer.prompt_batches(1))))
-    assert len(sizes) == 1 + 4, "the student's step and the teacher's four"
 
 
 # ----- a tiny decoder -----

@@ -155,17 +155,17 @@ def test_training_raises_a_black_box_reward(base: Path, tmp_path: Path) -> None:
     def reward(latents: Tensor, prompts: list[str]) -> list[float]:
         return latents.mean((1, 2, 3)).tolist()
 
-    settings = {"max_steps": 20, "per_device_train_batch_size": 16, "num_generations": 16, "learning_rate": 1e-2}
+    settings = {"max_steps": 30, "per_device_train_batch_size": 64, "num_generations": 16, "learning_rate": 3e-3}
     given = [declare(reward, __name__="box", inputs="latents")]
     trainer = quick_trainer(base, tmp_path, given, **{**PPO, **settings, "num_inference_steps": 2})
 
     def mean() -> float:
-        batch = prompt_batch(8, trainer.family.encode(["the digit 3"] * 8))
+        batch = prompt_batch(32, trainer.family.encode(["the digit 3"] * 32))
         return trainer.sample_student(batch, generator=torch.Generator().manual_seed(3)).sample.mean().item()
 
     before = mean()
     trainer.train()
-    assert mean() > before + 0.02
+    assert mean() > before + 0.1
 
 
 # ----- groups -----
