@@ -5,6 +5,8 @@ VENV ?= .venv
 # An extra package index, for example the one with the CPU builds of torch. Empty: whatever pip is configured to use.
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
+# Processes that the tests run in; each works on one thread.
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt \
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed  ## Distil the embedded teacher and write a report to d
 	$(BIN)/rdm-rl demo --output_dir demo-output
 
 test: $(VENV)/.installed-dev  ## Run the tests and the docstring examples
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 check: lint types test build  ## Run everything that continuous integration runs
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def test_every_documented_answer_is_read(answer: Any, expected: list[float | Non
         (np.zeros((1, 2)), ValueError, r"shape \(1, 2\)"),
         (np.array(["a", "b"]), TypeError, "numpy.str_"),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, Generator) else str(value),  # Its text is its address.
 )
 def test_what_is_no_answer_is_refused(answer: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
