@@ -119,6 +119,26 @@ def tables(study, folder, step_counts, seeds):
     return "\n".join(lines) + "\n"
 
 
+def benchmark_command(description, name, run_seed, tables, picture, picture_file):
+    """The command line of a benchmark that has a file for each result: run what is missing, then report.
+
+    ``run_seed(folder, seed)`` runs; each of ``tables``, a function of (folder, seeds), is printed; and
+    ``picture(folder, seeds, file)`` draws.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output") / name)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--report", action="store_true", help="only write the tables and the picture again")
+    options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    if not options.report:
+        for seed in options.seeds:
+            run_seed(options.output_dir, seed)
+    for table in tables:
+        print(table(options.output_dir, options.seeds))
+    picture(options.output_dir, options.seeds, options.output_dir / picture_file)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=sorted(STUDIES), required=True)

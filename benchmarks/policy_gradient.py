@@ -11,18 +11,16 @@ updates, with the same prompts and noise; each is judged after every 15 updates,
 noise that nothing was chosen on. Every result is one JSON file, so an interrupted run goes on where it was.
 """
 
-import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from digits import SEEDS, mean_and_spread
+from digits import benchmark_command, mean_and_spread
 from peft import LoraConfig
 from transformers.trainer_callback import TrainerCallback
 
@@ -246,20 +244,5 @@ def picture(folder, seeds, file):
     figure.savefig(file, dpi=100)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output/policy_gradient"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--report", action="store_true", help="only write the tables and the picture again")
-    options = parser.parse_args()
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    if not options.report:
-        for seed in options.seeds:
-            run_seed(options.output_dir, seed)
-    print(table(options.output_dir, options.seeds))
-    print(changes(options.output_dir, options.seeds))
-    picture(options.output_dir, options.seeds, options.output_dir / "policy_gradient.png")
-
-
 if __name__ == "__main__":
-    main()
+    benchmark_command(__doc__, "policy_gradient", run_seed, (table, changes), picture, "policy_gradient.png")

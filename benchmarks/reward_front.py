@@ -12,10 +12,8 @@ what that means. Every arm is judged once, on network B and held-out images, wit
 Every result is one JSON file, so an interrupted run goes on where it was.
 """
 
-import argparse
 import json
 import statistics
-from pathlib import Path
 
 import matplotlib
 
@@ -23,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from digits import SEEDS, mean_and_spread
+from digits import benchmark_command, mean_and_spread
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
@@ -247,20 +245,5 @@ def picture(folder, seeds, file):
     figure.savefig(file, dpi=130)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output/reward_front"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--report", action="store_true", help="only write the table and the picture again")
-    options = parser.parse_args()
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    if not options.report:
-        for seed in options.seeds:
-            run_seed(options.output_dir, seed)
-    print(table(options.output_dir, options.seeds))
-    print(equal_reward(options.output_dir, options.seeds))
-    picture(options.output_dir, options.seeds, options.output_dir / "front.png")
-
-
 if __name__ == "__main__":
-    main()
+    benchmark_command(__doc__, "reward_front", run_seed, (table, equal_reward), picture, "front.png")

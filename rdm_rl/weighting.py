@@ -143,12 +143,14 @@ def batch_moments(
             if values is not None:
                 known = values[~values.isnan()].cpu().double()
                 row += torch.stack([known.sum(), known.square().sum(), known.new_tensor(len(known))])
-    moments = {}
-    for name, (values, squares, count) in zip(names, total(sums).tolist(), strict=True):
-        if count:
-            mean = values / count
-            moments[name] = (mean, math.sqrt(max(0.0, squares / count - mean**2)))
-    return moments
+    sums = total(sums)
+    return {name: _mean_and_std(*row) for name, row in zip(names, sums.tolist(), strict=True) if row[2]}
+
+
+def _mean_and_std(values: float, squares: float, count: float) -> tuple[float, float]:
+    """Mean and standard deviation from a sum, a sum of squares and a positive number."""
+    mean = values / count
+    return mean, math.sqrt(max(0.0, squares / count - mean**2))
 
 
 def _direction_sums(one: DenseAdvantage, rdm: DenseAdvantage | None) -> tuple[float, float, float, float]:
@@ -187,12 +189,12 @@ def _statistics(
     groups: float,
     faults: float,
 ) -> RewardStatistics:
-    mean = values / value_count if value_count else None
+    mean, std = _mean_and_std(values, value_squares, value_count) if value_count else (None, None)
     return RewardStatistics(
         rms=math.sqrt(squares / numbers) if numbers else None,
         cosine=cosines / cosine_count if cosine_count else None,
         mean=mean,
-        std=None if mean is None else math.sqrt(max(0.0, value_squares / value_count - mean**2)),
+        std=std,
         applicable=value_count / samples if samples else None,
         frac_zero_std=flat / groups if groups else None,
         faults=int(faults),

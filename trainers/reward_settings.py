@@ -32,8 +32,7 @@ def check_weighting_settings(args: RDMConfig, names: Sequence[str], weighting: W
     Raises:
         ValueError: If a setting is changed beside a weighting of the user's own, or without ``rdm``.
     """
-    defaults = {one.name: one.default for one in fields(RDMConfig)}
-    changed = ", ".join(name for name in WEIGHTING_SETTINGS if getattr(args, name) != defaults[name])
+    changed = ", ".join(_changed(args, WEIGHTING_SETTINGS))
     if changed and weighting is not None:
         raise ValueError(
             f"weighting= is given, so {changed} would not be acted on. Give what it says to your weighting, and leave "
@@ -75,26 +74,26 @@ def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Any]) 
             f"guidance_scale={args.guidance_scale} gives the policy guidance of its own, but with 'rdm' it takes over "
             "the teacher's (teacher_guidance_scale). Set guidance_scale=1, or leave out 'rdm'."
         )
-    changed = [name for name in POLICY_GRADIENT_SETTINGS if getattr(args, name) != _defaults(args)[name]]
+    changed = _changed(args, POLICY_GRADIENT_SETTINGS)
     if changed and not boxes:
         raise ValueError(
             f"{', '.join(changed)} is set, but no black-box reward acts in this run. Leave it out, give one a weight, "
             "or set reward_gradient='score_function'."
         )
-    if args.importance_weight_clip != _defaults(args)["importance_weight_clip"] and "rdm" not in rewards:
+    if _changed(args, ["importance_weight_clip"]) and "rdm" not in rewards:
         raise ValueError(
             f"importance_weight_clip={args.importance_weight_clip} is set, which weights the direction of 'rdm' on a "
             "rollout that is used again, but 'rdm' is not in reward_funcs. Leave it out."
         )
     own = [one for one in rewards.values() if not isinstance(one, PlainRewardAdapter)]  # rdm, or the user's.
     ratios = boxes or (args.num_iterations > 1 and own) or args.beta
-    if args.importance_sampling_level != _defaults(args)["importance_sampling_level"] and not ratios:
+    if _changed(args, ["importance_sampling_level"]) and not ratios:
         raise ValueError(
             f"importance_sampling_level={args.importance_sampling_level!r} is set, but this run uses no likelihood: no "
             "black-box reward acts, num_iterations=1 and beta=0. Leave it out."
         )
     wanting = any(reward.wants_teacher_images for reward in rewards.values() if isinstance(reward, PlainRewardAdapter))
-    if args.teacher_cache_gib != _defaults(args)["teacher_cache_gib"] and args.teacher_cache_dir is None:
+    if _changed(args, ["teacher_cache_gib"]) and args.teacher_cache_dir is None:
         raise ValueError(
             f"teacher_cache_gib={args.teacher_cache_gib} is set, but no images are kept: set teacher_cache_dir, too."
         )
@@ -105,8 +104,10 @@ def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Any]) 
         )
 
 
-def _defaults(args: RDMConfig) -> dict[str, Any]:
-    return {one.name: one.default for one in fields(args)}
+def _changed(args: RDMConfig, names: Sequence[str]) -> list[str]:
+    """Those of the settings that differ from the defaults of their class."""
+    defaults = {one.name: one.default for one in fields(args)}
+    return [name for name in names if getattr(args, name) != defaults[name]]
 
 
 def warn_of_reward_settings(
