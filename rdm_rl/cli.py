@@ -117,18 +117,13 @@ def _sample(options: argparse.Namespace) -> None:
     from rdm_rl.demo.digits import TEACHER_FOLDER
     from rdm_rl.student import load_student
 
-    pipeline, steps, guidance_scale = load_student(options.student, options.model or TEACHER_FOLDER)
-    pipeline.to(options.device)
+    student = load_student(options.student, options.model or TEACHER_FOLDER)
+    student.pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
+    torch.manual_seed(options.seed)  # Stock pipelines of flow models draw their steps' noise from the global generator.
     for number, prompt in enumerate(options.prompt):
-        images = pipeline(
-            prompt,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=options.num_images,
-            generator=generator,
-        ).images
+        images = student.draw([prompt] * options.num_images, generator=generator)
         for index, image in enumerate(images):
             file = options.output_dir / f"{number:03d}-{index:02d}.png"
             image.save(file)

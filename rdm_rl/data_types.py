@@ -43,6 +43,10 @@ class Conditioning:
         """Number of samples; 0 for a network without conditioning."""
         return len(next(iter(self.tensors.values()))) if self.tensors else 0
 
+    def to(self, device: torch.device) -> "Conditioning":
+        """The same rows on another device."""
+        return Conditioning(tensors={key: value.to(device) for key, value in self.tensors.items()})
+
     def repeat(self, count: int) -> "Conditioning":
         """Each row repeated ``count`` times, neighbours together: (N, ...) becomes (N * count, ...)."""
         return Conditioning(tensors={key: value.repeat_interleave(count, 0) for key, value in self.tensors.items()})

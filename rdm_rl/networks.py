@@ -1,6 +1,7 @@
 """Policy, teacher and fake score: three roles on one frozen base with adapters, or three networks.
 
-On one base, the policy and the fake score are two LoRA adapters and the teacher is the base with adapters off. A role
+On one base, the policy and the fake score are two LoRA adapters and the teacher is the base with adapters off, or with
+a style adapter of its own. A separate teacher has the fake score's adapter, which then starts as that teacher. A role
 is entered for the length of a forward pass by switching two attributes of every adapter layer, and ``requires_grad``
 is never touched: PEFT's ``set_adapter`` and ``disable_adapter`` do touch it, and used between a forward and a backward
 pass they silently zero the gradients. Under activation checkpointing the recomputation re-enters the role that its
@@ -49,6 +50,10 @@ class Networks(ABC):
         self.teacher_family = teacher_family or family
         self.autocast = autocast
 
+    def family_of(self, role: Role) -> Family:
+        """The border to the network that plays the role: the fake score is a copy, or an adapter, of the teacher."""
+        return self.family if role == "policy" else self.teacher_family
+
     @abstractmethod
     def module(self, role: Role) -> nn.Module:
         """The module that plays the role."""
@@ -87,7 +92,7 @@ class Networks(ABC):
         Returns:
             The prediction, shape (N, C, H, W), float32.
         """
-        family = self.teacher_family if role == "teacher" else self.family
+        family = self.family_of(role)
         with self.role(role), self.autocast():
             return family.predict_x_0(self.module(role), x_t, t, conditioning, guidance_scale).float()
 
@@ -125,7 +130,7 @@ class Networks(ABC):
 
 
 class AdapterNetworks(Networks):
-    """Two LoRA adapters on the frozen network of a pipeline; the teacher is the network with adapters off.
+    """LoRA adapters on the frozen network of a pipeline; the teacher is the network with these adapters off.
 
     Args:
         family: The border to the model. Its network gets the adapters in place.
@@ -133,6 +138,9 @@ class AdapterNetworks(Networks):
         generator: Source of the adapters' initial weights.
         teacher_family: A separate teacher, or None.
         autocast: Makes the context in which networks run.
+        policy_init: An adapter that the policy starts from and goes on training, of any rank and set of layers;
+            ``config`` is then the fake score's alone.
+        teacher_adapter: An adapter that only the teacher has, of a style, say.
 
     Raises:
         ValueError: If the configuration asks for dropout.
@@ -145,36 +153,36 @@ class AdapterNetworks(Networks):
         generator: torch.Generator,
         teacher_family: Family | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        *,
+        policy_init: str | None = None,
+        teacher_adapter: str | None = None,
     ) -> None:
         """Inject the adapters."""
         super().__init__(family, teacher_family, autocast)
-        self.config = deepcopy(config)
-        if self.config.lora_dropout:
-            raise ValueError(
-                f"peft_config has lora_dropout={self.config.lora_dropout}, but the policy that is updated must be the "
-                "one that made the samples, so dropout stays off. Set lora_dropout=0."
-            )
-        if self.config.init_lora_weights not in (True, "gaussian") or self.config.modules_to_save:
-            raise ValueError(
-                f"peft_config has init_lora_weights={self.config.init_lora_weights!r} and modules_to_save="
-                f"{self.config.modules_to_save!r}, but the teacher is the base with adapters off and the policy must "
-                "start as the teacher: set init_lora_weights to True or 'gaussian', and leave modules_to_save empty."
-            )
-        if self.config.bias != "none":
-            raise ValueError(f"peft_config has bias={self.config.bias!r}, which trains the teacher's too. Set 'none'.")
-        if self.config.target_modules is None:
-            self.config.target_modules = list(family.lora_targets)
+        self.config = _checked(config, family)
+        if policy_init is not None:
+            family.load_adapter(policy_init, "policy")
+        if teacher_adapter is not None:
+            self.teacher_family.load_adapter(teacher_adapter, "teacher")
         # PEFT draws initial weights from the global generator; the fork gives it back untouched.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT warns of the second adapter on one model; here both share their base on purpose.
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             for role in ADAPTERS:
-                inject_adapter_in_model(deepcopy(self.config), family.network, role)
-        family.network.eval()
-        self._layers = [module for module in family.network.modules() if isinstance(module, BaseTunerLayer)]
+                if role == "fake_score" or policy_init is None:
+                    inject_adapter_in_model(deepcopy(self.config), self.module(role), role)
+        networks = {id(one.network): one.network for one in (self.family, self.teacher_family)}
+        self._layers = [
+            module
+            for network in networks.values()
+            for module in network.modules()
+            if isinstance(module, BaseTunerLayer)
+        ]
+        for network in networks.values():
+            network.eval().requires_grad_(False)
+        self._has_teacher_adapter = teacher_adapter is not None
         self._current: Role = "teacher"
-        family.network.requires_grad_(False)
         for adapter in ADAPTERS:
             for parameter in self.parameters(adapter):
                 parameter.data = parameter.data.float()  # A half-precision base must not halve what is trained.
@@ -182,21 +190,22 @@ class AdapterNetworks(Networks):
         self._switch("teacher")
 
     def module(self, role: Role) -> nn.Module:
-        """The one network, or the separate teacher."""
-        return self.teacher_family.network if role == "teacher" else self.family.network
+        """The network with the role's adapter."""
+        return self.family_of(role).network
 
     def named_parameters(self, role: Role) -> dict[str, nn.Parameter]:
-        """The adapter's weights."""
+        """The adapter's weights; none for the teacher, whose adapter is frozen."""
         return {
             name: parameter
-            for name, parameter in self.family.network.named_parameters()
+            for name, parameter in (() if role == "teacher" else self.module(role).named_parameters())
             if "lora_" in name and role in name.split(".")
         }
 
     def _switch(self, role: Role) -> None:
+        plain = role == "teacher" and not self._has_teacher_adapter
         for layer in self._layers:
-            layer._disable_adapters = role == "teacher"
-            if role != "teacher":
+            layer._disable_adapters = plain
+            if not plain:
                 layer._active_adapter = [role]
         self._current = role
 
@@ -223,44 +232,59 @@ class AdapterNetworks(Networks):
 
             return checkpoint(run, *inputs, use_reentrant=False)
 
-        network: Any = self.family.network
-        network.enable_gradient_checkpointing(checkpointed)
-
-    def start_policy(self, folder: str) -> None:
-        """Load a LoRA saved for diffusers into the policy's adapter: a student that is already distilled.
-
-        Args:
-            folder: Where it is.
-
-        Raises:
-            ValueError: If its rank or scale is another than the adapter's: the same weights would be another student.
-        """
-        state, saved = self.family.load_lora(folder)
-        own = self.config.to_dict()
-        names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-        wanted = {name: own[name] for name in names}
-        # Without its configuration in the file, diffusers takes an adapter's alpha to be its rank.
-        found = {**wanted, "lora_alpha": wanted["r"]} if saved is None else {name: saved.get(name) for name in names}
-        if found != wanted:
-            raise ValueError(f"policy_init={folder!r} has {found}, but peft_config has {wanted}. Make them equal.")
-        parts = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
-        for part in parts:
-            state = {name.replace(part, f"{part}policy."): value for name, value in state.items()}
-        self.load_state_dict("policy", state)
+        for trained in ADAPTERS:
+            network: Any = self.module(trained)
+            network.enable_gradient_checkpointing(checkpointed)
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The policy's adapter under PEFT's names without the adapter's name, and its configuration."""
-        network: Any = self.family.network
+        network: Any = self.module("policy")
         return get_peft_model_state_dict(network, adapter_name="policy"), network.peft_config["policy"].to_dict()
+
+    def merged_policy(self) -> nn.Module:
+        """A copy of the policy's network with its adapter added to the weights, without any adapter."""
+        network = deepcopy(self.module("policy"))
+        for name, layer in list(network.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                layer._disable_adapters = False
+                if "policy" in layer.active_adapters or "policy" in layer.lora_A:  # type: ignore[operator]
+                    layer.merge(adapter_names=["policy"])  # type: ignore[operator]
+                parent, _, own = name.rpartition(".")
+                setattr(network.get_submodule(parent), own, layer.get_base_layer())
+        del network.peft_config  # type: ignore[operator]
+        return network
+
+
+def _checked(config: LoraConfig, family: Family) -> LoraConfig:
+    """A copy of the adapters' configuration with the family's layers where it names none."""
+    config = deepcopy(config)
+    if config.lora_dropout:
+        raise ValueError(
+            f"peft_config has lora_dropout={config.lora_dropout}, but the policy that is updated must be the "
+            "one that made the samples, so dropout stays off. Set lora_dropout=0."
+        )
+    if config.init_lora_weights not in (True, "gaussian") or config.modules_to_save:
+        raise ValueError(
+            f"peft_config has init_lora_weights={config.init_lora_weights!r} and modules_to_save="
+            f"{config.modules_to_save!r}, but the teacher is the base with adapters off and the policy must "
+            "start as the teacher: set init_lora_weights to True or 'gaussian', and leave modules_to_save empty."
+        )
+    if config.bias != "none":
+        raise ValueError(f"peft_config has bias={config.bias!r}, which trains the teacher's too. Set 'none'.")
+    if config.target_modules is None:
+        config.target_modules = list(family.lora_targets)
+    return config
 
 
 class SeparateNetworks(Networks):
-    """Full fine-tuning: the policy and the fake score are copies of the pipeline's network, which stays the teacher.
+    """Full fine-tuning: the policy is a copy of the pipeline's network, the fake score one of the teacher's.
 
     Args:
         family: The border to the model.
         teacher_family: A separate teacher, or None.
         autocast: Makes the context in which networks run.
+        policy_init: An adapter that the policy starts from; it is added to its weights.
+        teacher_adapter: An adapter that only the teacher has, of a style, say; it is added to its weights.
     """
 
     def __init__(
@@ -268,10 +292,18 @@ class SeparateNetworks(Networks):
         family: Family,
         teacher_family: Family | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        *,
+        policy_init: str | None = None,
+        teacher_adapter: str | None = None,
     ) -> None:
-        """Copy the network twice, in float32."""
+        """Copy the networks, in float32."""
         super().__init__(family, teacher_family, autocast)
-        self._trained = {role: deepcopy(family.network).float().eval().requires_grad_(True) for role in ADAPTERS}
+        copies = {role: deepcopy(self.family_of(role).network).float() for role in ADAPTERS}
+        if policy_init is not None:
+            family.with_network(copies["policy"]).fuse_adapter(policy_init)
+        if teacher_adapter is not None:
+            self.teacher_family.fuse_adapter(teacher_adapter)
+        self._trained = {role: network.eval().requires_grad_(True) for role, network in copies.items()}
 
     def module(self, role: Role) -> nn.Module:
         """The network of the role."""
@@ -297,6 +329,8 @@ def make_networks(
     dtype: torch.dtype,
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    policy_init: str | None = None,
+    teacher_adapter: str | None = None,
 ) -> Networks:
     """The three roles of a run, on its device, with frozen weights in its precision and trained ones in float32.
 
@@ -308,6 +342,8 @@ def make_networks(
         dtype: Precision of the frozen networks.
         generator: Source of the adapters' initial weights.
         autocast: Makes the context in which networks run.
+        policy_init: An adapter that the policy starts from, or None.
+        teacher_adapter: An adapter that only the teacher has, or None.
 
     Returns:
         The networks.
@@ -327,10 +363,11 @@ def make_networks(
         )
     frozen = [one for one in (family, teacher_family) if one is not None]
     for one in frozen:
-        one.pipeline.to(device)
+        one.to(device)
     # Full copies are made before the frozen weights are halved, adapters after: what is trained stays in float32.
-    copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast)
+    starts: dict[str, Any] = {"policy_init": policy_init, "teacher_adapter": teacher_adapter}
+    copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast, **starts)
     for one in frozen:
         if next(one.network.parameters()).dtype != dtype:
             one.network.to(dtype)
-    return copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast)
+    return copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)

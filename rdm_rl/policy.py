@@ -42,6 +42,8 @@ from rdm_rl.samplers import Sampler, Transition, renoise
 # A network wrapped to predict x_0: (x_t of shape (N, C, H, W), t of shape (N,), conditioning) -> shape (N, C, H, W).
 X0Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
 Level = Literal["dimension", "sample"]
+# Standard normal noise: (shape, generator, device) -> a tensor of the shape.
+StepNoise = Callable[[Sequence[int], Generators, torch.device], Tensor]
 
 
 def student_times(num_inference_steps: int) -> Tensor:
@@ -75,6 +77,7 @@ def rollout(
     shape: Sequence[int],
     generator: Generators,
     sampler: Sampler = renoise,
+    step_noise: StepNoise = normal,
 ) -> Rollout:
     """Walk the policy from noise to samples and record every state and prediction, without a graph.
 
@@ -89,6 +92,7 @@ def rollout(
         shape: The latent shape (C, H, W).
         generator: One generator, or one for each sample.
         sampler: How to go from one state to the next.
+        step_noise: Draws the noise of a random step; a pipeline of packed latents draws it in another order.
 
     Returns:
         The recorded chains.
@@ -104,7 +108,7 @@ def rollout(
             transition = sampler(schedule, t, times[step + 1])
             state = transition.mean(predictions[-1], states[-1] if transition.state_scale else None)
             if transition.std:
-                noise = normal((count, *shape), generator, device)
+                noise = step_noise((count, *shape), generator, device)
                 state = state + append_dims(transition.std, state) * noise
             states.append(state)
             transitions.append(transition)

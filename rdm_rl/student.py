@@ -1,11 +1,12 @@
 """Saving a student as plain diffusers: a LoRA or a pipeline, the scheduler that walks it, and a model card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from huggingface_hub import ModelCard, ModelCardData
 
 from rdm_rl import __version__
@@ -20,7 +21,7 @@ A {steps}-step student of `{base}`, trained with rdm_rl {version}. {guidance}
 from diffusers import {imports}
 
 pipe = DiffusionPipeline.from_pretrained("{source}"){load_lora}
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance_scale}).images[0]
+image = pipe({call}).images[0]
 ```
 
 | setting | value |
@@ -34,6 +35,7 @@ pipe.scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")"""
 
 
 _USE_FILE = "student.json"
+_WHAT = {"DiTPipeline": "class_labels=[207]", "DDPMPipeline": "", "DDIMPipeline": ""}
 _GUIDANCE_INSIDE = """The guidance of the teacher is part of the
 student, so it is used with `guidance_scale=1.0`, and with the {steps} steps it was trained for."""
 _GUIDANCE_OUTSIDE = """It is used as it was
@@ -45,13 +47,37 @@ class SavedStudent(NamedTuple):
 
     Args:
         pipeline: The pipeline.
-        num_inference_steps: Its number of steps.
-        guidance_scale: Its guidance.
+        call: The arguments beside the prompt: number of steps, guidance, and, for a flow, the times as ``sigmas``.
     """
 
     pipeline: DiffusionPipeline
-    num_inference_steps: int
-    guidance_scale: float
+    call: dict[str, Any]
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Its number of steps."""
+        return int(self.call["num_inference_steps"])
+
+    def draw(self, prompts: Sequence[str], **options: Any) -> list[Any]:
+        """Images of the stock pipeline.
+
+        Args:
+            prompts: N prompts; for a ``DiTPipeline`` the numbers of classes.
+            options: More of the pipeline's own arguments, such as ``generator``.
+
+        Returns:
+            N images, as PIL unless ``output_type`` says otherwise.
+        """
+        pipe: Any = self.pipeline
+        names = signature(type(pipe).__call__).parameters
+        if "prompt" in names:
+            what: dict[str, Any] = {"prompt": list(prompts)}
+        elif "class_labels" in names:
+            what = {"class_labels": [int(one) if one.isdigit() else pipe.labels[one] for one in prompts]}
+        else:
+            what = {"batch_size": len(prompts)}
+        images: list[Any] = pipe(**what, **self.call, **options).images
+        return images
 
 
 def save_student(
@@ -64,6 +90,7 @@ def save_student(
     name: str | None = None,
     sampler: SamplerName = "renoise",
     guidance_scale: float = 1.0,
+    whole: bool = False,
 ) -> None:
     """Write the policy, its scheduler and a model card.
 
@@ -76,23 +103,26 @@ def save_student(
         name: What the student is called in the card's code: its name on the hub; None is the folder's name.
         sampler: The policy's sampler.
         guidance_scale: Guidance that the student is used with.
+        whole: Save a whole pipeline, with the adapter added to its weights, also where an adapter would do.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    scheduler = networks.family.student_scheduler(num_inference_steps, sampler)
-    lora = isinstance(networks, AdapterNetworks)
-    if isinstance(networks, AdapterNetworks):
-        networks.family.save_lora(str(folder), *networks.export())
+    family = networks.family
+    scheduler = family.student_scheduler(num_inference_steps, sampler)
+    lora = isinstance(networks, AdapterNetworks) and family.loads_lora and not whole
+    if lora and isinstance(networks, AdapterNetworks):
+        family.save_lora(str(folder), *networks.export())
         scheduler.save_pretrained(folder / "scheduler")
     else:
-        networks.family.save_pipeline(str(folder), networks.module("policy"), scheduler)
-    use = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        merged = networks.merged_policy() if isinstance(networks, AdapterNetworks) else networks.module("policy")
+        family.save_pipeline(str(folder), merged, scheduler)
+    use = family.student_call(num_inference_steps, sampler, guidance_scale)
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     kind, name = type(scheduler).__name__, name or folder.name
     base = Path(base).name if Path(base).is_absolute() else base  # A card is published; a machine's paths are not.
     text = _CARD.format(
         name=name,
         steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        call=", ".join([_WHAT.get(type(family.pipeline).__name__, '"a prompt"'), *_words(use)]).removeprefix(", "),
         guidance=(_GUIDANCE_INSIDE if guidance_scale == 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
         base=base,
         version=__version__,
@@ -128,7 +158,7 @@ def load_student(folder: str | Path, model: str | Path) -> SavedStudent:
         pipeline = DiffusionPipeline.from_pretrained(str(model))
         pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        schedulers = {one.__name__: one for one in (LCMScheduler, DDIMScheduler)}
+        schedulers = {one.__name__: one for one in (LCMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
         pipeline.scheduler = schedulers[config["_class_name"]].from_config(config)
     elif (folder / "model_index.json").is_file():
         pipeline = DiffusionPipeline.from_pretrained(str(folder))
@@ -136,7 +166,12 @@ def load_student(folder: str | Path, model: str | Path) -> SavedStudent:
         raise FileNotFoundError(f"{str(folder)!r} holds neither pytorch_lora_weights.safetensors nor model_index.json.")
     pipeline.set_progress_bar_config(disable=True)
     if (folder / _USE_FILE).is_file():
-        return SavedStudent(pipeline, **json.loads((folder / _USE_FILE).read_text(encoding="utf-8")))
+        return SavedStudent(pipeline, json.loads((folder / _USE_FILE).read_text(encoding="utf-8")))
     if "original_inference_steps" not in pipeline.scheduler.config:
         raise ValueError(f"{str(folder)!r} holds no student: nothing in it says how many steps it takes.")
-    return SavedStudent(pipeline, int(pipeline.scheduler.config.original_inference_steps), 1.0)
+    steps = int(pipeline.scheduler.config.original_inference_steps)
+    return SavedStudent(pipeline, {"num_inference_steps": steps, "guidance_scale": 1.0})
+
+
+def _words(call: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={value!r}" for name, value in call.items()]

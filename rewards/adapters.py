@@ -20,6 +20,7 @@ import torch
 from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.randomness import Generators
 from rdm_rl.replay import PolicyGradientDirection
+from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.registry import RewardContext
 from rdm_rl.rewards.scoring import PlainReward, RewardOutput
 
@@ -48,6 +49,8 @@ class PlainRewardAdapter:
         args = context.args
         self.reward.batch_size, self.reward.timeout = args.reward_batch_size, args.reward_timeout
         self.reward.on_error, self.reward.last_checkpoint = args.on_reward_error, context.last_checkpoint
+        if "rewards" in args.offload and isinstance(self.reward.function, RewardModel):
+            self.reward.function.offload = True
         if hasattr(self.reward.function, "prepare"):
             self.reward.function.prepare()
 

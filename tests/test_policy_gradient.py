@@ -579,6 +579,11 @@ def test_beta_acts_or_is_refused_with_a_pathwise_reward(base: Path, tmp_path: Pa
         ),
         ([black_box()], {"num_generations": 1}, "num_generations=1: .* 'box' .* every advantage would be 0"),
         (["rdm"], {"guidance_scale": 2.0}, "guidance_scale=2.0 gives the policy guidance of its own"),
+        (
+            [brightness()],
+            {"guidance_scale": 3.0, "warm_start": "ode"},
+            "guidance_scale=3.0 asks the policy with guidance, but the warm",
+        ),
         (["rdm"], {"epsilon": 0.1}, "epsilon is set, but no black-box reward acts"),
         ([brightness()], {"epsilon_high": 0.1}, "epsilon_high is set, but no black-box"),
         (["rdm"], {"advantage_clip": 2.0}, "advantage_clip is set, but no black-box"),
@@ -621,10 +626,6 @@ def test_what_cannot_act_is_refused(
         ({"beta": 0.1, "num_inference_steps": 1}, "beta=0.1 compares .* num_inference_steps=1"),
         ({"beta": 0.1, "sampler": "ddim", "eta": 0.0}, "beta=0.1 compares .* eta=0.0"),
         ({"beta": -0.1}, "beta=-0.1, but it must be at least 0"),
-        (
-            {"guidance_scale": 3.0, "warm_start": "ode"},
-            "guidance_scale=3.0 asks the policy with guidance, but the warm",
-        ),
         ({"sampler": "ddim", "eta": 1.2}, "eta=1.2, but it must be between 0 and 1"),
         ({"sampler": "cps", "eta": 1.2}, "eta=1.2, but it must be between 0 and 1"),
         ({"sampler": "flow_sde", "eta": -0.1}, "eta=-0.1, but it must be at least 0"),

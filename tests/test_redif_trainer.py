@@ -364,15 +364,9 @@ def test_the_saved_student_is_the_trained_one_in_stock_diffusers(guidance: float
     trainer.train()
     trainer.save_model(tmp_path / "student")
     ours = trainer.generate([PROBE] * 2, generator=torch.Generator().manual_seed(3))
-    pipeline, steps, guidance_scale = load_student(tmp_path / "student", base)
-    assert (steps, guidance_scale) == (2, guidance)
-    stock = pipeline(
-        [PROBE] * 2,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-    ).images
+    student = load_student(tmp_path / "student", base)
+    assert student.call == {"num_inference_steps": 2, "guidance_scale": guidance}
+    stock = student.draw([PROBE] * 2, generator=torch.Generator().manual_seed(3), output_type="pt")
     torch.testing.assert_close(ours, stock, rtol=0, atol=2e-5)
     assert not torch.allclose(ours[:1], untrained, rtol=0, atol=2e-5)
 

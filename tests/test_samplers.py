@@ -237,15 +237,15 @@ def test_a_saved_ddim_student_is_stock(
     )
     randomize(trainer.networks, scale=0.02)
     trainer.save_model(tmp_path / "student")
-    pipe, steps, scale = load_student(tmp_path / "student", base)
-    assert (steps, scale) == (4, guidance)
+    student = load_student(tmp_path / "student", base)
+    assert student.call == {"num_inference_steps": 4, "guidance_scale": guidance}
     prompts = ["the digit 3", "the digit 4"]
-    ask = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "latent"}
-    expected = pipe(prompts, generator=torch.Generator().manual_seed(3), **ask).images
+    expected = student.draw(prompts, generator=torch.Generator().manual_seed(3), output_type="latent")
     batch = prompt_batch(2, trainer.family.encode(prompts))
     ours = trainer.sample_student(batch, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(ours.sample, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-    other = pipe(prompts, generator=torch.Generator().manual_seed(3), **{**ask, "guidance_scale": 2.0}).images
+    student.call["guidance_scale"] = 2.0
+    other = student.draw(prompts, generator=torch.Generator().manual_seed(3), output_type="latent")
     assert (other - expected).abs().max() > 10 * (ours.sample - expected).abs().max()
 
 

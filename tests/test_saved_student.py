@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from rdm_rl import RDMTrainer
@@ -24,6 +25,7 @@ PLAIN = """
 import json, sys
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 def generators():
@@ -170,13 +172,14 @@ def test_policy_init_continues_a_saved_student(base: Path, tmp_path: Path) -> No
     assert not torch.equal(images(second)["one"], images(first)["one"])
 
 
-def test_policy_init_of_another_scale_is_refused(base: Path, tmp_path: Path) -> None:
-    trained(base, tmp_path).save_model(tmp_path / "student")
-    from peft import LoraConfig
-
-    given = {"policy_init": tmp_path / "student", "peft_config": LoraConfig(r=4, lora_alpha=8)}
-    with pytest.raises(ValueError, match=r"'lora_alpha': 4.*'lora_alpha': 8.* Make them equal"):
-        tiny_trainer(base, tmp_path / "other", warm_start="none", given=given)
+def test_policy_init_keeps_its_own_rank_and_scale(base: Path, tmp_path: Path) -> None:
+    first = trained(base, tmp_path)
+    first.save_model(tmp_path / "student")
+    given = {"policy_init": tmp_path / "student", "peft_config": LoraConfig(r=2, lora_alpha=8)}
+    second = tiny_trainer(base, tmp_path / "other", warm_start="none", given=given)
+    assert torch.equal(images(second)["one"], images(first)["one"])
+    settings = [second.networks.family.network.peft_config[role] for role in ("policy", "fake_score")]
+    assert [(one.r, one.lora_alpha) for one in settings] == [(4, 4), (2, 8)]
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -195,11 +198,10 @@ def test_folder_of_a_student(lora: bool, base: Path, tmp_path: Path) -> None:
     assert "num_inference_steps=3" in card
     assert "guidance_scale=1.0" in card
     assert "2.5" in card
-    pipe, steps, _ = load_student(tmp_path / "student", base)
-    assert isinstance(pipe, StableDiffusionPipeline)
-    assert steps == 3
-    made = pipe(PROMPTS, num_inference_steps=3, guidance_scale=1.0, generator=torch.Generator().manual_seed(3))
-    assert len(made.images) == 3
+    student = load_student(tmp_path / "student", base)
+    assert isinstance(student.pipeline, StableDiffusionPipeline)
+    assert student.call == {"num_inference_steps": 3, "guidance_scale": 1.0}
+    assert len(student.draw(PROMPTS, generator=torch.Generator().manual_seed(3))) == 3
 
 
 def test_code_on_the_model_card_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,12 @@ class RDMConfig(TrainingArguments):
     ``report_to`` "none", ``remove_unused_columns`` False.
 
     Args:
+        resolution: Height and width of the images in pixels; None is the model's own.
+        prompt_cache_dir: Where encoded prompts are kept: each is encoded once, and the text encoders then leave the
+            GPU. None encodes each batch anew.
+        offload: What waits on the CPU while it is not used: ``text_encoders``, ``rewards`` (those with a network), and,
+            when full copies are trained, the ``teacher``.
+        shard: Divide the frozen networks, or the full copies, among the processes (FSDP2).
         num_inference_steps: Steps K of the student.
         num_generations: Samples G of each prompt; a group is never split. ``per_device_train_batch_size`` counts
             samples and must be a multiple of it.
@@ -209,6 +215,13 @@ class RDMConfig(TrainingArguments):
         default=False, metadata={"help": "Columns beside the prompt always stay: rewards may need them."}
     )
 
+    resolution: int | None = field(default=None, metadata={"help": "Height and width of the images in pixels."})
+    prompt_cache_dir: str | None = field(default=None, metadata={"help": "Where encoded prompts are kept."})
+    offload: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What waits on the CPU while it is not used: text_encoders, rewards, teacher."},
+    )
+    shard: bool = field(default=False, metadata={"help": "Divide the networks among the processes (FSDP2)."})
     num_inference_steps: int = field(default=4, metadata={"help": "Steps K of the student."})
     num_generations: int = field(default=8, metadata={"help": "Samples G of each prompt."})
     dm_normalization: Normalization = field(
@@ -400,6 +413,10 @@ class RDMConfig(TrainingArguments):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown.{_did_you_mean(str(value), known)} Use one of {known}.")
+        for value in self.offload:
+            known = ("text_encoders", "rewards", "teacher")
+            if value not in known:
+                raise ValueError(f"offload has {value!r}, unknown.{_did_you_mean(value, known)} Use some of {known}.")
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             value = getattr(getattr(self, name), "value", getattr(self, name))
             if value not in ("no", "steps"):
@@ -449,11 +466,6 @@ class RDMConfig(TrainingArguments):
                 f"beta={self.beta} compares the policy's random steps with those at the start, but it has none: "
                 f"num_inference_steps={self.num_inference_steps}, sampler={self.sampler!r}, eta={self.eta}. Set beta=0."
             )
-        if self.guidance_scale != 1 and self.warm_start == "ode":
-            raise ValueError(
-                f"guidance_scale={self.guidance_scale} asks the policy with guidance, but the warm start teaches it to "
-                "do without. Set guidance_scale=1, or warm_start='none'."
-            )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub=True needs hub_model_id='owner/name'.")
         if self.dm_group != "prompt":
@@ -475,6 +487,7 @@ class RDMConfig(TrainingArguments):
 
     def _check_numbers(self) -> None:
         at_least = {
+            "resolution": 1,
             "num_inference_steps": 1,
             "num_generations": 1,
             "num_renoise": 1,

@@ -20,10 +20,10 @@ from rdm_rl.checkpointing import check_settings, find_checkpoint, read_checkpoin
 from rdm_rl.data_types import DenseAdvantage, Experience, LossOutput, PromptBatch, Rollout
 from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
-from rdm_rl.families import Family, check_model_name, load_family
+from rdm_rl.families import Family
 from rdm_rl.families.base import fingerprint
 from rdm_rl.metric_window import reward_metrics
-from rdm_rl.networks import AdapterNetworks, Role, make_networks
+from rdm_rl.networks import Role
 from rdm_rl.optimization import OptimizerFactory, RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.policy import kl_divergence, rollout
 from rdm_rl.prompts import PromptSource, other_columns
@@ -40,9 +40,10 @@ from rdm_rl.rewards.registry import (
     load_rewards,
     reward_weights,
 )
-from rdm_rl.samplers import make_sampler, suits
+from rdm_rl.samplers import make_sampler
 from rdm_rl.student import save_student
 from rdm_rl.trainers.callbacks import log_image
+from rdm_rl.trainers.model_setup import check_models, load_networks
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.reward_context import make_reward_context
 from rdm_rl.trainers.reward_settings import (
@@ -76,7 +77,10 @@ class RDMTrainer(TrainingLoop):
         train_dataset: Rows with a ``prompt``; other columns travel with the rollout.
         eval_dataset: Rows with a ``prompt`` for the sample grids; None uses the first rows of the training set.
         teacher: Another pipeline of the same family and latent space as the teacher; None for ``model``.
-        policy_init: Folder of a LoRA with which the policy starts (an already distilled student). Set
+        teacher_adapter: A LoRA that only the teacher has, of a style, say: a folder, a file, a hub name, or
+            ``owner/name/file.safetensors``.
+        policy_init: An already distilled student that the policy starts from: a LoRA of any rank (LCM, DMD2, Hyper; it
+            is trained on, and ``peft_config`` is then the fake score's alone), a pipeline, or a bare network. Set
             ``warm_start="none"`` with it.
         peft_config: The adapters of policy and fake score; None trains two full copies of the network.
         weighting: Combines the rewards' directions (see :class:`~rdm_rl.weighting.Weighting`); None for
@@ -99,6 +103,7 @@ class RDMTrainer(TrainingLoop):
         eval_dataset: Any = None,
         *,
         teacher: str | Path | DiffusionPipeline | None = None,
+        teacher_adapter: str | Path | None = None,
         policy_init: str | Path | None = None,
         peft_config: LoraConfig | None = None,
         weighting: Weighting | None = None,
@@ -149,41 +154,15 @@ class RDMTrainer(TrainingLoop):
         eval_rows = [looked_at[index] for index in range(count)]
         self.eval_prompts = [row["prompt"] for row in eval_rows]
         self.eval_columns = other_columns(eval_rows, 1)
-        for one in (model, teacher):
-            if isinstance(one, str | Path):
-                check_model_name(str(one))
-        if policy_init is not None and (peft_config is None or args.warm_start != "none"):
-            raise ValueError(
-                "policy_init starts the policy from a LoRA: pass peft_config too, and warm_start='none', because a "
-                "warm start would overwrite it."
-            )
-        if policy_init is not None and not (Path(policy_init) / "pytorch_lora_weights.safetensors").is_file():
-            raise FileNotFoundError(
-                f"policy_init={str(policy_init)!r} holds no pytorch_lora_weights.safetensors. Pass the folder that "
-                "save_model() wrote."
-            )
+        check_models(args, model, teacher, teacher_adapter, policy_init, peft_config)
 
         super().__init__(args, len(self.prompts))
-        self.model_name = str(model) if isinstance(model, str | Path) else str(model.name_or_path or "the base model")
-        self.networks = make_networks(
-            load_family(model),
-            None if teacher is None else load_family(teacher),
-            peft_config,
+        self.networks, self.model_name = load_networks(
+            *(args, model, teacher, teacher_adapter, policy_init, peft_config),
+            matches_distributions="rdm" in rewards,
             device=self.device,
-            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
-            generator=seeded_generator(args.seed, "adapters"),
             autocast=self.accelerator.autocast,
         )
-        if policy_init is not None and isinstance(self.networks, AdapterNetworks):
-            self.networks.start_policy(str(policy_init))
-        if args.gradient_checkpointing:
-            self.networks.enable_activation_checkpointing()
-            self.family.enable_decoder_checkpointing()
-        if not suits(args.sampler, self.family.schedule):
-            raise ValueError(
-                f"sampler={args.sampler!r} is not made for this model's noise schedule. Use 'renoise' with any model, "
-                "'ddim' with a variance-preserving one, 'flow_sde' or 'cps' with a flow."
-            )
         self.sampler = make_sampler(args.sampler, args.eta)
         self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
@@ -267,7 +246,8 @@ class RDMTrainer(TrainingLoop):
         self.create_optimizers()
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
-        else:
+        self.cache_prompts()
+        if checkpoint is None:
             if self.args.warm_start == "ode":
                 self.run_warm_start()
             self._start_average()
@@ -476,6 +456,7 @@ class RDMTrainer(TrainingLoop):
             shape=self.family.latent_shape,
             generator=self.generators("rollout", batch),
             sampler=self.sampler,
+            step_noise=self.family.step_noise,
         )
 
     def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
@@ -598,7 +579,7 @@ class RDMTrainer(TrainingLoop):
             t.to(self.device),
             normal(x_0.shape, generator, self.device),
             self.family.schedule,
-            self.family.prediction_type,
+            self.networks.family_of("fake_score").prediction_type,
         )
 
     def generators(self, stream: str, batch: PromptBatch, update: int | None = None) -> list[torch.Generator]:
@@ -655,6 +636,20 @@ class RDMTrainer(TrainingLoop):
 
     # ----- before the first update -----
 
+    def cache_prompts(self) -> None:
+        """Encode every prompt that the run will see, if ``prompt_cache_dir`` is set: each process its share."""
+        if self.family.prompt_cache is None:
+            return
+        args, process = self.args, self.accelerator
+        rollouts = -(-self.state.max_steps // args.num_iterations)
+        seen = max(rollouts * self.prompts_per_step, args.warm_start_num_states if args.warm_start == "ode" else 0)
+        rows = self.prompts.rows(0, min(seen, len(self.prompts)))
+        texts = [*dict.fromkeys([*(row["prompt"] for row in rows), *self.eval_prompts])]
+        self.family.fill_prompt_cache(
+            texts[process.process_index :: process.num_processes], show_progress=not self.hides_progress
+        )
+        process.wait_for_everyone()
+
     def run_warm_start(self) -> None:
         """Regress the policy on the teacher's ODE solutions (see :mod:`rdm_rl.warm_start`)."""
         args = self.args
@@ -662,7 +657,7 @@ class RDMTrainer(TrainingLoop):
             "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm, warm_up=False
         )
         losses = regress(
-            self.networks.predictor("policy"),
+            self.networks.predictor("policy", self.args.guidance_scale),
             self._collect_pairs(),
             optimizer,
             encode=self.family.encode,
@@ -779,6 +774,7 @@ class RDMTrainer(TrainingLoop):
                 shape=self.family.latent_shape,
                 generator=generator,
                 sampler=make_sampler(self.args.sampler, 0.0),
+                step_noise=self.family.step_noise,
             )
 
     def evaluate(self) -> dict[str, float]:
@@ -819,7 +815,8 @@ class RDMTrainer(TrainingLoop):
                     num_inference_steps=self.args.num_inference_steps,
                     sampler=self.args.sampler,
                     guidance_scale=self.args.guidance_scale,
-                    base=self.model_name,
+                    base=self.model_name or "the base model",
+                    whole=self.model_name is None,
                     name=self.args.hub_model_id,
                     facts=self._card_facts(),
                 )

@@ -40,7 +40,7 @@ def make_reward_context(
     """
     family = networks.family
     decode: Callable[[Tensor], Tensor] = family.decode
-    decoder_network: nn.Module = family.pipeline.vae
+    decoder_network = family.decoder
     if args.reward_decoder is not None:
         channels, checkpointing = family.latent_shape[0], args.gradient_checkpointing
         decode = tiny = load_tiny_decoder(args.reward_decoder, channels, device, checkpointing=checkpointing)
@@ -68,7 +68,7 @@ def _teacher_cache(
     args: RDMConfig,
     teacher_guidance_scale: float,
     first_time: float,
-    decoder: nn.Module,
+    decoder: nn.Module | None,
 ) -> TeacherCache | None:
     """Where the teacher's images are kept, under a name that no other teacher, decoder or setting has."""
     if args.teacher_cache_dir is None:

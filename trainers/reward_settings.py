@@ -69,11 +69,6 @@ def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Any]) 
             "every advantage would be 0. Set num_generations to 2 or more (8, say), or reward_baseline='batch' with "
             "scale_rewards='batch'."
         )
-    if "rdm" in rewards and args.guidance_scale != 1:
-        raise ValueError(
-            f"guidance_scale={args.guidance_scale} gives the policy guidance of its own, but with 'rdm' it takes over "
-            "the teacher's (teacher_guidance_scale). Set guidance_scale=1, or leave out 'rdm'."
-        )
     changed = _changed(args, POLICY_GRADIENT_SETTINGS)
     if changed and not boxes:
         raise ValueError(

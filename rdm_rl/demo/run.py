@@ -320,8 +320,9 @@ def train_student(args: RDMConfig, folder: Path, evaluation: Evaluation) -> tupl
     before.trainer = trainer = demo_trainer(args, [before])
     trainer.train()
     trainer.save_model(folder)
-    pipeline, steps, _ = load_student(folder, TEACHER_FOLDER)
-    draws = {f"student, {steps_text(steps)}": evaluation.draw(pipeline, steps)}
+    student = load_student(folder, TEACHER_FOLDER)
+    steps = student.num_inference_steps
+    draws = {f"student, {steps_text(steps)}": evaluation.draw(student.pipeline, steps)}
     return trainer, ({f"warm start, {steps_text(steps)}": before.draw} if before.draw else {}) | draws
 
 
@@ -379,13 +380,14 @@ def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir:
         seeds: One repetition for each seed.
         output_dir: Where a report goes, or None.
     """
-    pipelines = {f"teacher, {steps_text(TEACHER_STEPS)}": SavedStudent(load_teacher(), TEACHER_STEPS, 1.0)}
+    teacher_call = {"num_inference_steps": TEACHER_STEPS, "guidance_scale": 1.0}
+    pipelines = {f"teacher, {steps_text(TEACHER_STEPS)}": SavedStudent(load_teacher(), teacher_call)}
     pipelines |= {f"student {folder}": load_student(folder, TEACHER_FOLDER) for folder in folders}
     rows: list[SamplerMetrics] = []
     for seed in tqdm(seeds, desc="repetitions"):
         evaluation = Evaluation(seed)
         draws = {
-            name: evaluation.draw(one.pipeline, one.num_inference_steps, guidance_scale=one.guidance_scale)
+            name: evaluation.draw(one.pipeline, one.num_inference_steps, guidance_scale=one.call["guidance_scale"])
             for name, one in pipelines.items()
         }
         rows += evaluation.judge(draws)

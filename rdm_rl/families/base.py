@@ -3,23 +3,30 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rdm_rl.data_types import Conditioning
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
+from rdm_rl.prompt_cache import PromptCache
+from rdm_rl.randomness import Generators, normal
 from rdm_rl.samplers import SamplerName
 
 
 class Family(ABC):
-    """One kind of diffusers pipeline.
+    """One kind of diffusers pipeline; ``docs/add_a_family.md`` shows how to write one.
 
     Args:
         pipeline: The loaded pipeline. Its encoders and decoder are frozen and put in evaluation mode.
+        resolution: Height and width of the images in pixels; None is the pipeline's own.
 
     Raises:
         ValueError: If the pipeline cannot be distilled by this family.
@@ -28,27 +35,72 @@ class Family(ABC):
     network_name: ClassVar[str] = "unet"
     """Attribute of the pipeline that holds the denoising network."""
 
+    decoder_name: ClassVar[str | None] = "vae"
+    """Attribute that holds the decoder of latents; None for a model of pixels."""
+
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    """Attributes that hold the encoders of prompts."""
+
+    optional_components: ClassVar[tuple[str, ...]] = ()
+    """Those of them that a pipeline may do without."""
+
     lora_targets: ClassVar[tuple[str, ...]]
     """Module names (matched by suffix) that get an adapter when the user's ``LoraConfig`` names none."""
 
-    teacher_guidance_scale: ClassVar[float]
+    loads_lora: ClassVar[bool] = True
+    """Whether the stock pipeline loads adapters. Where it does not, the student is saved as a whole pipeline."""
+
+    teacher_guidance_scale: float
     """Guidance of the teacher when the user sets none: what published distillations of this family use."""
+
+    any_resolution: ClassVar[bool] = True
+    """Whether the network takes latents of another size than its own."""
 
     schedule: NoiseSchedule
     prediction_type: PredictionType
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
         """Keep the pipeline and freeze everything in it."""
         self.pipeline = pipeline
+        self.resolution = resolution
+        self.prompt_cache: PromptCache | None = None
+        self.offloads_text_encoders = False
         self._empty: Conditioning | None = None
+        needed = [self.network_name, self.decoder_name, "scheduler"]
+        needed += [name for name in self.text_encoder_names if name not in self.optional_components]
+        missing = [name for name in needed if name is not None and getattr(pipeline, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"The {type(pipeline).__name__} has no {', '.join(missing)}, which distillation needs. Load the whole "
+                "pipeline, with every component."
+            )
         if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
             raise ValueError(
                 "The pipeline already has adapters, which would be switched off without a word. Call pipe.fuse_lora() "
-                "and pipe.unload_lora_weights() first, or load the pipeline again."
+                "and pipe.unload_lora_weights() first, or load the pipeline again. A student's adapter goes to "
+                "policy_init=, a style for the teacher to teacher_adapter=."
             )
+        if resolution is not None:
+            self._check_resolution(resolution)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
+
+    def _check_resolution(self, resolution: int) -> None:
+        if not self.any_resolution:
+            raise ValueError(
+                f"resolution={resolution} is set, but a {type(self.pipeline).__name__} makes images of one size only. "
+                "Leave it out."
+            )
+        step = self.pixels_per_latent * self.latent_multiple
+        if resolution % step:
+            fitting = max(1, round(resolution / step)) * step
+            raise ValueError(
+                f"resolution={resolution}, but the height and width of this model's images are multiples of {step}. "
+                f"Set it to {fitting}."
+            )
+
+    # ----- its parts -----
 
     @property
     def network(self) -> nn.Module:
@@ -57,30 +109,168 @@ class Family(ABC):
         return network
 
     @property
-    def device(self) -> torch.device:
-        """Where the network lives."""
-        return next(self.network.parameters()).device
+    def decoder(self) -> nn.Module | None:
+        """The network that makes images of latents; None for a model of pixels."""
+        return None if self.decoder_name is None else getattr(self.pipeline, self.decoder_name)
 
     @property
-    @abstractmethod
+    def text_encoders(self) -> list[nn.Module]:
+        """The encoders of prompts that the pipeline has."""
+        found = (getattr(self.pipeline, name, None) for name in self.text_encoder_names)
+        return [one for one in found if one is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return _device(self.network)
+
+    def to(self, device: torch.device) -> None:
+        """Move the network, the decoder and, unless they are offloaded, the encoders of prompts."""
+        modules = [self.network, self.decoder, *([] if self.offloads_text_encoders else self.text_encoders)]
+        for module in modules:
+            if module is not None:
+                module.to(device)
+
+    # ----- sizes -----
+
+    latent_multiple: ClassVar[int] = 1
+    """What the height and width of latents are multiples of."""
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels of an image's side one latent stands for."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def own_latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the pipeline draws by default."""
+        config: Any = self.network.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        config: Any = self.network.config
+        return int(config.in_channels)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one latent, (C, H, W), at the pipeline's default resolution."""
+        """Shape of one latent, (C, H, W)."""
+        if self.resolution is None:
+            return self.latent_channels, *self.own_latent_size
+        size = self.resolution // self.pixels_per_latent
+        return self.latent_channels, size, size
+
+    # ----- prompts -----
 
     @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """The encoded prompts, one row each, on the family's device: what the pipeline's own encoding gives."""
+
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The encoded prompts, one row each, on the family's device, without a graph."""
+        """The encoded prompts, one row each, on the family's device, without a graph; from the cache if there is one.
+
+        Args:
+            prompts: N prompts.
+
+        Returns:
+            N rows.
+        """
+        if self.prompt_cache is not None:
+            return self.prompt_cache.encode(prompts, self._encode_now).to(self.device)
+        return self._encode_now(prompts)
+
+    def fill_prompt_cache(self, prompts: Sequence[str], *, show_progress: bool = True) -> None:
+        """Encode the prompts that the cache does not hold yet, the encoders staying awake meanwhile.
+
+        Args:
+            prompts: The prompts.
+            show_progress: Show a progress bar.
+        """
+        if self.prompt_cache is not None:
+            with self._awake_encoders():
+                self.prompt_cache.fill(prompts, self._encode_now, show_progress=show_progress)
+
+    def _encode_now(self, prompts: Sequence[str]) -> Conditioning:
+        with self._awake_encoders(), torch.autocast(self.device.type, enabled=False):
+            return self.encode_prompts(prompts)
+
+    @contextmanager
+    def _awake_encoders(self) -> Iterator[None]:
+        """The encoders on the network's device for the length of the context, if they wait elsewhere; contexts nest."""
+        asleep = [one for one in self.text_encoders if self.offloads_text_encoders and _device(one) != self.device]
+        for encoder in asleep:
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            for encoder in asleep:
+                encoder.to("cpu")
+
+    def encode_empty_prompt(self) -> Conditioning:
+        """What guidance compares with, one row: the encoded empty prompt."""
+        return self._encode_now([""])
+
+    @torch.no_grad()
+    def empty_prompt(self) -> Conditioning:
+        """What guidance compares with, one row, kept after the first call."""
+        if self._empty is None:
+            self._empty = self.encode_empty_prompt()
+        return self._empty
+
+    def encoder_fingerprint(self) -> str:
+        """A short name of what makes the encoded prompts."""
+        names = [fingerprint(encoder) for encoder in self.text_encoders]
+        return names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()[:16]
+
+    # ----- the network and the decoder -----
 
     @abstractmethod
-    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's raw output, float32, shape (N, C, H, W), for x_t of that shape and t of shape (N,)."""
+    def forward(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """The network's raw output, float32, shape (N, C, H, W).
 
-    @abstractmethod
+        Args:
+            network: The network to ask.
+            x_t: Noisy latents, shape (N, C, H, W).
+            t: Times, shape (N,), in (0, 1].
+            conditioning: Encoded prompts, N rows.
+            guidance_scale: The number that a network which embeds its guidance is told.
+        """
+
+    def embeds_guidance(self, network: nn.Module) -> bool:
+        """Whether the network is told a guidance scale, instead of being asked twice."""
+        return False
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether there is anything to guide towards."""
+        return True
+
     def decode(self, x_0: Tensor) -> Tensor:
         """Images, shape (N, 3, H', W'), in [0, 1], of latents of shape (N, C, H, W); differentiable."""
+        vae: Any = self.decoder
+        latents = x_0 / vae.config.scaling_factor
+        if getattr(vae.config, "shift_factor", None):
+            latents = latents + vae.config.shift_factor
+        images: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return (images * 0.5 + 0.5).clamp(0, 1).float()
 
     def enable_decoder_checkpointing(self) -> None:
-        """Recompute the decoder's activations in backward passes instead of keeping them."""
-        self.pipeline.vae.enable_gradient_checkpointing()
+        """Recompute the decoder's activations in backward passes instead of keeping them, where it can."""
+        decoder: Any = self.decoder
+        if decoder is not None and decoder._supports_gradient_checkpointing:
+            decoder.enable_gradient_checkpointing()
+
+    def step_noise(self, shape: Sequence[int], generator: Generators, device: torch.device) -> Tensor:
+        """The noise of a random step, of the given shape (N, C, H, W), drawn in the pipeline's order."""
+        return normal(shape, generator, device)
+
+    # ----- the student -----
 
     @abstractmethod
     def student_scheduler(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Any:
@@ -98,26 +288,85 @@ class Family(ABC):
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times that the student visits, shape (K,), in (0, 1], falling: those of the student's scheduler."""
 
-    @abstractmethod
-    def save_lora(self, folder: str, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def student_call(
+        self, num_inference_steps: int, sampler: SamplerName = "renoise", guidance_scale: float = 1.0
+    ) -> dict[str, Any]:
+        """The arguments, beside the prompt, with which the stock pipeline draws from the student.
+
+        Args:
+            num_inference_steps: Steps K of the student.
+            sampler: The policy's sampler.
+            guidance_scale: The student's guidance.
+        """
+        size = {} if self.resolution is None else {"height": self.resolution, "width": self.resolution}
+        return {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **size}
+
+    # ----- files -----
+
+    def save_lora(self, folder: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write an adapter as ``pytorch_lora_weights.safetensors`` that ``load_lora_weights`` reads.
 
         Args:
             folder: Where to write.
-            state: The adapter's weights under PEFT's names, without the adapter's name.
+            state: The adapter's weights under PEFT's names, without the adapter's name. (diffusers' own names cover
+                attention alone, and of a mixture only a part is loaded.)
             metadata: The adapter's configuration.
         """
+        parts = {f"{self.network_name}_lora_layers": state, f"{self.network_name}_lora_adapter_metadata": metadata}
+        type(self.pipeline).save_lora_weights(folder, safe_serialization=True, **parts)
 
-    @abstractmethod
-    def load_lora(self, folder: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """The weights of an adapter saved for diffusers, under PEFT's names without an adapter's name.
+    def load_adapter(self, source: str, name: str) -> None:
+        """Give the network an adapter of any format, rank and set of layers that the stock pipeline loads.
 
         Args:
-            folder: Where it is.
+            source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
+            name: What the adapter is called.
 
-        Returns:
-            The weights, and the adapter's configuration if the file has it.
+        Raises:
+            ValueError: If the pipeline loads no adapters, or this one changes more than the network.
         """
+        if not self.loads_lora:
+            raise ValueError(
+                f"{source!r} is an adapter, but a {type(self.pipeline).__name__} loads none. Pass a whole model."
+            )
+        path, weight_name = adapter_file(source)
+        known = {"weight_name": weight_name} if weight_name else {}
+        self.pipeline.load_lora_weights(path, adapter_name=name, **known)
+        for part in self.text_encoders:
+            if any(isinstance(module, BaseTunerLayer) for module in part.modules()):
+                raise ValueError(
+                    f"{source!r} also adapts the text encoder, which policy, teacher and fake score share. Use an "
+                    "adapter of the denoising network alone."
+                )
+        if name not in getattr(self.network, "peft_config", {}):
+            raise ValueError(f"{source!r} holds no adapter for the {self.network_name} of this pipeline.")
+
+    def fuse_adapter(self, source: str) -> None:
+        """Add an adapter to the network's own weights.
+
+        Args:
+            source: As in :meth:`load_adapter`.
+        """
+        self.load_adapter(source, "fused")
+        self.pipeline.fuse_lora(components=[self.network_name])
+        self.pipeline.unload_lora_weights()
+        self.network.eval().requires_grad_(False)
+
+    def with_network(self, network: nn.Module, scheduler: Any = None) -> "Family":
+        """The same pipeline around another network; all other components are shared.
+
+        Args:
+            network: The network.
+            scheduler: Its scheduler, if its noise schedule or prediction type is another.
+        """
+        return type(self)(self._pipeline_with(network, scheduler or self.pipeline.scheduler), self.resolution)
+
+    def _pipeline_with(self, network: nn.Module, scheduler: Any) -> Any:
+        # A shallow copy keeps what the constructor does not take, such as a pipeline's list of class names.
+        pipeline = copy(self.pipeline)
+        setattr(pipeline, self.network_name, network)
+        pipeline.scheduler = scheduler
+        return pipeline
 
     def save_pipeline(self, folder: str, network: nn.Module, scheduler: Any) -> None:
         """Write a whole pipeline with another network and scheduler.
@@ -127,19 +376,19 @@ class Family(ABC):
             network: The student's network.
             scheduler: The student's scheduler.
         """
-        components = {**self.pipeline.components, self.network_name: network, "scheduler": scheduler}
-        type(self.pipeline)(**components).save_pretrained(folder)
+        self._pipeline_with(network, scheduler).save_pretrained(folder)
 
     @abstractmethod
-    def border(self) -> str:
-        """A short name of what a teacher and a student must share: the noise schedule and the text encoder."""
+    def schedule_facts(self) -> list[float]:
+        """What the noise schedule is made of, for :meth:`border`."""
 
-    def empty_prompt(self) -> Conditioning:
-        """The encoded empty prompt, one row, kept after the first call and outside of any autocast, as prompts are."""
-        if self._empty is None:
-            with torch.autocast(self.device.type, enabled=False):
-                self._empty = self.encode([""])
-        return self._empty
+    def border(self) -> str:
+        """A short name of what a teacher and a student must share: the noise schedule and the text encoder.
+
+        The prediction type may differ, as both are wrapped to predict x_0.
+        """
+        facts = json.dumps([self.encoder_fingerprint(), self.schedule_facts()])
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def predict_x_0(
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
@@ -155,13 +404,14 @@ class Family(ABC):
             x_t: Noisy latents, shape (N, C, H, W).
             t: Times, shape (N,), in (0, 1].
             conditioning: Encoded prompts, N rows.
-            guidance_scale: 1 asks the network once; anything else also asks it for the empty prompt.
+            guidance_scale: 1 asks the network once; anything else also asks it for the empty prompt. A network that
+                embeds its guidance (FLUX.1-dev) is always asked once, and told the scale.
 
         Returns:
             The prediction, shape (N, C, H, W), float32.
         """
-        if guidance_scale == 1.0:
-            output = self.forward(network, x_t, t, conditioning)
+        if guidance_scale == 1.0 or self.embeds_guidance(network):
+            output = self.forward(network, x_t, t, conditioning, guidance_scale)
         else:
             both = self.empty_prompt().repeat(len(x_t)).then(conditioning)
             without, with_prompt = self.forward(network, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
@@ -169,21 +419,56 @@ class Family(ABC):
         return x_0_from_output(output, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)
 
 
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def adapter_file(source: str) -> tuple[str, str | None]:
+    """Where an adapter is, as ``load_lora_weights`` takes it: a folder, file or hub name, and the name of its file.
+
+    Args:
+        source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
+
+    Returns:
+        Path or hub name, and the file's name; None where diffusers finds it.
+
+    Example:
+        >>> adapter_file("owner/name/a-lora.safetensors")
+        ('owner/name', 'a-lora.safetensors')
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        usual = "pytorch_lora_weights.safetensors"
+        if usual not in files and len(files) != 1:
+            raise FileNotFoundError(
+                f"{source!r} holds no {usual}, and {len(files)} other .safetensors files. Name the file itself."
+            )
+        return source, usual if usual in files else files[0]
+    if path.is_file():
+        return str(path.parent), path.name
+    parts = source.split("/")
+    if len(parts) > 2 and source.endswith(".safetensors"):
+        return "/".join(parts[:2]), "/".join(parts[2:])
+    return source, None
+
+
 @torch.no_grad()
-def fingerprint(network: nn.Module, **settings: object) -> str:
+def fingerprint(network: nn.Module | None, **settings: object) -> str:
     """A short name for a network's weights and some settings: files made with others never mix.
 
     Args:
-        network: The network; a sample of each of its weights is read.
+        network: The network, or None; a sample of each of its weights is read.
         settings: Anything that JSON can hold.
 
     Returns:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, parameter in network.named_parameters():
+    for name, parameter in () if network is None else network.named_parameters():
         if "lora_" not in name:
-            flat = parameter.flatten()
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            flat = whole.flatten()
             part = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
             # Adapters wrap a layer as base_layer; the weights are the same.
             digest.update(name.replace(".base_layer", "").encode() + part.tobytes())

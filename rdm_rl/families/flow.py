@@ -1,0 +1,95 @@
+"""What flow-matching families share: the straight path, and the schedulers for it."""
+
+from typing import Any
+
+import numpy as np
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from rdm_rl.families.base import Family
+from rdm_rl.noise_schedule import FlowMatching
+from rdm_rl.samplers import SamplerName
+
+
+class FlowFamily(Family):
+    """A family that predicts the velocity of a straight path from data to noise: SD3, FLUX, Sana.
+
+    Args:
+        pipeline: The pipeline.
+        resolution: Height and width of the images in pixels; None is the pipeline's own.
+
+    Raises:
+        ValueError: If the scheduler is not one of flow matching.
+    """
+
+    network_name = "transformer"
+    schedule: FlowMatching
+
+    def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
+        """Read the schedule from the pipeline's scheduler."""
+        super().__init__(pipeline, resolution)
+        config = pipeline.scheduler.config
+        name = config.get("_class_name") or type(pipeline.scheduler).__name__
+        flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+        if not flow or config.get("invert_sigmas"):
+            raise ValueError(
+                f"The model's scheduler is a {name} with prediction_type={config.get('prediction_type')!r}, but a "
+                f"{type(pipeline).__name__} predicts the velocity of a flow. Use its FlowMatchEulerDiscreteScheduler."
+            )
+        self.prediction_type = "flow"
+        self.schedule = FlowMatching(steps=config.num_train_timesteps)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image, on which a dynamic shift depends."""
+        _, height, width = self.latent_shape
+        patch = int(getattr(self.network.config, "patch_size", 1))  # type: ignore[union-attr]
+        return (height // patch) * (width // patch)
+
+    def base_scheduler(self) -> Any:
+        """A scheduler of flow matching with the base's own shift of the times."""
+        config = self.pipeline.scheduler.config
+        shift = {"shift": config["flow_shift"]} if "flow_shift" in config else {}  # DPM-Solver's name for it.
+        return FlowMatchEulerDiscreteScheduler.from_config(config, **shift)
+
+    def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
+        """The times 1, (K-1)/K, ..., 1/K, shifted as the base's own scheduler shifts them.
+
+        Stock pipelines would end a four-step list at t = 0.001 instead, a step that does almost nothing.
+        """
+        scheduler = self.base_scheduler()
+        config = scheduler.config
+        mu = calculate_shift(
+            self.image_tokens,
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=even.tolist(), mu=mu if config.use_dynamic_shifting else None)
+        times: Tensor = scheduler.sigmas[:-1].cpu().float()
+        return times
+
+    def student_scheduler(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Any:
+        """``FlowMatchEulerDiscreteScheduler``, random for ``renoise``; the times go to the call as ``sigmas``.
+
+        It has no shift of its own, because it would shift explicit times again.
+        """
+        if sampler not in ("renoise", "flow_sde", "cps"):
+            raise ValueError(f"sampler={sampler!r} is not made for a flow. Use 'renoise', 'flow_sde' or 'cps'.")
+        return FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=self.schedule.steps, shift=1.0, stochastic_sampling=sampler == "renoise"
+        )
+
+    def student_call(
+        self, num_inference_steps: int, sampler: SamplerName = "renoise", guidance_scale: float = 1.0
+    ) -> dict[str, Any]:
+        """The usual arguments and the student's times, as ``sigmas``."""
+        usual = super().student_call(num_inference_steps, sampler, guidance_scale)
+        return {**usual, "sigmas": self.student_times(num_inference_steps, sampler).tolist()}
+
+    def schedule_facts(self) -> list[float]:
+        """The scale of the network's time."""
+        return [float(self.schedule.steps)]

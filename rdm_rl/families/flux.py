@@ -1,0 +1,105 @@
+"""FLUX.1-dev and FLUX.1-schnell: a transformer over packed latents that is told its guidance, or has none."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rdm_rl.data_types import Conditioning
+from rdm_rl.families.flow import FlowFamily
+from rdm_rl.randomness import Generators, normal
+
+
+class FluxFamily(FlowFamily):
+    """Pipelines of class ``FluxPipeline``.
+
+    The library sees latents of shape (N, C, H, W); two by two of them are packed into one token where the network, and
+    the pipeline's random steps, want them so. Guidance is a number that the network is told (dev) or nothing (schnell);
+    true classifier-free guidance is not offered.
+    """
+
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
+    )
+    latent_multiple: ClassVar[int] = 2
+
+    @property
+    def own_latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the pipeline draws by default."""
+        size = int(self.pipeline.default_sample_size)
+        return size, size
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, before packing."""
+        return super().latent_channels // 4
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image, on which the shift of the times depends."""
+        _, height, width = self.latent_shape
+        return (height // 2) * (width // 2)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """T5's hidden states, shape (N, L, E), and CLIP's pooled output, shape (N, E')."""
+        states, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, device=self.device)
+        return Conditioning(tensors={"encoder_hidden_states": states, "pooled_projections": pooled})
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether the network is told one: dev is, schnell is not."""
+        return bool(self.network.config.guidance_embeds)  # type: ignore[union-attr]
+
+    @property
+    def teacher_guidance_scale(self) -> float:  # type: ignore[override]
+        """The pipeline's default, that of the model's own card; none for schnell."""
+        return 3.5 if self.has_guidance else 1.0
+
+    def embeds_guidance(self, network: Any) -> bool:
+        """Always: schnell, which is told none, is not asked twice either."""
+        return True
+
+    def forward(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """The transformer's output, unpacked."""
+        dtype = next(network.parameters()).dtype
+        _, _, height, width = x_t.shape
+        ids = self.pipeline._prepare_latent_image_ids(len(x_t), height // 2, width // 2, x_t.device, dtype)
+        states = conditioning.tensors["encoder_hidden_states"].to(dtype)
+        config: Any = network.config
+        guidance = torch.full((len(x_t),), guidance_scale, device=x_t.device) if config.guidance_embeds else None
+        output: Tensor = network(
+            hidden_states=_pack(x_t.to(dtype)),
+            timestep=self.schedule.timestep(t).to(dtype) / 1000,
+            guidance=guidance,
+            encoder_hidden_states=states,
+            pooled_projections=conditioning.tensors["pooled_projections"].to(dtype),
+            txt_ids=torch.zeros(states.shape[1], 3, device=x_t.device, dtype=dtype),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        return _unpack(output.float(), height, width)
+
+    def step_noise(self, shape: Sequence[int], generator: Generators, device: torch.device) -> Tensor:
+        """The noise of a random step: the scheduler draws it for packed latents."""
+        count, channels, height, width = shape
+        packed = normal((count, (height // 2) * (width // 2), channels * 4), generator, device)
+        return _unpack(packed, height, width)
+
+
+def _pack(latents: Tensor) -> Tensor:
+    """Two by two latents to a token: (N, C, H, W) becomes (N, H W / 4, 4 C)."""
+    count, channels, height, width = latents.shape
+    blocks = latents.view(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(count, (height // 2) * (width // 2), channels * 4)
+
+
+def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of :func:`_pack`."""
+    blocks = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(len(tokens), -1, height, width)

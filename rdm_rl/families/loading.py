@@ -1,0 +1,213 @@
+"""From a name or a folder to a family, with one clear line for everything that can be wrong with it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from packaging.version import Version
+
+from rdm_rl.families.base import Family
+from rdm_rl.families.dit import DiTFamily
+from rdm_rl.families.flux import FluxFamily
+from rdm_rl.families.sana import SanaFamily
+from rdm_rl.families.sd import StableDiffusionFamily
+from rdm_rl.families.sd3 import StableDiffusion3Family
+from rdm_rl.families.sdxl import StableDiffusionXLFamily
+from rdm_rl.families.unconditional import UnconditionalFamily
+
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusionFamily,
+    "StableDiffusionXLPipeline": StableDiffusionXLFamily,
+    "StableDiffusion3Pipeline": StableDiffusion3Family,
+    "FluxPipeline": FluxFamily,
+    "SanaPipeline": SanaFamily,
+    "DiTPipeline": DiTFamily,
+    "DDPMPipeline": UnconditionalFamily,
+    "DDIMPipeline": UnconditionalFamily,
+}
+
+
+def register_family(pipeline_class: str, family: type[Family]) -> None:
+    """Make the trainer use a family for a class of pipelines.
+
+    Args:
+        pipeline_class: Name of the pipeline's class, as in ``model_index.json``.
+        family: The family.
+
+    Raises:
+        TypeError: If it is no family.
+    """
+    if not (isinstance(family, type) and issubclass(family, Family)):
+        raise TypeError(f"{family!r} does not derive from rdm_rl.families.Family.")
+    FAMILIES[pipeline_class] = family
+
+
+def load_family(
+    model: str | Path | DiffusionPipeline, *, dtype: torch.dtype | None = None, resolution: int | None = None
+) -> Family:
+    """The family of a pipeline, loading it first if a path or a hub name is given.
+
+    Args:
+        model: A folder in the diffusers layout, a hub name ``owner/name``, or a loaded pipeline.
+        dtype: Precision that networks and text encoders are loaded in; the decoder stays in float32. None: float32.
+        resolution: Height and width of the images in pixels; None is the pipeline's own.
+
+    Returns:
+        The family.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or holds no pipeline.
+        OSError: If the hub does not give it.
+        ValueError: If the pipeline's class belongs to no family.
+    """
+    pipeline: Any = model
+    if isinstance(model, str | Path):
+        check_model_name(str(model))
+        pipeline = _load_pipeline(str(model), dtype or torch.float32)
+    return FAMILIES[_supported(type(pipeline).__name__)](pipeline, resolution)
+
+
+def _load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
+    with one_line_errors("model", model):
+        if not Path(model).is_dir():  # A hub name: its class is known before gigabytes are fetched.
+            _supported(str(DiffusionPipeline.load_config(model).get("_class_name")))
+        pipeline = DiffusionPipeline.from_pretrained(model, **_precision(dtype), **components)
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None and "vae" not in components and dtype != torch.float32:
+        # Decoders overflow or band in half precision; they are small, so they are read again as they were saved.
+        with one_line_errors("model", model):
+            pipeline.vae = type(vae).from_pretrained(model, subfolder="vae")
+    return pipeline
+
+
+def _precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of ``from_pretrained`` for a precision; without one diffusers loads float32."""
+    if dtype == torch.float32:
+        return {}
+    return {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}
+
+
+def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None) -> Family | None:
+    """The family of an already distilled model that a policy starts from.
+
+    Args:
+        source: Folder or hub name of a pipeline or of a bare network; or an adapter.
+        base: The teacher's family, whose text encoders and decoder the model shares.
+        dtype: Precision that it is loaded in.
+
+    Returns:
+        The family; None if the source is an adapter.
+
+    Raises:
+        FileNotFoundError: If there is nothing there.
+        OSError: If the hub does not give it.
+        ValueError: If it is of another kind than the base.
+    """
+    index = _configuration(source)
+    if index is None:
+        return None
+    kind = str(index.get("_class_name"))
+    dtype = dtype or torch.float32
+    with one_line_errors("policy_init", source):
+        if kind == type(base.network).__name__:
+            network = type(base.network).from_pretrained(source, **_precision(dtype))  # type: ignore[attr-defined]
+            return base.with_network(network)
+        if kind == type(base.pipeline).__name__:
+            own = {base.network_name, "scheduler"}
+            shared = {name: part for name, part in base.pipeline.components.items() if name not in own}
+            pipeline = _load_pipeline(source, dtype, **shared)
+            return base.with_network(getattr(pipeline, base.network_name), pipeline.scheduler)
+    raise ValueError(
+        f"policy_init={source!r} is a {kind}, but the base is a {type(base.pipeline).__name__} with a "
+        f"{type(base.network).__name__}. Pass one of these, or an adapter."
+    )
+
+
+def _configuration(source: str) -> dict[str, Any] | None:
+    """What a pipeline or a network says of itself; None for an adapter."""
+    folder = Path(source)
+    if folder.is_file() or source.endswith(".safetensors"):
+        return None
+    if not folder.is_dir():
+        check_hub_name("policy_init", source)
+        with one_line_errors("policy_init", source):
+            folder = Path(snapshot_download(source, allow_patterns=["model_index.json", "config.json"]))
+    for name in ("model_index.json", "config.json"):
+        if (folder / name).is_file():
+            found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            return found
+    return None
+
+
+def _supported(name: str) -> str:
+    """The class name of a pipeline, if a family supports it."""
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model is a {name}, which no family supports. Supported pipelines: {', '.join(sorted(FAMILIES))}. "
+            "docs/add_a_family.md shows how to add one."
+        )
+    return name
+
+
+def check_model_name(model: str) -> None:
+    """Raise where a path can be seen not to hold a supported pipeline, before anything is loaded."""
+    folder = Path(model)
+    if not folder.is_dir():
+        check_hub_name("model", model)
+        return
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"model={model!r} is a folder without model_index.json, so it is no diffusers pipeline. Pass the "
+            "folder that save_pretrained() wrote."
+        )
+    components: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+    family = FAMILIES[_supported(str(components.get("_class_name")))]
+    needed = (family.network_name, family.decoder_name, "scheduler", *family.text_encoder_names)
+    for name in needed:
+        listed = name is not None and components.get(name, [None])[0] is not None
+        if name is None or (name in family.optional_components and not listed):
+            continue
+        if not listed or not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"model={model!r} has no {name!r} folder, but a {components['_class_name']} needs one. Save or "
+                "download the whole pipeline."
+            )
+
+
+def check_hub_name(setting: str, name: str) -> None:
+    """Raise where a name can be neither a folder, because there is none, nor one on the hub."""
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"{setting}={name!r} is neither an existing folder nor a hub name of the form 'owner/name'. "
+            "Check the path, or pass a loaded DiffusionPipeline."
+        )
+
+
+@contextmanager
+def one_line_errors(setting: str, name: str) -> Iterator[None]:
+    """Say in one line why something cannot be loaded, with the long story as its cause."""
+    try:
+        yield
+    except OSError as error:  # The hub's and diffusers' errors of loading.
+        chain: list[BaseException] = []
+        link: BaseException | None = error
+        while link is not None and link not in chain:
+            chain.append(link)
+            link = link.__cause__ or link.__context__
+        if any(isinstance(one, GatedRepoError) for one in chain):
+            reason = "its owner asks you to accept a licence: do so on its hub page, then log in with `hf auth login`"
+        elif any(isinstance(one, RepositoryNotFoundError) for one in chain):
+            reason = (
+                "the hub has no public model of this name: check it, or log in with `hf auth login`"
+            )
+        else:
+            reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise OSError(f"{setting}={name!r} cannot be loaded: {reason}.") from error
