@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.optimization import get_scheduler
 
+from rdm_rl.sharding import cut_like, whole
+
 if TYPE_CHECKING:
     from rdm_rl.trainers.rdm_config import RDMConfig
 
@@ -48,7 +50,7 @@ class RoleOptimizer:
         self.reduce(self.parameters)
         self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -61,7 +63,7 @@ class RoleOptimizer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of optimiser, schedule and scaler."""
+        """The state of optimiser, schedule and scaler; of sharded weights, this process's part of it."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -69,8 +71,14 @@ class RoleOptimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take that state back."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Take that state back, whole as a checkpoint has it."""
+        saved = state["optimizer"]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        own = {
+            index: {name: _cut_like_weight(value, parameters[index]) for name, value in values.items()}
+            for index, values in saved["state"].items()
+        }
+        self.optimizer.load_state_dict({**saved, "state": own})
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -79,6 +87,11 @@ class RoleOptimizer:
             self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
         ):
             group["lr"] = base * factor(self.scheduler.last_epoch)
+
+
+def _cut_like_weight(value: Any, parameter: nn.Parameter) -> Any:
+    """A value of the optimiser's state, cut as the weight is if there is a number in it for each of the weight's."""
+    return cut_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
 
 
 def make_optimizer(args: "RDMConfig", parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:

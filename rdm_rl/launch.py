@@ -1,0 +1,109 @@
+"""What a run was started with: whether there are as many processes as were asked for, and no foreign sharding."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+_FOREIGN = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "accelerate's FSDP plugin",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def refuse_foreign_sharding() -> None:
+    """Refuse what ``accelerate launch`` can wrap around a model, before it tries to.
+
+    Raises:
+        ValueError: If the launch asks for DeepSpeed, accelerate's FSDP plugin or Megatron-LM.
+    """
+    for variable, name in _FOREIGN.items():
+        if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
+            raise ValueError(
+                f"The launch asks for {name} ({variable} is set). It wraps one model with its own forward and backward "
+                "pass, but here one frozen base plays three roles, two of which are trained in turn, so it cannot hold "
+                "them. Set distributed_type to MULTI_GPU in accelerate's configuration, and shard=True in the settings "
+                "if the networks do not fit on one GPU: that is torch's FSDP2, used by this library itself."
+            )
+
+
+def check_processes(found: int) -> None:
+    """Compare the number of processes of the run with what was asked for.
+
+    ``accelerate launch`` starts a single process without a word where it finds no several GPUs, whatever
+    ``--num_processes`` says: on a CPU with ``--cpu``, for example. The run would then have fewer samples in each update
+    than was meant. Nothing in the environment says what was asked, so the command line of the launching process is
+    read; where that is not ``accelerate launch``, nothing is compared.
+
+    Args:
+        found: The number of processes that train together.
+
+    Raises:
+        ValueError: If torchrun started several processes, but each would train alone and write the same files.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started > found:
+        raise ValueError(
+            f"{started} processes were started, but {found} train together: accelerate found no GPUs, so each would "
+            "train alone and overwrite the others' files. Set use_cpu=True to train on CPUs, or start one process."
+        )
+    asked = processes_asked_for()
+    if asked is not None and found < asked:
+        warnings.warn(
+            f"`accelerate launch` was asked for {asked} processes, but started {found}: it starts several only on "
+            f"several GPUs. Each update has {found}/{asked} of the samples that were meant. On CPUs, use "
+            f"`torchrun --nproc_per_node {asked} script.py` with use_cpu=True; on GPUs, check that they are visible "
+            "and that accelerate's configuration says distributed_type: MULTI_GPU.",
+            stacklevel=2,
+        )
+
+
+def processes_asked_for() -> int | None:
+    """The number of processes that the ``accelerate launch`` above this process was asked for.
+
+    Returns:
+        The number; None if this process was started otherwise, or if the number was left to accelerate.
+    """
+    try:
+        parent = psutil.Process().parent()
+        words, folder = ([], "") if parent is None else (parent.cmdline(), parent.cwd())
+    except psutil.Error:  # It ended, or belongs to somebody else.
+        return None
+    launch = _launch_words(words)
+    if launch is None:
+        return None
+    args, _ = launch_command_parser().parse_known_args(launch)
+    if args.num_processes is not None:
+        return int(args.num_processes)
+    if args.config_file is None and args.cpu:
+        return None  # accelerate does not look at its default configuration then.
+    try:
+        settings = load_config_from_file(str(Path(folder) / (args.config_file or default_config_file)))
+    except (OSError, ValueError):  # There is none, or it was changed since.
+        return None
+    number = int(getattr(settings, "num_processes", -1))
+    return number if number > 0 else None
+
+
+def _launch_words(words: Sequence[str]) -> list[str] | None:
+    """What follows ``accelerate launch`` on a command line, in any of its spellings.
+
+    Example:
+        >>> _launch_words(["python", "/bin/accelerate", "launch", "--cpu", "train.py"])
+        ['--cpu', 'train.py']
+        >>> _launch_words(["python", "-m", "accelerate.commands.launch", "train.py"])
+        ['train.py']
+        >>> _launch_words(["bash", "-c", "accelerate launch train.py && python evaluate.py"])
+    """
+    for index, word in enumerate(words):
+        name = Path(word).name
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return list(words[index + 1 :])
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and words[index + 1 : index + 2] == ["launch"]:
+            return list(words[index + 2 :])
+    return None
