@@ -33,7 +33,6 @@ For Stable Diffusion, the README of the paper's PyTorch code (https://github.com
 10 GB of GPU memory with LoRA, and about 4 hours for 100 epochs on eight A100; its figures show the reward's curves.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,16 +41,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import TrlParser
 
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.data_types import PromptBatch
-from rdm_rl.demo.digits import TEACHER_FOLDER
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.rewards.adapters import PlainRewardAdapter
-from rdm_rl.train import TrainArguments, hide_refused_flags, load_prompts, lora_config, make_rewards
-from rdm_rl.trainers.rdm_config import method_settings
+from rdm_rl.settings_parser import SettingsParser
+from rdm_rl.train import TrainArguments, load_prompts, make_trainer
 
 # Common animals, as in the paper's experiments; the choice is ours.
 ANIMALS = (
@@ -62,7 +59,7 @@ ANIMALS = (
 
 # Method "ddpo" for a model of 32 x 32 pixels. Chosen on development seeds.
 DIGITS: dict[str, Any] = {
-    **method_settings("ddpo"),
+    "method": "ddpo",
     "output_dir": "runs/ddpo",
     "num_inference_steps": 10,
     "num_replayed_steps": 3,
@@ -75,7 +72,6 @@ DIGITS: dict[str, Any] = {
     "learning_rate": 3e-3,
     "lr_scheduler_type": "constant",
     "save_strategy": "no",
-    "disable_tqdm": False,
 }
 
 
@@ -103,11 +99,7 @@ class Arguments(TrainArguments):
 
 def parse(words: Sequence[str] | None) -> tuple[Arguments, RDMConfig]:
     """The settings from flags and a YAML file, over the digits' defaults."""
-    summary = str(__doc__).split("\n\n", 1)[0]
-    parser = TrlParser((Arguments, RDMConfig), description=summary, formatter_class=argparse.HelpFormatter)
-    hide_refused_flags(parser)
-    parser.set_defaults_with_config(**DIGITS)
-    arguments, args = parser.parse_args_and_config(None if words is None else list(words))
+    arguments, args = SettingsParser((Arguments, RDMConfig), str(__doc__), defaults=DIGITS).parse(words)
     return arguments, args
 
 
@@ -140,15 +132,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments, args = parse(words)
     animals = arguments.dataset == "animals"
     data = [{"prompt": name} for name in ANIMALS] if animals else load_prompts(arguments)
-    digits = arguments.model_name_or_path == "digits"
-    trainer = RDMTrainer(
-        TEACHER_FOLDER if digits else arguments.model_name_or_path,
-        make_rewards(arguments.reward_funcs, arguments.reward_options),
-        args,
-        data,
-        peft_config=lora_config(arguments),
-        policy_init=arguments.policy_init,
-    )
+    trainer = make_trainer(arguments, args, data)
     rows = [data[index % len(data)] for index in range(arguments.num_judged)]
     before, first_images = look(trainer, rows)
     trainer.train()

@@ -18,15 +18,12 @@ numbers    None. We have seen no figure of the paper's (arXiv 2512.22802), only 
 =========  ============================================================================================================
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
 from rdm_rl import ReDiFConfig, ReDiFTrainer
-from rdm_rl.demo.digits import TEACHER_FOLDER
-from rdm_rl.train import TrainArguments, hide_refused_flags, load_prompts, lora_config, make_rewards
+from rdm_rl.settings_parser import SettingsParser
+from rdm_rl.train import TrainArguments, load_prompts, make_trainer
 
 
 @dataclass
@@ -45,10 +42,7 @@ class ReDiFArguments(TrainArguments):
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, train, measure and save."""
-    summary = str(__doc__).split("\n\n", 1)[0]
-    parser = TrlParser((ReDiFArguments, ReDiFConfig), description=summary, formatter_class=argparse.HelpFormatter)
-    hide_refused_flags(parser)
-    arguments, args = parser.parse_args_and_config(None if words is None else list(words))
+    arguments, args = SettingsParser((ReDiFArguments, ReDiFConfig), str(__doc__)).parse(words)
 
     rows = list(load_prompts(arguments))
     if not 0 < arguments.held_out < len(rows):
@@ -56,16 +50,8 @@ def main(words: Sequence[str] | None = None) -> None:
             f"held_out={arguments.held_out} of {len(rows)} prompts leaves none to measure with, or none to train on. "
             "Set it to a few."
         )
-    model = TEACHER_FOLDER if arguments.model_name_or_path == "digits" else arguments.model_name_or_path
-    trainer = ReDiFTrainer(
-        str(model),
-        make_rewards(arguments.reward_funcs, arguments.reward_options),
-        args,
-        rows[: -arguments.held_out],
-        rows[-arguments.held_out :],
-        peft_config=lora_config(arguments),
-        policy_init=arguments.policy_init,
-    )
+    train, held_out = rows[: -arguments.held_out], rows[-arguments.held_out :]
+    trainer = make_trainer(arguments, args, train, held_out, trainer_class=ReDiFTrainer)
     before = trainer.measure_alignment()
     trainer.train()
     after = trainer.measure_alignment()

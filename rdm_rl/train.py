@@ -1,21 +1,21 @@
 """``rdm-rl train``: a run from flags and a YAML file."""
 
-import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import LoraConfig
-from transformers import TrainingArguments
-from trl import TrlParser
 
 from rdm_rl.demo.digits import TEACHER_FOLDER
 from rdm_rl.rewards.registry import get_reward
-from rdm_rl.trainers.rdm_config import HONOURED, METHODS, RDMConfig, method_settings
+from rdm_rl.settings_parser import SettingsParser
+from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
+
+Trainer = TypeVar("Trainer", bound=RDMTrainer)
 
 
 @dataclass
@@ -25,12 +25,17 @@ class TrainArguments:
     Args:
         model_name_or_path: The pipeline: a folder or a hub name; ``digits`` is the embedded teacher.
         dataset: Prompts: a ``.txt`` file with one a line, a ``.csv``, ``.json`` or ``.jsonl`` file with a ``prompt``
-            column, or the hub name of a data set; ``digits`` are the embedded teacher's prompts.
-        dataset_split: Split of a hub data set.
+            column, a folder that ``datasets`` wrote, or the hub name of a data set; ``digits`` are the embedded
+            teacher's prompts.
+        teacher: Another pipeline of the same family as the teacher; None is the model itself.
+        teacher_adapter: A style LoRA that only the teacher has: a folder, a hub name, or
+            ``owner/name/file.safetensors``.
+        policy_init: An already distilled student to start from: a LoRA, a pipeline or a bare network, as a folder or a
+            hub name. With ``warm_start="none"``.
+        dataset_split: Split of a data set that has several.
         prompt_column: Name of the text column.
         reward_funcs: Names of rewards, ``module:attribute`` or ``path.py:attribute``.
         reward_options: What rewards take, by name: ``{hpsv2: {device: "cuda:1"}}`` in YAML, JSON as a flag.
-        policy_init: Folder of a LoRA to start from.
         full: Train two full copies of the network instead of adapters.
         lora_r: Rank of the adapters.
         lora_alpha: Their scale times the rank; None is the rank.
@@ -38,8 +43,19 @@ class TrainArguments:
     """
 
     model_name_or_path: str = field(metadata={"help": "Pipeline folder or hub name; 'digits' is the embedded teacher."})
-    dataset: str = field(metadata={"help": "File of prompts (.txt, .csv, .json, .jsonl), hub data set, or 'digits'."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
+    dataset: str = field(
+        metadata={"help": "Prompts: .txt, .csv, .json or .jsonl file, folder, hub data set, or 'digits'."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Another pipeline of the same family as the teacher; default: the model."}
+    )
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "Style LoRA that only the teacher has: folder, hub name, or owner/name/file."}
+    )
+    policy_init: str | None = field(
+        default=None, metadata={"help": "Already distilled student to start from: LoRA, pipeline or network."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a data set that has several."})
     prompt_column: str = field(default="prompt", metadata={"help": "Name of the text column."})
     reward_funcs: list[str] = field(
         default_factory=lambda: ["rdm"],
@@ -49,7 +65,6 @@ class TrainArguments:
     reward_options: dict | str | None = field(  # type: ignore[type-arg]
         default=None, metadata={"help": 'What rewards take, by name, as JSON: \'{"hpsv2": {"device": "cuda:1"}}\'.'}
     )
-    policy_init: str | None = field(default=None, metadata={"help": "Folder of a LoRA to start from."})
     full: bool = field(default=False, metadata={"help": "Train full copies of the network instead of adapters."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapters; default: the rank."})
@@ -81,7 +96,12 @@ def load_prompts(arguments: TrainArguments) -> Any:
         data: Dataset = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
         column = "text" if path.suffix == ".txt" else arguments.prompt_column
     else:
-        data, column = load_dataset(name, split=arguments.dataset_split), arguments.prompt_column
+        column = arguments.prompt_column
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # Written by save_to_disk.
+            found = load_from_disk(name)
+            data = found[arguments.dataset_split] if isinstance(found, DatasetDict) else found
+        else:
+            data = load_dataset(name, split=arguments.dataset_split)
     if column not in data.column_names:
         raise ValueError(
             f"--dataset {name!r} has the columns {data.column_names}, not {column!r}; set --prompt_column."
@@ -139,12 +159,38 @@ def lora_config(arguments: TrainArguments) -> LoraConfig | None:
     return LoraConfig(r=arguments.lora_r, lora_alpha=alpha, target_modules=arguments.lora_target_modules)
 
 
-def hide_refused_flags(parser: argparse.ArgumentParser) -> None:
-    """Leave the inherited settings that ``RDMConfig`` refuses out of a parser's help."""
-    refused = {one.name for one in fields(TrainingArguments)} - HONOURED
-    for action in parser._actions:
-        if action.dest in refused or action.dest.removeprefix("no_") in refused:
-            action.help = argparse.SUPPRESS
+def make_trainer(
+    arguments: TrainArguments,
+    args: RDMConfig,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    *,
+    trainer_class: type[Trainer] = RDMTrainer,  # type: ignore[assignment]  # The default of a bound type variable.
+) -> Trainer:
+    """The trainer that the arguments and settings ask for.
+
+    Args:
+        arguments: What is trained on what.
+        args: The settings.
+        train_dataset: Rows with a ``prompt``; None for those that the arguments name.
+        eval_dataset: Rows for the sample grids; None for the first of the training set.
+        trainer_class: :class:`~rdm_rl.RDMTrainer`, or a class derived from it.
+
+    Returns:
+        The trainer, with everything loaded.
+    """
+    model = TEACHER_FOLDER if arguments.model_name_or_path == "digits" else arguments.model_name_or_path
+    return trainer_class(
+        str(model),
+        make_rewards(arguments.reward_funcs, arguments.reward_options),
+        args,
+        load_prompts(arguments) if train_dataset is None else train_dataset,
+        eval_dataset,
+        teacher=arguments.teacher,
+        teacher_adapter=arguments.teacher_adapter,
+        policy_init=arguments.policy_init,
+        peft_config=lora_config(arguments),
+    )
 
 
 def train_command(words: Sequence[str]) -> None:
@@ -154,26 +200,9 @@ def train_command(words: Sequence[str]) -> None:
         words: Flags: those of :class:`TrainArguments` and of ``RDMConfig``, ``--config FILE.yaml`` for both, and
             ``--method NAME`` for a method's settings, which other flags and the file override.
     """
-    parser = TrlParser((TrainArguments, RDMConfig), prog="rdm-rl train", formatter_class=argparse.HelpFormatter)
-    parser.add_argument("--method", choices=sorted(METHODS), help="Settings of a method; `rdm-rl methods` lists them.")
-    hide_refused_flags(parser)
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--method")
-    method = first.parse_known_args(list(words))[0].method
-    # Left open, disable_tqdm would follow transformers' log level, which the command line lowers.
-    defaults = {"disable_tqdm": False} | (method_settings(method) if method else {})
-    parser.set_defaults_with_config(**defaults)
-    arguments, args, _ = parser.parse_args_and_config(list(words))
-    data = load_prompts(arguments)
-    model = TEACHER_FOLDER if arguments.model_name_or_path == "digits" else arguments.model_name_or_path
-    trainer = RDMTrainer(
-        str(model),
-        make_rewards(arguments.reward_funcs, arguments.reward_options),
-        args,
-        data,
-        peft_config=lora_config(arguments),
-        policy_init=arguments.policy_init,
-    )
+    summary = "Distil a pipeline into a few-step student; `rdm-rl methods` lists what a method sets."
+    arguments, args = SettingsParser((TrainArguments, RDMConfig), summary, prog="rdm-rl train").parse(words)
+    trainer = make_trainer(arguments, args)
     trainer.train()
     trainer.save_model()
-    print(f"The student is in {args.output_dir}")
+    trainer.accelerator.print(f"The student is in {args.output_dir}")

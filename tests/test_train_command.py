@@ -1,0 +1,278 @@
+"""The parser of ``rdm-rl train`` and of the examples, and what its arguments become."""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from rdm_rl import RDMConfig, RDMTrainer, ReDiFConfig, cli
+from rdm_rl.demo.digits import TEACHER_FOLDER
+from rdm_rl.settings_parser import GROUPS, HELP, OWN_GROUP, WITHOUT_EFFECT, SettingsParser, read_config
+from rdm_rl.train import TrainArguments, load_prompts, make_trainer
+from rdm_rl.trainers.rdm_config import HONOURED
+
+DIGITS = "--model_name_or_path digits --dataset digits --use_cpu".split()
+
+
+def parser(*kinds: type, **options: Any) -> SettingsParser:
+    return SettingsParser(kinds or (TrainArguments, RDMConfig), "A run.\n\nMore of it.", **options)
+
+
+def help_text(one: SettingsParser, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        one.parse(["--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+# ----- the help text -----
+
+
+def test_every_setting_is_under_one_heading() -> None:
+    found = [action.dest for _, actions in parser().groups() for action in actions]
+    ours = {one.name for kind in (TrainArguments, RDMConfig) for one in fields(kind)}
+    refused = {one.name for one in fields(TrainingArguments)} - HONOURED
+    assert sorted(found) == sorted((ours - refused - WITHOUT_EFFECT) | {"help", "config", "method"})
+    assert OWN_GROUP not in dict(parser().groups())  # A new field belongs into GROUPS.
+
+
+def test_the_headings_name_nothing_that_does_not_exist() -> None:
+    names = [name for names in GROUPS.values() for name in names.split()]
+    assert len(names) == len({*names})
+    ours = {one.name for kind in (TrainArguments, RDMConfig) for one in fields(kind)}
+    assert {*names} <= ours | HONOURED | {"help", "config", "method"}  # Older transformers lack some of HONOURED.
+    assert {*HELP} <= {*names}
+    assert WITHOUT_EFFECT <= HONOURED
+
+
+@dataclass
+class Own(TrainArguments):
+    pages: int = field(default=3, metadata={"help": "How many pages; 100 % of them."})
+
+
+def test_settings_of_a_script_have_a_heading_of_their_own() -> None:
+    groups = dict(parser(Own, RDMConfig).groups())
+    assert [action.dest for action in groups[OWN_GROUP]] == ["pages"]
+    assert list(groups)[:2] == ["where settings come from", OWN_GROUP]
+
+
+@pytest.mark.parametrize("columns", [70, 100, 300])
+def test_the_help_can_be_read(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = help_text(parser(Own, RDMConfig, prog="rdm-rl train"), capsys)
+    assert text.startswith("usage: rdm-rl train [--config FILE.yaml] [--setting VALUE ...]\n\nA run.\n\n")
+    assert "More of it" not in text
+    for title in GROUPS:
+        assert f"\n{title}:\n" in text
+    flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
+    assert len(flags) == len({*flags}) > 100
+    assert {"--num_inference_steps", "--teacher_adapter", "--max_steps", "--pages"} <= {*flags}
+    assert "--fsdp" not in flags
+    assert not re.search(r"SUPPRESS|==|:\w+:`|`|, --\w+-\w+|<class|None|%%", text)
+    assert "100 % of them" in " ".join(text.split())
+    long = [line for line in text.splitlines() if len(line) > min(columns, 112)]
+    assert not [line for line in long if not line.strip().startswith("--")]  # A flag and its choices are one word.
+    assert max(map(len, text.splitlines())) <= 112
+
+
+def test_the_help_shows_the_values_that_a_run_would_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: gndm\nlearning_rate: 3e-6\nreward_weights: [1, 0.5]\nbf16: true\n", encoding="utf-8")
+    text = " ".join(help_text(parser(config=file), capsys).split())
+    for shown in (
+        "--learning_rate X Learning rate of the policy. [3e-6]",
+        "[gndm]",
+        "reward. [1 0.5]",
+        "[4]",
+        "[true]",
+    ):
+        assert shown in text
+    assert "run.yaml beside the script" in text
+    assert "'digits' is the embedded teacher. [needed]" in text
+
+
+# ----- where settings come from -----
+
+
+def test_flags_win_over_the_file_which_wins_over_the_method(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: ddpo\nguidance_scale: 3\nmax_steps: 7\nlearning_rate: 1e-4\n", encoding="utf-8")
+    _, args = parser(defaults={"max_steps": 5, "seed": 3}).parse([*DIGITS, "--config", str(file), "--max_steps", "9"])
+    assert (args.sampler, args.eta) == ("ddim", 1.0)  # The method's.
+    assert (args.guidance_scale, args.learning_rate) == (3.0, 1e-4)
+    assert (args.max_steps, args.seed) == (9, 3)
+    _, args = parser().parse([*DIGITS, f"--config={file}", "--method=dmd"])
+    assert (args.sampler, args.dm_normalization, args.guidance_scale) == ("renoise", "sample", 3.0)
+
+
+def test_a_file_of_its_own_is_read_unless_another_is_named(tmp_path: Path) -> None:
+    own, other = tmp_path / "own.yaml", tmp_path / "other.yaml"
+    own.write_text("max_steps: 1\nnum_inference_steps: 3\n", encoding="utf-8")
+    other.write_text("max_steps: 2\n", encoding="utf-8")
+    _, args = parser(config=own).parse(DIGITS)
+    assert (args.max_steps, args.num_inference_steps) == (1, 3)
+    _, args = parser(config=own).parse([*DIGITS, "--config", str(other)])
+    assert (args.max_steps, args.num_inference_steps) == (2, 4)
+
+
+def test_the_process_s_own_words_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train", *DIGITS, "--lora_r", "5"])
+    assert parser().parse()[0].lora_r == 5
+
+
+def test_a_file_s_data_set_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "beside" / "run.yaml"
+    file.write_text("dataset: prompts.txt\nmodel_name_or_path: digits\nuse_cpu: true\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "prompts.txt").write_text("a fox\n", encoding="utf-8")
+    arguments, _ = parser().parse(["--config", "../beside/run.yaml"])
+    assert load_prompts(arguments)["prompt"] == ["a fox"]  # Nothing beside it: as with a flag.
+    (tmp_path / "beside" / "prompts.txt").write_text("an owl\n", encoding="utf-8")
+    arguments, _ = parser().parse(["--config", "../beside/run.yaml"])
+    assert load_prompts(arguments)["prompt"] == ["an owl"]
+    arguments, _ = parser().parse(["--config", "../beside/run.yaml", "--dataset", "prompts.txt"])
+    assert load_prompts(arguments)["prompt"] == ["a fox"]
+
+
+def test_environment_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RDM_RL_TEST", "before")
+    file = tmp_path / "run.yaml"
+    file.write_text("env: {RDM_RL_TEST: 7}\nmax_steps: 3\n", encoding="utf-8")
+    assert read_config(file) == {"max_steps": 3}
+    assert os.environ["RDM_RL_TEST"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_step", "3"], "sets max_step, which is no setting. Did you mean max_steps?"),
+        (["--learning-rat=3"], "sets learning-rat, which is no setting. Did you mean learning_rate?"),
+        (["--zzz"], "zzz, which is no setting. --help lists them all."),
+        (["--max_steps", "1", "seven"], "'seven' on the command line belongs to no flag."),
+        (["--method", "gndn"], "method 'gndn' is unknown. Did you mean 'gndm'?"),
+        (["--config", "nowhere.yaml"], "--config 'nowhere.yaml' does not exist."),
+        (["--fp16_full_eval"], "RDMTrainer does not act on it"),
+    ],
+)
+def test_mistakes_are_explained(words: list[str], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        parser().parse([*DIGITS, *words])
+
+
+def test_mistakes_in_a_file_are_explained(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("max_step: 3\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run.yaml sets max_step, which is no setting. Did you mean max_steps\?"):
+        parser().parse([*DIGITS, "--config", str(file)])
+    file.write_text("- max_steps\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        parser().parse([*DIGITS, "--config", str(file)])
+
+
+def test_a_class_with_defaults_of_its_own_offers_no_method() -> None:
+    with pytest.raises(ValueError, match="method, which is no setting"):
+        parser(TrainArguments, ReDiFConfig).parse([*DIGITS, "--method", "gndm"])
+    _, args = parser(TrainArguments, ReDiFConfig).parse(DIGITS)
+    assert args.sampler == "ddim"
+
+
+# ----- prompts -----
+
+
+def prompts_of(dataset: Path | str, **options: Any) -> list[str]:
+    return list(load_prompts(TrainArguments(model_name_or_path="digits", dataset=str(dataset), **options))["prompt"])
+
+
+def test_prompts_from_files(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a fox\nan owl\n", encoding="utf-8")
+    (tmp_path / "two.csv").write_text("text,digit\na fox,1\nan owl,2\n", encoding="utf-8")
+    (tmp_path / "three.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "an owl"}\n', encoding="utf-8")
+    assert prompts_of(tmp_path / "one.txt") == ["a fox", "an owl"]
+    assert prompts_of(tmp_path / "two.csv", prompt_column="text") == ["a fox", "an owl"]
+    assert prompts_of(tmp_path / "three.jsonl") == ["a fox", "an owl"]
+    with pytest.raises(ValueError, match="not 'prompt'; set --prompt_column"):
+        prompts_of(tmp_path / "two.csv")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        prompts_of(tmp_path / "four.txt")
+
+
+def test_prompts_from_data_sets(tmp_path: Path) -> None:
+    """What a hub name leads to: a data set with splits, read by name; and what ``save_to_disk`` writes."""
+    rows = Dataset.from_dict({"caption": ["a fox", "an owl"], "digit": [1, 2]})
+    hub = tmp_path / "owner" / "captions"
+    hub.mkdir(parents=True)
+    rows.to_parquet(hub / "train-00000.parquet")
+    Dataset.from_dict({"caption": ["an eel"], "digit": [3]}).to_parquet(hub / "test-00000.parquet")
+    assert prompts_of(hub, prompt_column="caption") == ["a fox", "an owl"]
+    assert prompts_of(hub, prompt_column="caption", dataset_split="test") == ["an eel"]
+    data = load_prompts(TrainArguments("digits", str(hub), prompt_column="caption"))
+    assert data[1] == {"prompt": "an owl", "digit": 2}  # The other columns are for rewards.
+
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": rows, "few": rows.select([0])}).save_to_disk(tmp_path / "splits")
+    assert prompts_of(tmp_path / "saved", prompt_column="caption") == ["a fox", "an owl"]
+    assert prompts_of(tmp_path / "splits", prompt_column="caption", dataset_split="few") == ["a fox"]
+
+
+# ----- the trainer -----
+
+
+class Recorder(RDMTrainer):
+    """A trainer that only notes what it is given."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self.given, self.options = given, options
+
+
+def test_the_arguments_reach_the_trainer(tmp_path: Path) -> None:
+    args = RDMConfig(output_dir=str(tmp_path), use_cpu=True)
+    arguments = TrainArguments(
+        *("base", "digits"),
+        **{"teacher": "big", "teacher_adapter": "owner/style/a.safetensors", "policy_init": "lcm", "lora_r": 8},
+        reward_funcs=["rdm", "ink"],
+    )
+    trainer = make_trainer(arguments, args, trainer_class=Recorder)
+    model, rewards, settings, data, eval_data = trainer.given
+    assert (model, rewards, eval_data) == ("base", ["rdm", "ink"], None)
+    assert settings is args
+    assert data[0]["prompt"]
+    adapters = trainer.options.pop("peft_config")
+    assert (adapters.r, adapters.lora_alpha) == (8, 8)
+    assert trainer.options == {
+        **{"teacher": "big", "teacher_adapter": "owner/style/a.safetensors", "policy_init": "lcm"}
+    }
+
+    rows, held_out = [{"prompt": "a"}], [{"prompt": "b"}]
+    full = make_trainer(TrainArguments("digits", "digits", full=True), args, rows, held_out, trainer_class=Recorder)
+    assert full.given[0] == str(TEACHER_FOLDER)
+    assert full.given[3:] == (rows, held_out)
+    assert full.options["peft_config"] is None
+
+
+def test_the_command_trains(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    (tmp_path / "prompts.txt").write_text("a fox\nan owl\n", encoding="utf-8")
+    settings = {
+        **{"model_name_or_path": str(base), "dataset": "prompts.txt", "output_dir": str(tmp_path / "run")},
+        **{"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 1, "lora_r": 2, "method": "gndm"},
+        **{"per_device_train_batch_size": 2, "num_generations": 2, "num_inference_steps": 1, "learning_rate": 1e-2},
+        **{"lr_scheduler_type": "constant", "fake_score_updates_per_policy_update": 1, "warm_start": "none"},
+    }
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    assert cli.main(["train", "--config", str(file)]) == 0
+    assert f"The student is in {tmp_path / 'run'}" in capsys.readouterr().out
+    weights = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)
+    assert cli.main(["train", "--config", str(file), "--max_step", "3"]) == 2
+    assert "Did you mean max_steps?" in capsys.readouterr().err
