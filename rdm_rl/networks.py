@@ -24,7 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rdm_rl.data_types import Conditioning
 from rdm_rl.families import Family
+from rdm_rl.offload import OffloadedNetwork
 from rdm_rl.policy import X0Predictor
+from rdm_rl.sharding import cut_like, holds_shards, shard, whole_copy
 
 Role = Literal["policy", "teacher", "fake_score"]
 ADAPTERS: tuple[Role, Role] = ("policy", "fake_score")
@@ -49,6 +51,16 @@ class Networks(ABC):
         self.family = family
         self.teacher_family = teacher_family or family
         self.autocast = autocast
+        self._offloaded: OffloadedNetwork | None = None
+
+    def offload_teacher(self, device: torch.device) -> None:
+        """Let the teacher's network wait on the CPU from now on; it comes to the device when it is asked."""
+        self._offloaded = OffloadedNetwork(self.module("teacher"), device)
+
+    def release_teacher(self) -> None:
+        """The teacher will not be asked for a while: if it is offloaded, it leaves the device."""
+        if self._offloaded is not None:
+            self._offloaded.release()
 
     def family_of(self, role: Role) -> Family:
         """The border to the network that plays the role: the fake score is a copy, or an adapter, of the teacher."""
@@ -126,7 +138,30 @@ class Networks(ABC):
                 "same model and the same peft_config as the run that saved it."
             )
         for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+            parameter.copy_(cut_like(state[name], parameter))
+
+    def shard(self, device: torch.device) -> None:
+        """Cut the weights of all networks over the processes (see :mod:`rdm_rl.sharding`); adapters stay whole.
+
+        Args:
+            device: Where this process computes.
+        """
+        networks = {id(self.module(role)): self.module(role) for role in get_args(Role)}
+        for network in networks.values():
+            shard(network, device, self.adapters)
+
+    @property
+    def adapters(self) -> list[nn.Parameter]:
+        """The weights of all adapters, trained or not."""
+        return []
+
+    @abstractmethod
+    def whole_policy(self, *, keep: bool = True) -> nn.Module | None:
+        """The policy as one plain network, to be saved; if the networks are sharded, all processes must call it.
+
+        Args:
+            keep: Whether this process wants it; the others get None.
+        """
 
 
 class AdapterNetworks(Networks):
@@ -241,9 +276,25 @@ class AdapterNetworks(Networks):
         network: Any = self.module("policy")
         return get_peft_model_state_dict(network, adapter_name="policy"), network.peft_config["policy"].to_dict()
 
-    def merged_policy(self) -> nn.Module:
+    @property
+    def adapters(self) -> list[nn.Parameter]:
+        """The weights of all adapters, trained or not."""
+        networks = {id(one.network): one.network for one in (self.family, self.teacher_family)}
+        return [
+            parameter
+            for network in networks.values()
+            for name, parameter in network.named_parameters()
+            if "lora_" in name
+        ]
+
+    def whole_policy(self, *, keep: bool = True) -> nn.Module | None:
         """A copy of the policy's network with its adapter added to the weights, without any adapter."""
-        network = deepcopy(self.module("policy"))
+        if holds_shards(self.module("policy")):
+            network = whole_copy(self.module("policy"), keep=keep)
+        else:
+            network = deepcopy(self.module("policy")) if keep else None
+        if network is None:
+            return None
         for name, layer in list(network.named_modules()):
             if isinstance(layer, BaseTunerLayer):
                 layer._disable_adapters = False
@@ -313,6 +364,11 @@ class SeparateNetworks(Networks):
         """Every weight of the role's network; none for the teacher."""
         return {} if role == "teacher" else dict(self._trained[role].named_parameters())
 
+    def whole_policy(self, *, keep: bool = True) -> nn.Module | None:
+        """The policy's network, or a copy of it if it is sharded."""
+        network = self.module("policy")
+        return whole_copy(network, keep=keep) if holds_shards(network) else network
+
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in both trained networks."""
         trained: Any = self._trained
@@ -331,6 +387,7 @@ def make_networks(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     policy_init: str | None = None,
     teacher_adapter: str | None = None,
+    sharded: bool = False,
 ) -> Networks:
     """The three roles of a run, on its device, with frozen weights in its precision and trained ones in float32.
 
@@ -344,6 +401,7 @@ def make_networks(
         autocast: Makes the context in which networks run.
         policy_init: An adapter that the policy starts from, or None.
         teacher_adapter: An adapter that only the teacher has, or None.
+        sharded: Cut the weights over the processes (see :mod:`rdm_rl.sharding`).
 
     Returns:
         The networks.
@@ -363,11 +421,14 @@ def make_networks(
         )
     frozen = [one for one in (family, teacher_family) if one is not None]
     for one in frozen:
-        one.to(device)
+        one.to(device, network=not sharded)  # What is sharded may not fit on the device as a whole.
     # Full copies are made before the frozen weights are halved, adapters after: what is trained stays in float32.
     starts: dict[str, Any] = {"policy_init": policy_init, "teacher_adapter": teacher_adapter}
     copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast, **starts)
     for one in frozen:
         if next(one.network.parameters()).dtype != dtype:
             one.network.to(dtype)
-    return copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)
+    networks = copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)
+    if sharded:
+        networks.shard(device)
+    return networks

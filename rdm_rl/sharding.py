@@ -17,10 +17,12 @@ References:
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 import torch.distributed
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -43,7 +45,7 @@ def check_sharding(processes: int) -> None:
             "less memory with bf16=True, gradient_checkpointing=True and offload=['text_encoders', 'rewards']."
         )
     # torch 2.6 has fully_shard, but it cannot leave adapters out.
-    if torch.__version__ < (2, 7):
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
         raise RuntimeError(f"shard=True needs torch 2.7 or newer; this is {torch.__version__}.")
 
 
@@ -103,6 +105,11 @@ def _blocks(module: nn.Module, *, outermost: bool = False) -> Iterator[nn.Module
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is cut over the processes."""
     return isinstance(tensor, DTensor)
+
+
+def holds_shards(network: nn.Module) -> bool:
+    """Whether weights of a network are cut over the processes."""
+    return any(is_sharded(parameter) for parameter in network.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:

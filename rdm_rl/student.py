@@ -6,10 +6,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from huggingface_hub import ModelCard, ModelCardData
 
 from rdm_rl import __version__
+from rdm_rl.families.loading import load_pipeline
 from rdm_rl.networks import AdapterNetworks, Networks
 from rdm_rl.samplers import SamplerName
 
@@ -91,8 +93,11 @@ def save_student(
     sampler: SamplerName = "renoise",
     guidance_scale: float = 1.0,
     whole: bool = False,
+    write: bool = True,
 ) -> None:
     """Write the policy, its scheduler and a model card.
+
+    If the networks are sharded, all processes must call it.
 
     Args:
         folder: Where to; made if needed.
@@ -104,17 +109,20 @@ def save_student(
         sampler: The policy's sampler.
         guidance_scale: Guidance that the student is used with.
         whole: Save a whole pipeline, with the adapter added to its weights, also where an adapter would do.
+        write: Whether this process is the one that writes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     family = networks.family
     scheduler = family.student_scheduler(num_inference_steps, sampler)
     lora = isinstance(networks, AdapterNetworks) and family.loads_lora and not whole
+    network = None if lora else networks.whole_policy(keep=write)
+    if not write:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     if lora and isinstance(networks, AdapterNetworks):
         family.save_lora(str(folder), *networks.export())
         scheduler.save_pretrained(folder / "scheduler")
-    else:
-        merged = networks.merged_policy() if isinstance(networks, AdapterNetworks) else networks.module("policy")
-        family.save_pipeline(str(folder), merged, scheduler)
+    elif network is not None:
+        family.save_pipeline(str(folder), network, scheduler)
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     kind, name = type(scheduler).__name__, name or folder.name
@@ -139,15 +147,16 @@ def save_student(
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
 
-def load_student(folder: str | Path, model: str | Path) -> SavedStudent:
+def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32) -> SavedStudent:
     """A saved student in plain diffusers, and how it is used.
 
     Args:
         folder: What :func:`save_student` wrote.
         model: The base pipeline, used if the folder holds an adapter.
+        dtype: Precision that it is loaded in; the decoder stays in float32.
 
     Returns:
-        The pipeline, without progress bars, its number of steps and its guidance.
+        The pipeline, without progress bars, and the arguments of its call.
 
     Raises:
         FileNotFoundError: If the folder holds no student.
@@ -155,13 +164,13 @@ def load_student(folder: str | Path, model: str | Path) -> SavedStudent:
     """
     folder = Path(folder)
     if (folder / "pytorch_lora_weights.safetensors").is_file():
-        pipeline = DiffusionPipeline.from_pretrained(str(model))
+        pipeline = load_pipeline(str(model), dtype)
         pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         schedulers = {one.__name__: one for one in (LCMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
         pipeline.scheduler = schedulers[config["_class_name"]].from_config(config)
     elif (folder / "model_index.json").is_file():
-        pipeline = DiffusionPipeline.from_pretrained(str(folder))
+        pipeline = load_pipeline(str(folder), dtype)
     else:
         raise FileNotFoundError(f"{str(folder)!r} holds neither pytorch_lora_weights.safetensors nor model_index.json.")
     pipeline.set_progress_bar_config(disable=True)

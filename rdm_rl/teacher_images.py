@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -225,6 +225,8 @@ class TeacherImages:
         decoder: Makes images.
         steps: Steps of the teacher's ODE solver.
         cache: Where images are kept; None keeps those of the last rollout only.
+        anywhere: Whether a condition holds on any process. A sharded teacher runs on all processes or on none, so that
+            a process which finds all of its images in the cache computes one of them again if another needs any.
     """
 
     computed: int
@@ -237,8 +239,10 @@ class TeacherImages:
         decoder: ImageDecoder,
         steps: int,
         cache: TeacherCache | None = None,
+        anywhere: Callable[[bool], bool] = bool,
     ) -> None:
         """Keep the parts."""
+        self.anywhere = anywhere
         self.teacher, self.schedule, self.decoder, self.steps, self.cache = teacher, schedule, decoder, steps, cache
         self.computed = 0
         self._last: tuple[Rollout, Tensor] | None = None
@@ -274,8 +278,8 @@ class TeacherImages:
         for row, name in enumerate(names):
             if name not in images:
                 missing.setdefault(name, row)
-        if missing:
-            rows = list(missing.values())
+        if self.anywhere(bool(missing)):
+            rows = list(missing.values()) or [0]
             for row, image in zip(rows, self._compute(rollout, rows), strict=True):
                 images[names[row]] = image
                 if self.cache is not None and pairs:

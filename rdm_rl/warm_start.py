@@ -109,6 +109,7 @@ def collect_pairs(
     first: int = 0,
     device: torch.device,
     show_progress: bool = True,
+    anywhere: Callable[[bool], bool] = bool,
 ) -> OdePairs:
     """The teacher's solutions for every prompt at every student time, read from disk where they exist.
 
@@ -126,6 +127,7 @@ def collect_pairs(
         first: Number of the first prompt over all processes, so that each draws noise of its own.
         device: Where the networks are.
         show_progress: Show a progress bar.
+        anywhere: Whether a condition holds on any process: a sharded teacher runs on all of them or on none.
 
     Returns:
         The pairs of all times, on the CPU: len(prompts) * len(times) of them.
@@ -140,7 +142,7 @@ def collect_pairs(
         name = crc32("\n".join(chunk).encode())  # Other prompts make other files.
         for index, t in enumerate(times):
             file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}-{name:08x}.safetensors"
-            if not file.exists():
+            if anywhere(not file.exists()):
                 generator = seeded_generator(seed, "warm_start", first + start, round(t * 10000))
                 noise = normal((len(chunk), *shape), generator, device)
                 # The first time is noise; the others start from the teacher's own samples.

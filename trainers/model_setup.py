@@ -67,6 +67,10 @@ def check_models(
             "offload has 'teacher', but with adapters the teacher is the network that policy or fake score run on: "
             "there is nothing to move. Leave it out, or train full copies with peft_config=None."
         )
+    if "teacher" in args.offload and args.shard:
+        raise ValueError(
+            "offload has 'teacher', but with shard=True each process holds only its part of the teacher. Leave one out."
+        )
 
 
 def load_networks(
@@ -131,7 +135,10 @@ def load_networks(
         autocast=autocast,
         policy_init=str(policy_init) if policy_init is not None and student is None else None,
         teacher_adapter=None if teacher_adapter is None else str(teacher_adapter),
+        sharded=args.shard,
     )
+    if "teacher" in args.offload:
+        networks.offload_teacher(device)
     for one in families:
         if args.prompt_cache_dir is not None and one.text_encoders:
             one.prompt_cache = PromptCache(args.prompt_cache_dir, one.encoder_fingerprint())

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from rdm_rl.advantages import Group, Normalization, RewardBaseline, RewardScale
+from rdm_rl.launch import refuse_foreign_sharding
 from rdm_rl.policy import Level
 from rdm_rl.renoise import RenoiseDistribution
 from rdm_rl.samplers import SamplerName
@@ -336,6 +337,7 @@ class RDMConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded, and settle defaults that depend on others."""
+        refuse_foreign_sharding()
         self.warm_start = self.warm_start or "none"
         self._refuse_ignored_fields()
         self._check_choices()

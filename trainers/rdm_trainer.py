@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from zlib import crc32
 
 import torch
@@ -41,6 +41,7 @@ from rdm_rl.rewards.registry import (
     reward_weights,
 )
 from rdm_rl.samplers import make_sampler
+from rdm_rl.sharding import gather
 from rdm_rl.student import save_student
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.model_setup import check_models, load_networks
@@ -163,6 +164,8 @@ class RDMTrainer(TrainingLoop):
             device=self.device,
             autocast=self.accelerator.autocast,
         )
+        for role in get_args(Role):
+            self.share_parameters(self.networks.parameters(role))
         self.sampler = make_sampler(args.sampler, args.eta)
         self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
@@ -175,6 +178,7 @@ class RDMTrainer(TrainingLoop):
             device=self.device,
             global_step=self._global_step,
             last_checkpoint=lambda: self._last_checkpoint,
+            anywhere=self.on_any_process if args.shard else bool,
         )
         for reward in self.rewards.values():
             if isinstance(reward, BindableReward):
@@ -601,6 +605,7 @@ class RDMTrainer(TrainingLoop):
         }
 
     def _update_policy(self) -> dict[str, float]:
+        self.networks.release_teacher()
         optimizer, numbers = self.optimizers["policy"], defaultdict[str, list[float]](list)
         for one in self.experiences:
             output = self.compute_policy_loss(one.rollout, one.step, one.directions)
@@ -656,9 +661,11 @@ class RDMTrainer(TrainingLoop):
         optimizer = self._role_optimizer(
             "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm, warm_up=False
         )
+        pairs = self._collect_pairs()
+        self.networks.release_teacher()
         losses = regress(
             self.networks.predictor("policy", self.args.guidance_scale),
-            self._collect_pairs(),
+            pairs,
             optimizer,
             encode=self.family.encode,
             steps=args.warm_start_steps,
@@ -699,6 +706,7 @@ class RDMTrainer(TrainingLoop):
             folder=Path(args.warm_start_cache_dir or Path(args.output_dir) / "warm_start") / name,
             device=self.device,
             show_progress=not self.hides_progress,
+            anywhere=self.on_any_process if args.shard else bool,
         )
 
     def warm_up_fake_score(self) -> None:
@@ -807,19 +815,19 @@ class RDMTrainer(TrainingLoop):
         Args:
             output_dir: Where to; None for ``args.output_dir``.
         """
-        if self.accelerator.is_main_process:
-            with self.averaged_policy():
-                save_student(
-                    Path(output_dir or self.args.output_dir),
-                    self.networks,
-                    num_inference_steps=self.args.num_inference_steps,
-                    sampler=self.args.sampler,
-                    guidance_scale=self.args.guidance_scale,
-                    base=self.model_name or "the base model",
-                    whole=self.model_name is None,
-                    name=self.args.hub_model_id,
-                    facts=self._card_facts(),
-                )
+        with self.averaged_policy():
+            save_student(
+                Path(output_dir or self.args.output_dir),
+                self.networks,
+                num_inference_steps=self.args.num_inference_steps,
+                sampler=self.args.sampler,
+                guidance_scale=self.args.guidance_scale,
+                base=self.model_name or "the base model",
+                whole=self.model_name is None,
+                name=self.args.hub_model_id,
+                facts=self._card_facts(),
+                write=self.accelerator.is_main_process,
+            )
 
     def _card_facts(self) -> dict[str, Any]:
         """What the model card says of the run."""
@@ -846,22 +854,22 @@ class RDMTrainer(TrainingLoop):
             The checkpoint's folder.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.accelerator.is_main_process:
-            tensors: dict[str, Mapping[str, Tensor]] = {
-                role: self.networks.state_dict(role) for role in self.optimizers
-            }
-            if self.average is not None:
-                tensors["ema"] = self.average.tensors()
-            if self.reference is not None:
-                tensors["reference"] = self.reference.tensors()
-            if self._last_rollout is not None:
-                tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
-            state = {
-                "optimizers": {role: one.state_dict() for role, one in self.optimizers.items()},
-                "weighting": self.weighting.state_dict(),
-                "reward_spreads": {name: one.state() for name, one in self.reward_spreads.items()},
-                "ema_updates": 0 if self.average is None else self.average.updates,
-            }
+        tensors: dict[str, Mapping[str, Tensor]] = {role: self.networks.state_dict(role) for role in self.optimizers}
+        if self.average is not None:
+            tensors["ema"] = self.average.tensors()
+        if self.reference is not None:
+            tensors["reference"] = self.reference.tensors()
+        if self._last_rollout is not None:
+            tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
+        state = {
+            "optimizers": {role: one.state_dict() for role, one in self.optimizers.items()},
+            "weighting": self.weighting.state_dict(),
+            "reward_spreads": {name: one.state() for name, one in self.reward_spreads.items()},
+            "ema_updates": 0 if self.average is None else self.average.updates,
+        }
+        writes = self.accelerator.is_main_process
+        tensors, state = gather((tensors, state), keep=writes)  # Sharded weights take all processes to put together.
+        if writes:
             write_checkpoint(folder, tensors, state, self.args.to_json_string(), self.state)
             rotate_checkpoints(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()

@@ -23,6 +23,7 @@ def make_reward_context(
     device: torch.device,
     global_step: Callable[[], int],
     last_checkpoint: Callable[[], Path | None],
+    anywhere: Callable[[bool], bool] = bool,
 ) -> RewardContext:
     """The record that a trainer gives to its rewards.
 
@@ -34,6 +35,7 @@ def make_reward_context(
         device: Where decoders run.
         global_step: Gives the number of policy updates made so far.
         last_checkpoint: Gives the folder of the last checkpoint, or None.
+        anywhere: Whether a condition holds on any process, if all must run the teacher together.
 
     Returns:
         The record.
@@ -58,6 +60,7 @@ def make_reward_context(
             decoder,
             args.teacher_num_inference_steps,
             _teacher_cache(networks, args, teacher_guidance_scale, first_time, decoder_network),
+            anywhere,
         ),
         last_checkpoint=last_checkpoint,
     )

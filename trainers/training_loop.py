@@ -14,7 +14,9 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from rdm_rl.launch import check_processes
 from rdm_rl.metric_window import MetricWindow, peak_memory_gib
+from rdm_rl.sharding import check_sharding, is_sharded
 from rdm_rl.trainers.callbacks import make_callback_handler, make_state
 from rdm_rl.trainers.rdm_config import RDMConfig
 
@@ -34,6 +36,9 @@ class TrainingLoop(ABC):
         self.args = args
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         self.accelerator = Accelerator(mixed_precision=precision, cpu=args.use_cpu)
+        check_processes(self.accelerator.num_processes)
+        if args.shard:
+            check_sharding(self.accelerator.num_processes)
         self._num_prompts = num_prompts
         self._save_due = False
         self._window = MetricWindow()
@@ -168,7 +173,14 @@ class TrainingLoop(ABC):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def record_phase(self, name: str, losses: Sequence[float]) -> None:
-        """Keep the losses of a phase before the first update; trackers, which count updates, do not see them."""
+        """Keep a phase's losses, means over the processes; trackers, which count policy updates, do not see them.
+
+        Args:
+            name: Their name in the log.
+            losses: One for each update of a phase before the first policy update, as many on every process.
+        """
+        sums = self.sum_over_processes(torch.tensor(losses, dtype=torch.float64))
+        losses = (sums / self.accelerator.num_processes).tolist()
         every = max(1, int(self.state.logging_steps or 1))
         for update in range(every - 1, len(losses), every):
             self.state.log_history.append({name: losses[update], "step": 0, "phase_step": update + 1})
@@ -193,13 +205,26 @@ class TrainingLoop(ABC):
         return rollouts * self.args.num_iterations
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average the gradients over the processes, in place."""
+        """Average the gradients over the processes, in place; those of sharded weights are already averages."""
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
+                if is_sharded(parameter):
+                    continue
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
                 parameter.grad /= self.accelerator.num_processes
+
+    def share_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give all processes the first one's weights; sharded ones are in parts, each of which one process has."""
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                if not is_sharded(parameter):
+                    torch.distributed.broadcast(parameter.data, src=0)
+
+    def on_any_process(self, condition: bool) -> bool:
+        """Whether a condition holds on any process; all must ask."""
+        return bool(self.sum_over_processes(torch.tensor(float(condition))) > 0)
 
     def sum_over_processes(self, sums: Tensor) -> Tensor:
         """The sum of a tensor over the processes, on the CPU."""

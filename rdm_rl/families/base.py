@@ -66,6 +66,7 @@ class Family(ABC):
         self.prompt_cache: PromptCache | None = None
         self.offloads_text_encoders = False
         self._empty: Conditioning | None = None
+        self._home: torch.device | None = None
         needed = [self.network_name, self.decoder_name, "scheduler"]
         needed += [name for name in self.text_encoder_names if name not in self.optional_components]
         missing = [name for name in needed if name is not None and getattr(pipeline, name, None) is None]
@@ -121,12 +122,14 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the network lives."""
-        return _device(self.network)
+        """Where the networks run: what :meth:`to` was given, as an offloaded network may wait elsewhere."""
+        return self._home or _device(self.network)
 
-    def to(self, device: torch.device) -> None:
-        """Move the network, the decoder and, unless they are offloaded, the encoders of prompts."""
-        modules = [self.network, self.decoder, *([] if self.offloads_text_encoders else self.text_encoders)]
+    def to(self, device: torch.device, *, network: bool = True) -> None:
+        """Move the decoder, the network unless it is to stay, and, unless they are offloaded, the prompts' encoders."""
+        modules = [self.decoder, *([] if self.offloads_text_encoders else self.text_encoders)]
+        modules += [self.network] if network else []
+        self._home = torch.empty(0, device=device).device  # With its number: "cuda" alone equals no device of a tensor.
         for module in modules:
             if module is not None:
                 module.to(device)
