@@ -10,7 +10,7 @@ measure the alignment (``eval/alignment/*`` in the log).
 =========  ============================================================================================================
 hardware   One GPU. Not run by us on Stable Diffusion: what follows is computed or quoted, not measured.
 memory     From parameter counts: 1.7 GB for the U-Net in bf16, 0.8 GB for decoder and text encoder in float32, 0.35 GB
-           for CLIP ViT-B/32. Activations come on top; ``gradient_checkpointing`` makes them small.
+           for CLIP ViT-B/32. Activations come on top; ``activation_checkpointing`` makes them small.
 time       An update of 32 samples asks the U-Net 5 x 32 times without and 4 x 32 times with a backward pass, each
            twice for guidance; a new teacher image 50 times, twice for guidance, and a kept one never.
 numbers    None. We have seen no figure of the paper's (arXiv 2512.22802), only its abstract and code, and have not

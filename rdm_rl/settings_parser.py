@@ -1,7 +1,7 @@
 """The parser of ``rdm-rl train`` and of the examples: flags over a YAML file, and a help text in groups."""
 
 import argparse
-import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -11,7 +11,6 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any, get_type_hints
 
-import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
@@ -72,6 +71,9 @@ GROUPS = {
 OWN_GROUP = "this script"
 # Accepted because launchers and old scripts give them, but a run does nothing with them.
 WITHOUT_EFFECT = frozenset({"do_train", "do_eval", "local_rank", "remove_unused_columns"})
+
+# Older transformers know the second name only.
+OLD_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
 
 # Inherited settings, in this library's terms and without what it refuses.
 HELP = {
@@ -165,7 +167,7 @@ class SettingsFormatter(argparse.HelpFormatter):
         return f"{action.help} [{shown}]".replace("%", "%%")
 
 
-class SettingsParser(TrlParser):  # type: ignore[misc]  # TrlParser is Any to mypy.
+class SettingsParser(TrlParser):
     """TRL's parser of flags over a YAML file, with a file of its own, methods, and a help text in groups.
 
     Settings come from, later ones winning: the dataclasses' defaults, the method, ``defaults``, the YAML file, flags.
@@ -206,6 +208,8 @@ class SettingsParser(TrlParser):  # type: ignore[misc]  # TrlParser is Any to my
         )
         self.kinds = tuple(kinds)
         self.config = None if config is None else Path(config)
+        self._file: str | Path | None = None
+        self._method: str | None = None
         # Left open, disable_tqdm would follow transformers' log level, which the command line lowers.
         self.defaults = {"disable_tqdm": False, **(defaults or {})}
         source = f" Default: {self.config.name} beside the script." if self.config else ""
@@ -234,21 +238,49 @@ class SettingsParser(TrlParser):  # type: ignore[misc]  # TrlParser is Any to my
         first.add_argument("--config")
         first.add_argument("--method")
         given, left = first.parse_known_args(sys.argv[1:] if words is None else list(words))
-        file = given.config or self.config
-        settings = {**self.defaults, **(read_config(file) if file else {})}
-        method = given.method or settings.get("method")
-        if method is not None:
-            settings = {**method_settings(method), **settings, "method": method}
-        strange = self.set_defaults_with_config(**settings)
-        if strange:
-            raise ValueError(f"{file} sets {self._unknown(strange[0])}")
-        *found, strange = self.parse_args_into_dataclasses(left, return_remaining_strings=True)
+        self._method, self._file = given.method, given.config or self.config
+        for name, old in self._old_names().items():
+            left = [re.sub(rf"^--{name}(?==|$)", f"--{old}", word) for word in left]
+        if self._file is None:
+            self.set_defaults_with_config()
+        elif Path(self._file).is_file():
+            left = ["--config", str(self._file), *left]  # Which TRL reads.
+        else:
+            raise FileNotFoundError(f"--config {str(self._file)!r} does not exist.")
+        *found, strange = self.parse_args_and_config(left, return_remaining_strings=True)
         if strange:
             flags = [word.partition("=")[0] for word in strange if word.startswith("--")]
             if not flags:
                 raise ValueError(f"{strange[0]!r} on the command line belongs to no flag.")
             raise ValueError(f"The command line sets {self._unknown(flags[0])}")
         return tuple(found[: len(self.kinds)])
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Take a file's settings for defaults, over those of the method and of the script.
+
+        Args:
+            config: Values by setting. A ``dataset`` that lies beside the file is found from any folder.
+
+        Returns:
+            Nothing that is left over.
+
+        Raises:
+            ValueError: If a setting or the method is unknown.
+        """
+        settings = {self._old_names().get(name, name): value for name, value in {**self.defaults, **config}.items()}
+        method = self._method or settings.get("method")
+        if method is not None:
+            settings = {**method_settings(method), **settings, "method": method}
+        if self._file is not None and "dataset" in config:
+            beside = Path(self._file).parent / config["dataset"]
+            settings["dataset"] = str(beside) if beside.exists() else config["dataset"]
+        strange = super().set_defaults_with_config(**settings)
+        if strange:
+            raise ValueError(f"{self._file} sets {self._unknown(strange[0])}")
+        return []
+
+    def _old_names(self) -> dict[str, str]:
+        return {name: old for name, old in OLD_NAMES.items() if f"--{name}" not in self._option_string_actions}
 
     def _unknown(self, name: str) -> str:
         known = [action.dest for _, actions in self.groups() for action in actions]
@@ -259,7 +291,7 @@ class SettingsParser(TrlParser):  # type: ignore[misc]  # TrlParser is Any to my
     def groups(self) -> Iterator[tuple[str, list[argparse.Action]]]:
         """The headings of the help text, and the flags under each."""
         refused = ({one.name for one in fields(TrainingArguments)} - HONOURED) | WITHOUT_EFFECT
-        left = {}
+        left: dict[str, argparse.Action] = {}
         for action in self._actions:  # The second of --save_ema and --no_save_ema is not shown.
             if action.dest not in refused:
                 left.setdefault(action.dest, action)
@@ -279,7 +311,8 @@ class SettingsParser(TrlParser):  # type: ignore[misc]  # TrlParser is Any to my
             formatter.add_arguments(actions)
             formatter.end_section()
         formatter.add_text(self.epilog)
-        return formatter.format_help()
+        text: str = formatter.format_help()
+        return text
 
 
 def _metavar(hint: Any, choices: Any) -> str:
@@ -288,31 +321,3 @@ def _metavar(hint: Any, choices: Any) -> str:
         return "{" + ",".join(map(str, choices)) + "}"
     words = str(hint)
     return "{true,false}" if "bool" in words else "X" if "float" in words else "N" if "int" in words else "TEXT"
-
-
-def read_config(file: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file; a ``dataset`` that lies beside the file is found from any folder.
-
-    As with TRL, a mapping ``env`` sets environment variables.
-
-    Args:
-        file: The file.
-
-    Returns:
-        Values by setting.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no mapping.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {str(file)!r} does not exist.")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config {str(file)!r} must be a mapping, such as 'max_steps: 100'.")
-    os.environ.update({name: str(value) for name, value in settings.pop("env", {}).items()})
-    beside = path.parent / str(settings.get("dataset", ""))
-    if "dataset" in settings and beside.exists():
-        settings["dataset"] = str(beside)
-    return settings

@@ -202,7 +202,7 @@ def train_command(words: Sequence[str]) -> None:
     """
     summary = "Distil a pipeline into a few-step student; `rdm-rl methods` lists what a method sets."
     arguments, args = SettingsParser((TrainArguments, RDMConfig), summary, prog="rdm-rl train").parse(words)
-    trainer = make_trainer(arguments, args)
+    trainer: RDMTrainer = make_trainer(arguments, args)
     trainer.train()
     trainer.save_model()
     trainer.accelerator.print(f"The student is in {args.output_dir}")
