@@ -1,0 +1,124 @@
+"""Pipelines without weights: every network of its true class and size, on torch's meta device, from configurations."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from rdm_rl.families.loading import check_model_name, one_line_errors
+from rdm_rl.model_sizes import MODELS, Blueprint
+
+CONFIG_FILES = ["model_index.json", "*/config.json", "*/*_config.json"]
+
+
+def read_blueprint(model: str | Path) -> Blueprint:
+    """What a pipeline is made of.
+
+    Args:
+        model: A name of :data:`rdm_rl.model_sizes.MODELS`, a folder in the diffusers layout (its configuration files
+            are enough), or a hub name, of which only configuration files are fetched.
+
+    Returns:
+        The blueprint.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or a component's configuration is missing.
+        OSError: If the hub does not give it.
+        ValueError: If no family supports the pipeline.
+
+    Example:
+        >>> read_blueprint("sd15")["unet"]["cross_attention_dim"]
+        768
+    """
+    name = str(model)
+    if name in MODELS:
+        return MODELS[name]
+    folder = Path(name)
+    if not folder.is_dir() and "/" not in name:
+        raise FileNotFoundError(
+            f"--model {name!r} is neither a folder, nor a hub name 'owner/name', nor one of {', '.join(MODELS)}."
+        )
+    check_model_name(name)
+    if not folder.is_dir():
+        with one_line_errors("model", name):
+            folder = Path(snapshot_download(name, allow_patterns=CONFIG_FILES))
+    return _read_folder(folder)
+
+
+def _read_folder(folder: Path) -> Blueprint:
+    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    found: Blueprint = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list):  # The pipeline's own settings.
+            found[name] = entry
+            continue
+        files = [folder / name / "config.json", folder / name / "scheduler_config.json"]
+        file = next((one for one in files if one.is_file()), None)
+        if file is not None and entry[1] is not None:
+            found[name] = {**json.loads(file.read_text(encoding="utf-8")), "_class_name": entry[1]}
+    return found
+
+
+def make_skeleton(blueprint: Blueprint, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline with networks on the meta device, which has shapes and no memory.
+
+    Args:
+        blueprint: What it is made of.
+        dtype: Precision of the denoising network and the text encoders; the decoder stays in float32, as
+            ``load_family`` leaves it.
+
+    Returns:
+        The pipeline, without tokenizers and without components that distillation does not use.
+
+    Raises:
+        ValueError: If a component's class is unknown to diffusers and transformers.
+
+    Example:
+        >>> pipeline = make_skeleton(read_blueprint("sd15"))
+        >>> sum(weight.numel() for weight in pipeline.unet.parameters())
+        859520964
+    """
+    kind = getattr(diffusers, blueprint["_class_name"], None)
+    if kind is None:
+        raise ValueError(f"diffusers {diffusers.__version__} has no {blueprint['_class_name']}. Upgrade diffusers.")
+    taken = inspect.signature(kind.__init__).parameters
+    parts: dict[str, Any] = {}
+    for name in taken:
+        entry = blueprint.get(name)
+        if isinstance(entry, dict) and "_class_name" in entry:
+            part = _component(name, entry)
+            # The plain method: diffusers' own warns of what does not concern weights that do not exist.
+            parts[name] = nn.Module.to(part, dtype) if isinstance(part, nn.Module) and name != "vae" else part
+        elif entry is not None:
+            parts[name] = entry
+        elif name not in ("self", "args", "kwargs") and taken[name].default is inspect.Parameter.empty:
+            parts[name] = None
+    if "requires_safety_checker" in taken:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return kind(**parts)
+
+
+def _component(name: str, entry: dict[str, Any]) -> Any:
+    """One network on the meta device, or one scheduler."""
+    config = {key: value for key, value in entry.items() if not key.startswith("_")}
+    if hasattr(diffusers, entry["_class_name"]):
+        kind: Any = getattr(diffusers, entry["_class_name"])
+        with torch.device("meta" if issubclass(kind, nn.Module) else "cpu"):
+            return kind.from_config(config)
+    kind = getattr(transformers, entry["_class_name"], None)
+    if not inspect.isclass(kind) or not issubclass(kind, nn.Module):
+        # Tokenizers have no configuration file of this name; what is left is a processor, which no size depends on.
+        if name.startswith("text_encoder"):
+            raise ValueError(
+                f"transformers {transformers.__version__} has no {entry['_class_name']}, the pipeline's {name}. "
+                "Upgrade transformers."
+            )
+        return None
+    with torch.device("meta"):
+        return kind(kind.config_class(**config))
