@@ -1,4 +1,4 @@
-"""The command line: ``rdm-rl demo | train | sample | evaluate | rewards | methods | env``."""
+"""The command line: ``rdm-rl demo | train | plan | sample | evaluate | rewards | methods | env``."""
 
 import argparse
 import os
@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from rdm_rl.train import train_command
 
             train_command(words[1:])
+        elif words[:1] == ["plan"]:
+            from rdm_rl.plan.report import plan_command
+
+            plan_command(words[1:])
         else:
             options = _parser().parse_args(words)
             options.run(options)
@@ -58,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("train", help="distil a pipeline; `rdm-rl train --help` lists every setting", add_help=False)
 
+    commands.add_parser("plan", help="how much GPU memory a run would take, without loading weights", add_help=False)
+
     sample = commands.add_parser("sample", help="draw images with a saved student, through plain diffusers")
     sample.add_argument("--student", type=Path, required=True, help="folder that save_model wrote")
     sample.add_argument("--model", help="base pipeline of a LoRA student; default: the embedded teacher")
@@ -65,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--num_images", type=int, default=4, help="images of each prompt")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sample.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    sample.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="precision of the weights"
+    )
     sample.add_argument("--output_dir", type=Path, default=Path("samples"), help="where the PNG files go")
     sample.set_defaults(run=_sample)
 
@@ -117,7 +126,8 @@ def _sample(options: argparse.Namespace) -> None:
     from rdm_rl.demo.digits import TEACHER_FOLDER
     from rdm_rl.student import load_student
 
-    student = load_student(options.student, options.model or TEACHER_FOLDER)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
+    student = load_student(options.student, options.model or TEACHER_FOLDER, dtype)
     student.pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)

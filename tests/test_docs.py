@@ -99,6 +99,12 @@ def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
             exec(code, namespace)
 
 
+def test_the_family_on_the_page_is_the_library_s() -> None:
+    first = read(ROOT / "docs" / "add_a_family.md").blocks[0]
+    assert first.code == (ROOT / "rdm_rl" / "families" / "pixart.py").read_text(encoding="utf-8")
+    assert len(first.code.splitlines()) < 100
+
+
 @pytest.mark.parametrize("path", PAGES, ids=relative)
 def test_links_lead_somewhere(path: Path) -> None:
     broken = []

@@ -5,6 +5,7 @@ from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flow import FlowFamily
 from rdm_rl.families.flux import FluxFamily
 from rdm_rl.families.loading import FAMILIES, check_model_name, load_family, load_policy_init, register_family
+from rdm_rl.families.pixart import PixArtFamily
 from rdm_rl.families.sana import SanaFamily
 from rdm_rl.families.sd import StableDiffusionFamily
 from rdm_rl.families.sd3 import StableDiffusion3Family
@@ -18,6 +19,7 @@ __all__ = [
     "Family",
     "FlowFamily",
     "FluxFamily",
+    "PixArtFamily",
     "SanaFamily",
     "StableDiffusion3Family",
     "StableDiffusionFamily",

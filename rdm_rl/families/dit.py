@@ -23,6 +23,11 @@ class DiTFamily(VariancePreservingFamily):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     teacher_guidance_scale: float = 1.5  # The DiT paper's best FID at 256 pixels (arXiv 2212.09748, table 2).
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels of an image's side one latent stands for; the pipeline does not say."""
+        return int(2 ** (len(self.pipeline.vae.config.block_out_channels) - 1))
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The classes, shape (N,), int64."""
         return Conditioning(tensors={"class_labels": torch.tensor(self.class_labels(prompts), device=self.device)})

@@ -16,6 +16,7 @@ from packaging.version import Version
 from rdm_rl.families.base import Family
 from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flux import FluxFamily
+from rdm_rl.families.pixart import PixArtFamily
 from rdm_rl.families.sana import SanaFamily
 from rdm_rl.families.sd import StableDiffusionFamily
 from rdm_rl.families.sd3 import StableDiffusion3Family
@@ -28,6 +29,7 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusion3Pipeline": StableDiffusion3Family,
     "FluxPipeline": FluxFamily,
     "SanaPipeline": SanaFamily,
+    "PixArtSigmaPipeline": PixArtFamily,
     "DiTPipeline": DiTFamily,
     "DDPMPipeline": UnconditionalFamily,
     "DDIMPipeline": UnconditionalFamily,
@@ -70,14 +72,31 @@ def load_family(
     pipeline: Any = model
     if isinstance(model, str | Path):
         check_model_name(str(model))
-        pipeline = _load_pipeline(str(model), dtype or torch.float32)
+        pipeline = load_pipeline(str(model), dtype or torch.float32)
     return FAMILIES[_supported(type(pipeline).__name__)](pipeline, resolution)
 
 
-def _load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
+def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
+    """A pipeline from a folder or the hub, in a precision, without optional parts that were saved as missing.
+
+    Args:
+        model: A folder in the diffusers layout, or a hub name.
+        dtype: Precision of everything but the decoder, which stays in float32.
+        components: Parts that are given instead of loaded.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        OSError: If it cannot be loaded.
+        ValueError: If its class belongs to no family.
+    """
     with one_line_errors("model", model):
-        if not Path(model).is_dir():  # A hub name: its class is known before gigabytes are fetched.
-            _supported(str(DiffusionPipeline.load_config(model).get("_class_name")))
+        index = DiffusionPipeline.load_config(model)  # Of a hub name too: its class is known before gigabytes come.
+        family = FAMILIES[_supported(str(index.get("_class_name")))]
+        for name in family.optional_components:  # diffusers wants to be told of what was saved as missing.
+            if index.get(name, [None])[0] is None:
+                components = {name: None, name.replace("text_encoder", "tokenizer"): None} | components
         pipeline = DiffusionPipeline.from_pretrained(model, **_precision(dtype), **components)
     vae = getattr(pipeline, "vae", None)
     if vae is not None and "vae" not in components and dtype != torch.float32:
@@ -122,7 +141,7 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
         if kind == type(base.pipeline).__name__:
             own = {base.network_name, "scheduler"}
             shared = {name: part for name, part in base.pipeline.components.items() if name not in own}
-            pipeline = _load_pipeline(source, dtype, **shared)
+            pipeline = load_pipeline(source, dtype, **shared)
             return base.with_network(getattr(pipeline, base.network_name), pipeline.scheduler)
     raise ValueError(
         f"policy_init={source!r} is a {kind}, but the base is a {type(base.pipeline).__name__} with a "
@@ -205,9 +224,7 @@ def one_line_errors(setting: str, name: str) -> Iterator[None]:
         if any(isinstance(one, GatedRepoError) for one in chain):
             reason = "its owner asks you to accept a licence: do so on its hub page, then log in with `hf auth login`"
         elif any(isinstance(one, RepositoryNotFoundError) for one in chain):
-            reason = (
-                "the hub has no public model of this name: check it, or log in with `hf auth login`"
-            )
+            reason = "the hub has no public model of this name: check it, or log in with `hf auth login`"
         else:
             reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise OSError(f"{setting}={name!r} cannot be loaded: {reason}.") from error

@@ -54,6 +54,7 @@ class SanaFamily(FlowFamily):
     def student_call(
         self, num_inference_steps: int, sampler: SamplerName = "renoise", guidance_scale: float = 1.0
     ) -> dict[str, Any]:
-        """The usual arguments; the image has the student's size and not the nearest of the pipeline's list."""
+        """The usual arguments; the image has the student's size, and not 1024 pixels or the nearest in a list."""
+        height, width = (side * self.pixels_per_latent for side in self.latent_shape[1:])
         usual = super().student_call(num_inference_steps, sampler, guidance_scale)
-        return {**usual, "use_resolution_binning": False}
+        return {**usual, "height": height, "width": width, "use_resolution_binning": False}

@@ -1,5 +1,6 @@
 """What families with a discrete variance-preserving noise schedule share: DDPM's betas, and the schedulers for them."""
 
+from inspect import signature
 from typing import Any
 
 from diffusers import DDIMScheduler, LCMScheduler
@@ -50,8 +51,9 @@ class VariancePreservingFamily(Family):
         """
         config = {**self.pipeline.scheduler.config, "clip_sample": False, "thresholding": False}
         if sampler == "renoise":
-            return LCMScheduler.from_config(
-                config, timestep_scaling=10000.0, original_inference_steps=num_inference_steps
+            known = {name: config[name] for name in signature(LCMScheduler.__init__).parameters if name in config}
+            return LCMScheduler(
+                **{**known, "timestep_scaling": 10000.0, "original_inference_steps": num_inference_steps}
             )
         steps = len(self.schedule.alphas_cumprod)
         if sampler != "ddim" or steps % num_inference_steps:

@@ -1,0 +1,309 @@
+"""What every family promises: it is the stock pipeline's own prediction, guidance and sampler, and its files load."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
+from torch import Tensor
+
+from rdm_rl.families import Family, FlowFamily, load_family
+from rdm_rl.networks import AdapterNetworks
+from rdm_rl.policy import rollout
+from rdm_rl.student import load_student
+from tests.helpers import QUICK, changed, latents, prompt_batch, quick_trainer, randomize, snapshot
+from tests.tiny_pipelines import (
+    CALLS,
+    tiny_dit,
+    tiny_flux,
+    tiny_pixart,
+    tiny_sana,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_unconditional,
+)
+
+# What is made, and the resolution that makes its images small where the published size is written into the class.
+MAKERS: dict[str, tuple[Callable[[Path], Any], int | None]] = {
+    "sd": (tiny_sd, None),
+    "sd-v": (lambda folder: tiny_sd(folder, "v_prediction"), None),
+    "sdxl": (tiny_sdxl, None),
+    "sdxl-v": (lambda folder: tiny_sdxl(folder, "v_prediction"), None),
+    "sd3": (tiny_sd3, None),
+    "sd3-without-t5": (lambda folder: tiny_sd3(folder, t5=False), None),
+    "flux-dev": (tiny_flux, 16),
+    "flux-schnell": (lambda folder: tiny_flux(folder, guidance_embeds=False), 16),
+    "sana": (tiny_sana, None),
+    "pixart": (tiny_pixart, 16),
+    "dit": (tiny_dit, None),
+    "ddpm": (tiny_unconditional, None),
+    "ddpm-v": (lambda folder: tiny_unconditional(folder, "v_prediction"), None),
+}
+SEED = 11
+
+
+@pytest.fixture(scope="session", params=MAKERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny saved pipeline."""
+    place = tmp_path_factory.mktemp(kind)
+    MAKERS[kind][0](place / "sources").save_pretrained(place / "pipeline")
+    return place / "pipeline"
+
+
+@pytest.fixture
+def family(kind: str, folder: Path) -> Family:
+    made = load_family(folder, resolution=MAKERS[kind][1])
+    made.pipeline.set_progress_bar_config(disable=True)
+    return made
+
+
+def prompts(family: Family, count: int = 2) -> list[str]:
+    texts = ["the digit 3", "a cat", "the digit 5"] if family.text_encoder_names else ["3", "1", "0"]
+    return texts[:count]
+
+
+def asked(family: Family, texts: list[str]) -> dict[str, Any]:
+    """How the stock pipeline is asked for images of these prompts."""
+    call = {name: value for name, value in CALLS[type(family.pipeline).__name__].items() if name != "prompt"}
+    if not family.text_encoder_names:
+        return {"class_labels": [int(text) for text in texts]} if "class_labels" in call else {"batch_size": len(texts)}
+    return {**call, "prompt": texts}
+
+
+def latents_of(pipeline: Any, monkeypatch: pytest.MonkeyPatch, **call: Any) -> Tensor:
+    """The latents that a stock pipeline ends with, taken where they leave the scheduler."""
+    last: list[Tensor] = []
+    step = pipeline.scheduler.step
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        result = step(*arguments, **options)
+        last[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
+        return result
+
+    monkeypatch.setattr(pipeline.scheduler, "step", spy)
+    pipeline(**call)
+    return last[0]
+
+
+def unpacked(family: Family, found: Tensor) -> Tensor:
+    """FLUX's tokens as latents of shape (N, C, H, W)."""
+    if found.ndim == 4:
+        return found
+    _, height, width = family.latent_shape
+    pixels = (height * family.pixels_per_latent, width * family.pixels_per_latent, family.pixels_per_latent)
+    unpacked_latents: Tensor = family.pipeline._unpack_latents(found, *pixels)
+    return unpacked_latents
+
+
+def test_prediction_of_x_0_is_the_scheduler_s(family: Family) -> None:
+    x_t, texts = latents(2, *family.latent_shape), prompts(family)
+    conditioning = family.encode(texts)
+    for timestep in (999, 500, 100):
+        t = torch.full((2,), (timestep + 1) / 1000)
+        output = family.forward(family.network, x_t, t, conditioning)
+        assert output.dtype == torch.float32
+        assert output.shape == x_t.shape
+        if isinstance(family, FlowFamily):
+            scheduler = FlowMatchEulerDiscreteScheduler()
+            scheduler.set_timesteps(sigmas=[t[0].item()])
+            expected = scheduler.step(output, scheduler.timesteps[0], x_t).prev_sample  # One step, to t = 0.
+        else:
+            ddim = DDIMScheduler.from_config(family.pipeline.scheduler.config, clip_sample=False, thresholding=False)
+            ddim.set_timesteps(1000)
+            expected = ddim.step(output, timestep, x_t).pred_original_sample
+        x_0 = family.predict_x_0(family.network, x_t, t, conditioning)
+        torch.testing.assert_close(x_0, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_network_hears_time_prompt_and_noise(family: Family) -> None:
+    x_t, texts = latents(2, *family.latent_shape), prompts(family, 3)
+    first = family.predict_x_0(family.network, x_t, torch.tensor([0.5, 0.5]), family.encode(texts[:2]))
+    later = family.forward(family.network, x_t, torch.tensor([0.9, 0.5]), family.encode(texts[:2]))
+    again = family.forward(family.network, x_t, torch.tensor([0.5, 0.5]), family.encode(texts[:2]))
+    assert not torch.allclose(later[0], again[0], atol=1e-4)
+    torch.testing.assert_close(later[1], again[1])
+    if family.text_encoder_names or hasattr(family, "class_labels"):
+        other = family.predict_x_0(family.network, x_t, torch.tensor([0.5, 0.5]), family.encode([texts[2], texts[1]]))
+        assert not torch.allclose(other[0], first[0], atol=1e-5)
+        torch.testing.assert_close(other[1], first[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_guidance_is_the_pipeline_s_own(family: Family, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of the pipeline's deterministic sampler, down to clean latents, is its prediction of x_0 at t = 1."""
+    if not family.has_guidance and guidance != 1:
+        pytest.skip("nothing to guide towards")
+    pipeline, texts = family.pipeline, prompts(family)
+    call: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": guidance}
+    if isinstance(family, FlowFamily):
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+        call["sigmas"] = [1.0]
+    else:
+        config = {**pipeline.scheduler.config, "clip_sample": False, "thresholding": False}
+        pipeline.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True)
+    if not family.has_guidance:
+        del call["guidance_scale"]
+    call["generator"] = torch.Generator().manual_seed(SEED)
+    noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(SEED))
+    expected = latents_of(pipeline, monkeypatch, **asked(family, texts), **call)
+    expected = unpacked(family, expected[: len(texts)])  # DiT's pipeline carries each sample twice.
+    # DiT's pipeline has a guided and an unguided half from one noise; both halves are the guided prediction.
+    x_0 = family.predict_x_0(family.network, noise, torch.ones(2), family.encode(texts), guidance)
+    torch.testing.assert_close(x_0, expected, rtol=1e-4, atol=1e-4)
+    if guidance != 1:
+        plain = family.predict_x_0(family.network, noise, torch.ones(2), family.encode(texts), 1.0)
+        assert (plain - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_sampler_is_the_stock_pipeline_s_bit_for_bit(
+    family: Family, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the saved scheduler and call; where the pipeline draws a step's noise globally, so do we here."""
+    texts, pipeline = prompts(family), family.pipeline
+    pipeline.scheduler = family.student_scheduler(steps)
+    call = {**family.student_call(steps), "generator": torch.default_generator}
+    torch.manual_seed(SEED)
+    expected = unpacked(family, latents_of(pipeline, monkeypatch, **{**asked(family, texts), **call}))
+    torch.manual_seed(SEED)
+    chains = rollout(
+        lambda x_t, t, conditioning: family.predict_x_0(family.network, x_t, t, conditioning),
+        prompt_batch(2, family.encode(texts)),
+        family.schedule,
+        family.student_times(steps),
+        shape=family.latent_shape,
+        generator=torch.default_generator,
+        step_noise=family.step_noise,
+    )
+    assert torch.equal(chains.sample, expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_student_times_start_at_noise_and_fall(family: Family, steps: int) -> None:
+    times = family.student_times(steps)
+    assert times.shape == (steps,)
+    assert times[0] == pytest.approx(1, abs=1.5e-3)
+    assert (times[1:] < times[:-1]).all()
+    assert times[-1] >= 1 / steps - 2e-3  # A shift spends more steps at high noise, never fewer.
+
+
+def test_images_are_the_pipeline_s(family: Family) -> None:
+    x_0 = latents(1, *family.latent_shape).requires_grad_()
+    images = family.decode(x_0)
+    assert images.dtype == torch.float32
+    assert 0 <= images.min() <= images.max() <= 1
+    (slope,) = torch.autograd.grad(images.mean(), x_0)
+    assert slope.abs().sum() > 0
+    vae = family.decoder
+    if vae is None:
+        return
+    with torch.no_grad():
+        latent = x_0 / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        decoded = vae.decode(latent, return_dict=False)[0]
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
+    height, width = images.shape[2:]
+    assert (height, width) == tuple(side * family.pixels_per_latent for side in family.latent_shape[1:])
+
+
+def test_everything_is_frozen_and_the_adapter_s_layers_exist(family: Family) -> None:
+    for part in family.pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            assert not any(parameter.requires_grad for parameter in part.parameters())
+            assert not part.training
+    networks = AdapterNetworks(family, LoraConfig(r=2), torch.Generator().manual_seed(0))
+    layers = {name.rsplit(".lora_A", 1)[0] for name in networks.named_parameters("policy") if ".lora_A" in name}
+    for target in family.lora_targets:
+        assert any(layer.endswith(f".{target}") or layer == target for layer in layers), target
+
+
+def test_a_saved_adapter_reads_back_exactly(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:
+    """In the stock pipeline, with images of the student; a family without a loader saves the whole pipeline."""
+    resolution = MAKERS[kind][1]
+    given = {"peft_config": LoraConfig(r=2)}
+    settings = {**QUICK, "num_inference_steps": 2, "max_steps": 1, "resolution": resolution}
+    trainer = quick_trainer(folder, tmp_path / "run", "rdm", given=given, **settings)
+    randomize(trainer.networks, scale=0.1)
+    trainer.save_model(tmp_path / "student")
+    texts = prompts(family)
+    torch.manual_seed(SEED)
+    ours = trainer.generate(texts, generator=torch.default_generator)
+    student = load_student(tmp_path / "student", folder)
+    assert (tmp_path / "student" / "pytorch_lora_weights.safetensors").is_file() == family.loads_lora
+    torch.manual_seed(SEED)
+    theirs = student.draw(texts, generator=torch.default_generator, output_type="np")
+    theirs = torch.as_tensor(theirs).permute(0, 3, 1, 2)
+    # Merged weights round once more than an adapter beside them.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if family.loads_lora else 1e-4)
+    torch.manual_seed(SEED)
+    plain = family.decode(
+        rollout(
+            lambda x_t, t, conditioning: family.predict_x_0(family.network, x_t, t, conditioning),
+            prompt_batch(2, family.encode(texts)),
+            family.schedule,
+            family.student_times(2),
+            shape=family.latent_shape,
+            generator=torch.default_generator,
+            step_noise=family.step_noise,
+        ).sample
+    )
+    assert (ours - plain).abs().max() > 1e-3  # The adapter does something.
+
+
+def test_full_fine_tuning_saves_a_pipeline(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:
+    settings = {**QUICK, "num_inference_steps": 2, "max_steps": 1, "resolution": MAKERS[kind][1]}
+    rows = [{"prompt": text} for text in prompts(family)]
+    given = {"peft_config": None}
+    trainer = quick_trainer(folder, tmp_path / "run", "rdm", given=given, train_dataset=rows, **settings)
+    trainer.train()
+    trainer.save_model(tmp_path / "student")
+    student = load_student(tmp_path / "student", "nothing")
+    torch.manual_seed(SEED)
+    theirs = torch.as_tensor(
+        student.draw(prompts(family), generator=torch.default_generator, output_type="np")
+    ).permute(0, 3, 1, 2)
+    torch.manual_seed(SEED)
+    ours = trainer.generate(prompts(family), generator=torch.default_generator)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # DiT's pipeline rounds its latents differently.
+    own = snapshot(getattr(student.pipeline, family.network_name))
+    assert changed(snapshot(family.network), own)
+    assert not changed(snapshot(trainer.networks.module("policy")), own)
+
+
+def test_three_updates_change_only_what_they_should(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:
+    """GNDMR with a reward's gradient: policy and fake score move, everything else stays bit for bit."""
+    from tests.helpers import brightness
+
+    rows = [{"prompt": text} for text in prompts(family, 3)]
+    settings = {**QUICK, "max_steps": 3, "resolution": MAKERS[kind][1]}
+    trainer = quick_trainer(
+        folder,
+        tmp_path,
+        ["rdm", brightness()],
+        given={"peft_config": LoraConfig(r=2)},
+        train_dataset=rows,
+        **settings,
+    )
+    parts = {name: one for name, one in family.pipeline.components.items() if isinstance(one, torch.nn.Module)}
+    own = trainer.family.pipeline.components
+    before = {name: snapshot(own[name]) for name in parts}
+    trainer.train()
+    for name in parts:
+        moved = changed(before[name], snapshot(own[name]))
+        if name != family.network_name:
+            assert not moved
+            continue
+        assert all("lora_" in one for one in moved)
+        for role in ("policy", "fake_score"):
+            assert any(f".{role}." in one for one in moved)
+    assert all(value == value for row in trainer.state.log_history for value in row.values())
+    assert any(row["rewards/brightness/lambda"] > 0 for row in trainer.state.log_history)
