@@ -17,6 +17,9 @@ file                           content
 
 There is no generator state: random numbers are functions of the seed and the step (see ``rdm_rl.randomness``), and so
 is the position in the data. ``optimizers.pt`` is read with ``weights_only=True``.
+
+Weights and optimiser states are whole, whether the networks were sharded or not, and a run may go on with another
+number of processes if the samples of an update stay as many.
 """
 
 import json
@@ -77,23 +80,24 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
     return folder
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(folder: Path, settings: Mapping[str, Any], processes: int = 1) -> None:
     """Check that a run with these settings can continue a checkpoint: the shapes of its state must be the same.
 
     Args:
         folder: The checkpoint.
         settings: The run's settings by name.
+        processes: Its number of processes.
 
     Raises:
         ValueError: If a setting differs that must not.
     """
     saved = json.loads((folder / "rdm_config.json").read_text(encoding="utf-8"))
     # The first three shape the state; the others live in it, or say where in the data the run is.
-    fixed = ["num_inference_steps", "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps"]
+    fixed = ["num_inference_steps", "num_generations", "per_device_train_batch_size"]
     fixed += ["learning_rate", "fake_score_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
     fixed += ["optim", "seed", "data_seed"]
     fixed += ["num_iterations"]
-    saved = {"num_iterations": 1, "beta": 0.0, **saved}
+    saved = {"num_iterations": 1, "beta": 0.0, "num_processes": 1, **saved}
     fixed += [name for name in ("ema_decay", "beta") if bool(saved[name]) != bool(settings[name])]
     for name in fixed:
         if saved[name] != settings[name]:
@@ -101,6 +105,16 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"The checkpoint {str(folder)!r} was made with {name}={saved[name]}, but this run has "
                 f"{settings[name]}. Resume with the same value, or start a new run."
             )
+    # Where in the data the run is: each update takes a batch for each process and accumulated gradient.
+    name = "gradient_accumulation_steps"
+    batches, own = saved[name] * saved["num_processes"], settings[name] * processes
+    if batches != own:
+        fitting = f"Set {name}={batches // processes}" if batches % processes == 0 else "Take a number that divides it"
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} was made with {batches} batches in an update ({saved['num_processes']} "
+            f"process(es), {name}={saved[name]}), but this run has {own} ({processes} process(es), "
+            f"{name}={settings[name]}). {fitting}, or start a new run."
+        )
 
 
 def rotate_checkpoints(newest: Path, limit: int | None) -> None:
@@ -123,6 +137,7 @@ def write_checkpoint(
     state: Mapping[str, Any],
     settings: str,
     trainer_state: TrainerState,
+    processes: int = 1,
 ) -> None:
     """Write a checkpoint.
 
@@ -132,6 +147,7 @@ def write_checkpoint(
         state: State of optimisers, schedules and weighting: plain numbers, strings, lists, dicts and tensors.
         settings: The settings as JSON.
         trainer_state: Step, epoch and log history.
+        processes: Number of processes of the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trainer_state.json").unlink(missing_ok=True)
@@ -139,7 +155,8 @@ def write_checkpoint(
         weights = {key: value.detach().cpu().contiguous() for key, value in content.items()}
         save_file(weights, folder / f"{name}.safetensors")
     torch.save(dict(state), folder / "optimizers.pt")
-    (folder / "rdm_config.json").write_text(settings, encoding="utf-8")
+    facts = {**json.loads(settings), "num_processes": processes}
+    (folder / "rdm_config.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     # Last, because a folder counts as complete when this file is there.
     trainer_state.save_to_json(str(folder / "trainer_state.json"))
 
@@ -154,5 +171,6 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         The weights by file and name, and the state.
     """
     tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    state: dict[str, Any] = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
+    # Mapped, not read: the processes of one machine then share the memory of what each takes its part of.
+    state: dict[str, Any] = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True, mmap=True)
     return tensors, state

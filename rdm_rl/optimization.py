@@ -75,7 +75,7 @@ class RoleOptimizer:
         saved = state["optimizer"]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         own = {
-            index: {name: _cut_like_weight(value, parameters[index]) for name, value in values.items()}
+            index: {name: _own(value, parameters[index]) for name, value in values.items()}
             for index, values in saved["state"].items()
         }
         self.optimizer.load_state_dict({**saved, "state": own})
@@ -89,9 +89,11 @@ class RoleOptimizer:
             group["lr"] = base * factor(self.scheduler.last_epoch)
 
 
-def _cut_like_weight(value: Any, parameter: nn.Parameter) -> Any:
-    """A value of the optimiser's state, cut as the weight is if there is a number in it for each of the weight's."""
-    return cut_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+def _own(value: Any, parameter: nn.Parameter) -> Any:
+    """A copy of a value of the optimiser's state, which may lie in a file; cut as the weight is if it is as large."""
+    if not isinstance(value, Tensor):
+        return value
+    return (cut_like(value, parameter) if value.shape == parameter.shape else value).clone()
 
 
 def make_optimizer(args: "RDMConfig", parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:

@@ -244,7 +244,7 @@ class RDMTrainer(TrainingLoop):
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         checkpoint = find_checkpoint(self.args.output_dir, resume) if resume else None
         if checkpoint is not None:
-            check_settings(checkpoint, self.args.to_dict())
+            check_settings(checkpoint, self.args.to_dict(), self.accelerator.num_processes)
         self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
         self.create_optimizers()
@@ -870,7 +870,8 @@ class RDMTrainer(TrainingLoop):
         writes = self.accelerator.is_main_process
         tensors, state = gather((tensors, state), keep=writes)  # Sharded weights take all processes to put together.
         if writes:
-            write_checkpoint(folder, tensors, state, self.args.to_json_string(), self.state)
+            settings, processes = self.args.to_json_string(), self.accelerator.num_processes
+            write_checkpoint(folder, tensors, state, settings, self.state, processes)
             rotate_checkpoints(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._last_checkpoint = folder

@@ -1,0 +1,167 @@
+"""What several processes do in the tests: ``torchrun processes_worker.py JOB BASE OTHER FOLDER``.
+
+Each process leaves what it has in ``FOLDER/<rank>.pt``. The tests import this file, too, and make the same runs in one
+process, or compare.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdm_rl import RDMTrainer
+from rdm_rl.data_types import Rollout
+from rdm_rl.decoding import ImageDecoder
+from rdm_rl.sharding import gather, holds_shards, local
+from rdm_rl.teacher_images import TeacherCache, TeacherImages
+from tests.helpers import brightness, log_numbers, one_rollout, tiny_trainer, trained_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Both kinds of rewards act on both steps; the policy has an average. A larger epsilon keeps Adam from making a whole
+# step of the rounding error of a gradient that is almost 0.
+GNDMR: dict[str, Any] = {
+    "warm_start": "none",
+    "num_inference_steps": 2,
+    "num_replayed_steps": 2,
+    "pathwise_steps": "any",
+    "ema_decay": 0.9,
+    "adam_epsilon": 1e-5,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+# What runs sharded: one base, a separate teacher with the fake score on it, and three networks.
+QUICK = {"fake_score_updates_per_policy_update": 1, "logging_steps": 2}
+SHARDED: dict[str, dict[str, Any]] = {
+    "shared": {"noise_pool": 4},
+    "separate": {"beta": 0.1, "activation_checkpointing": True, "num_iterations": 2},
+    "full": {"lora": False, "max_grad_norm": 0.01},
+}
+
+
+def left_right(images: Any, prompts: list[str]) -> list[float]:
+    """A black box: how much brighter the upper half is."""
+    middle = images.shape[2] // 2
+    return (images[:, :, :middle] - images[:, :, middle:]).mean((1, 2, 3)).tolist()
+
+
+def gndmr(base: str, folder: Path, *, given: dict[str, Any] | None = None, **settings: Any) -> RDMTrainer:
+    rewards = ["rdm", brightness(), left_right]
+    return tiny_trainer(base, folder, given={"reward_funcs": rewards, **(given or {})}, **{**GNDMR, **settings})
+
+
+def state_of(trainer: RDMTrainer) -> dict[str, Any]:
+    """What a run ends with, whole."""
+    return {
+        "weights": gather(trained_weights(trainer)),
+        "average": gather(trainer.average.tensors()),
+        "optimizers": gather({role: one.state_dict() for role, one in trainer.optimizers.items()}),
+        "log": log_numbers(trainer),
+    }
+
+
+def sharded_case(name: str, base: str, other: str, folder: Path, **settings: Any) -> RDMTrainer:
+    given = {"teacher": other} if name == "separate" else {}
+    return gndmr(base, folder, given=given, **{**QUICK, **SHARDED[name], **settings})
+
+
+def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
+    rank = int(os.environ["RANK"])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer = gndmr(base, folder / "run")
+    parameters = trainer.networks.parameters("policy")
+    first = parameters[0].detach().clone()
+    parameters[0].data.add_(rank)  # As if the processes had drawn other weights.
+    trainer.share_parameters(parameters)
+    assert torch.equal(parameters[0], first)
+    batches = list(trainer.prompt_batches(0))
+    trainer.train()
+    trainer.save_model()
+    return {
+        **state_of(trainer),
+        "sample_ids": [id for batch in batches for id in batch.sample_ids],
+        "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
+        "world": trainer.accelerator.num_processes,
+        "warnings": [str(one.message) for one in seen],
+        "main": trainer.accelerator.is_main_process,
+    }
+
+
+def fail(base: str, folder: Path) -> None:
+    """A run whose reward fails on one process, in the second update."""
+    calls = []
+
+    def fragile(images: Any, prompts: list[str]) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            raise RuntimeError("the reward's server is gone")
+        return [0.5 + 0.1 * index for index in range(len(prompts))]
+
+    gndmr(base, folder / "failed", given={"reward_funcs": ["rdm", fragile]}, save_strategy="no").train()
+
+
+def sharding(base: str, other: str, folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name in SHARDED:
+        trainer = sharded_case(name, base, other, folder / name, shard=True)
+        networks = trainer.networks
+        assert all(holds_shards(networks.module(role)) for role in ("policy", "teacher", "fake_score"))
+        kept = sum(local(one).numel() for one in networks.module("teacher").parameters())
+        rollout = one_rollout(trainer)
+        trainer.train()
+        trainer.save_model()
+        result[name] = {
+            **state_of(trainer),
+            "rollout": rollout.x_0,
+            "share": kept / sum(one.numel() for one in networks.module("teacher").parameters()),
+            "pictures": trainer.generate(["a", "b"], generator=torch.Generator().manual_seed(1)),
+        }
+        whole = networks.whole_policy()
+        result[name]["whole_policy"] = whole.state_dict()
+        result[name]["kind"] = type(whole).__name__
+        if name == "shared":
+            result["teacher_images"] = with_cache_on_one_process(trainer, rollout, folder)
+    resumed = sharded_case("full", base, other, folder / "resumed", shard=True)
+    resumed.train(folder / "full" / "checkpoint-1")
+    result["resumed"] = state_of(resumed)
+    return result
+
+
+def with_cache_on_one_process(trainer: RDMTrainer, rollout: Rollout, folder: Path) -> list[torch.Tensor]:
+    """The teacher's images twice, the second time from a cache that only the first process has filled."""
+    rank, images = os.environ["RANK"], []
+    for attempt in ("first", "second"):
+        cache = TeacherCache(folder / ("cache" if rank == "0" else f"{attempt}-cache"), "key", None)
+        decoder = ImageDecoder(trainer.family.decode, 4)
+        teacher = trainer.networks.predictor("teacher")
+        images.append(
+            TeacherImages(teacher, trainer.family.schedule, decoder, 2, cache, trainer.on_any_process)(rollout)
+        )
+    return images
+
+
+def launch(job: str, base: Path, other: Path, folder: Path, count: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a job in several processes with gloo, and wait for them."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
+    return subprocess.run(
+        [*words, __file__, job, str(base), str(other), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+JOBS = {"processes": processes, "sharding": sharding}
+
+if __name__ == "__main__":
+    job, base, other, folder = sys.argv[1:]
+    torch.save(JOBS[job](base, other, Path(folder)), Path(folder) / f"{os.environ['RANK']}.pt")
+    if job == "processes":  # Last, as it ends them; a launch of its own would take as long as all the rest.
+        fail(base, Path(folder))

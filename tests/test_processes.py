@@ -1,0 +1,207 @@
+"""Many processes: the same run as one process, and a word where there are fewer than asked for."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rdm_rl import RDMConfig
+from rdm_rl.launch import check_processes, processes_asked_for
+from tests.helpers import same
+from tests.processes_worker import ROOT, gndmr, launch, state_of
+
+# Of the samples of one update, these are the numbers of the first micro-batch of one process alone.
+OF_THE_FIRST_BATCH = {"fake_score/fresh_loss", "fake_score/lag"}
+
+
+def largest_difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    assert one.keys() == two.keys()
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def launched(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+    """Two processes, which train, and then train once more with a reward that fails on one of them."""
+    folder, start = tmp_path_factory.mktemp("two"), time.monotonic()
+    done = launch("processes", base, base, folder)
+    assert done.returncode != 0
+    return folder, done.stderr, time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def two(launched: tuple[Path, str, float]) -> tuple[list[dict[str, Any]], Path]:
+    """What two processes end with, and where."""
+    folder, errors, _ = launched
+    assert (folder / "1.pt").is_file(), errors[-3000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)], folder
+
+
+@pytest.fixture(scope="module")
+def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What one process ends with that accumulates the gradients of two batches."""
+    folder = tmp_path_factory.mktemp("one")
+    trainer = gndmr(str(base), folder / "run", gradient_accumulation_steps=2)
+    batches = list(trainer.prompt_batches(0))
+    trainer.train()
+    ids = {
+        "sample_ids": [id for batch in batches for id in batch.sample_ids],
+        "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
+    }
+    return {**state_of(trainer), **ids}, folder
+
+
+@pytest.mark.invariant
+def test_one_process_and_two_train_the_same_weights(one: Any, two: Any) -> None:
+    """Sums in another order are all that differs. Measured: 1e-7 for weights that move by 5e-4 in an update."""
+    (alone, _), (together, _) = one, two
+    assert [process["world"] for process in together] == [2, 2]
+    for name in ("weights", "average"):
+        assert largest_difference(alone[name], together[0][name]) < 1e-5
+
+
+def test_processes_agree_bit_for_bit(two: Any) -> None:
+    first, second = two[0]
+    for name in ("weights", "average", "optimizers", "log"):
+        assert same(first[name], second[name]), name
+    assert [process["main"] for process in (first, second)] == [True, False]
+
+
+def test_groups_are_whole_and_the_batch_is_the_same(one: Any, two: Any) -> None:
+    alone, (first, second) = one[0], two[0]
+    assert not set(first["group_ids"]) & set(second["group_ids"])
+    for name in ("sample_ids", "group_ids"):
+        assert first[name] + second[name] == alone[name]
+
+
+def test_rewards_and_statistics_are_of_all_processes(one: Any, two: Any) -> None:
+    alone, together = one[0]["log"], two[0][0]["log"]
+    assert len(alone) == len(together) == 3  # The fake score's warm-up, and two updates.
+    for expected, got in zip(alone, together, strict=True):
+        assert expected.keys() == got.keys()
+        for name in expected.keys() - OF_THE_FIRST_BATCH:
+            assert got[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+
+
+def test_torchrun_gets_no_warning(two: Any) -> None:
+    assert not [text for process in two[0] for text in process["warnings"] if "processes" in text]
+
+
+def test_one_process_saves(two: Any) -> None:
+    folder = two[1] / "run"
+    assert (folder / "pytorch_lora_weights.safetensors").is_file()
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(base: Path, two: Any, tmp_path: Path) -> None:
+    together, folder = two
+    trainer = gndmr(str(base), tmp_path, gradient_accumulation_steps=2)
+    trainer.train(folder / "run" / "checkpoint-1")
+    got = state_of(trainer)
+    assert largest_difference(got["weights"], together[0]["weights"]) < 1e-5
+    assert len(got["log"]) == 3
+
+
+def test_but_not_with_another_number_of_samples(base: Path, two: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"made with 2 batches .*this run has 1 .*Set gradient_accumulation_steps=2"):
+        gndmr(str(base), tmp_path).train(two[1] / "run" / "checkpoint-1")
+
+
+def test_a_failure_on_one_process_ends_the_others(launched: tuple[Path, str, float]) -> None:
+    _, errors, seconds = launched
+    assert "The reward 'fragile' failed" in errors
+    assert "the reward's server is gone" in errors
+    assert seconds < 200  # Waiting for a process that is gone takes 30 minutes.
+
+
+SCRIPTS = {
+    "trainer.py": """
+import warnings
+from rdm_rl import RDMConfig
+from rdm_rl.trainers.training_loop import TrainingLoop
+TrainingLoop.__abstractmethods__ = frozenset()
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    loop = TrainingLoop(RDMConfig(output_dir="out", use_cpu=True), 1)
+print("processes:", loop.accelerator.num_processes)
+print("\\n".join(str(one.message) for one in seen))
+""",
+    "short.py": """
+import warnings
+from rdm_rl.launch import check_processes
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    check_processes(1)
+print("processes: 1", *(one.message for one in seen))
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a run says under `accelerate launch` with different numbers of processes; all run at the same time."""
+    folder = tmp_path_factory.mktemp("launches")
+    for name, text in SCRIPTS.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "two.yaml").write_text("num_processes: 2\ndistributed_type: MULTI_CPU\nuse_cpu: true\n", encoding="utf-8")
+    launches = {
+        "two": ["--cpu", "--num_processes", "2", "trainer.py"],
+        "two by file": ["--config_file", "two.yaml", "short.py"],
+        "one": ["--cpu", "--num-processes=1", "short.py"],
+    }
+    running = {
+        name: subprocess.Popen(
+            # The last words are the script's own.
+            [sys.executable, "-m", "accelerate.commands.launch", *words, "--num_processes", "7"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, words in launches.items()
+    }
+    answers = {name: process.communicate(timeout=200) for name, process in running.items()}
+    for name, process in running.items():
+        assert process.returncode == 0, answers[name][1][-2000:]
+    return {name: out for name, (out, _) in answers.items()}
+
+
+@pytest.mark.parametrize("name", ["two", "two by file"])
+def test_fewer_processes_than_asked_for_are_reported(name: str, said: dict[str, str]) -> None:
+    assert "processes: 1" in said[name]
+    assert "was asked for 2 processes, but started 1" in said[name]
+    assert "torchrun --nproc_per_node 2" in said[name]
+
+
+def test_as_many_as_asked_for_are_not(said: dict[str, str]) -> None:
+    assert "processes: 1" in said["one"]
+    assert "asked for" not in said["one"]
+
+
+def test_nothing_is_said_without_accelerate_launch() -> None:
+    assert processes_asked_for() is None
+    check_processes(1)  # Warnings are errors here.
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started, but 1 train together.*Set use_cpu=True"):
+        check_processes(1)
+    check_processes(2)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "accelerate's FSDP plugin")],
+)
+def test_foreign_sharding_is_refused(variable: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"asks for {name} .*cannot hold them.*shard=True"):
+        RDMConfig(output_dir=str(tmp_path), use_cpu=True)
