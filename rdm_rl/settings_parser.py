@@ -1,6 +1,7 @@
 """The parser of ``rdm-rl train`` and of the examples: flags over a YAML file, and a help text in groups."""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,7 +160,7 @@ class SettingsFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         default = action.default.value if isinstance(action.default, Enum) else action.default
         shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
-        shown = shown.lower() if isinstance(default, bool) else shown
+        shown = json.dumps(default) if isinstance(default, bool | dict) else shown
         if action.required:
             shown = "needed"
         elif default is None or shown in ("", argparse.SUPPRESS):
@@ -306,6 +307,7 @@ class SettingsParser(TrlParser):
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
+        formatter.add_text("In brackets: the value of a run without the flag.")
         for title, actions in self.groups():
             formatter.start_section(title)
             formatter.add_arguments(actions)
