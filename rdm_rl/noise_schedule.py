@@ -48,6 +48,18 @@ class NoiseSchedule(ABC):
     def timestep(self, t: Tensor) -> Tensor:
         """What the network is given as time, of the shape of t."""
 
+    def descent(self, start: float, steps: int) -> Tensor:
+        """Times from a start down to clean data, spaced as a many-step sampler of the model spaces them.
+
+        Args:
+            start: The first time, in (0, 1].
+            steps: Steps to 0.
+
+        Returns:
+            The times, shape (steps + 1,), float32, falling from ``start`` to 0.
+        """
+        return torch.linspace(start, 0, steps + 1)
+
     def perturb(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         r"""A noisy sample, :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`.
 
@@ -110,13 +122,25 @@ class FlowMatching(NoiseSchedule):
 
     Args:
         steps: What the network's time is multiplied by.
+        shift: How much more of a sampler's steps lie at high noise, at least 1: evenly spaced u become
+            shift u / (1 + (shift - 1) u), as in Stable Diffusion 3 (Esser et al., 2024, eq. 23).
 
     Example:
         >>> FlowMatching().alpha(torch.tensor(0.25))
         tensor(0.7500)
+        >>> FlowMatching(shift=3.0).descent(1.0, 2)
+        tensor([1.0000, 0.7500, 0.0000])
     """
 
     steps: int = 1000
+    shift: float = 1.0
+
+    def descent(self, start: float, steps: int) -> Tensor:
+        """Times evenly spaced before the shift."""
+        even = torch.linspace(start / (self.shift - (self.shift - 1) * start), 0, steps + 1)
+        times = self.shift * even / (1 + (self.shift - 1) * even)
+        times[0] = start  # Exactly: the rounding of there and back would leave a gap to the given state.
+        return times
 
     def timestep(self, t: Tensor) -> Tensor:
         """The time times ``steps``, float32."""

@@ -86,7 +86,7 @@ def ode_solution(
         The solutions, shape (N, C, H, W).
     """
     count = max(1, math.ceil(steps * t - 1e-6))
-    times = torch.linspace(t, 0, count + 1, device=x_t.device)
+    times = schedule.descent(t, count).to(x_t.device)
     for now, then in pairwise(times):
         x_0 = network(x_t, now.expand(len(x_t)), conditioning)
         noise = (x_t - schedule.alpha(now) * x_0) / schedule.sigma(now)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
 from torch import Tensor
 
@@ -307,3 +308,18 @@ def test_three_updates_change_only_what_they_should(family: Family, kind: str, f
             assert any(f".{role}." in one for one in moved)
     assert all(value == value for row in trainer.state.log_history for value in row.values())
     assert any(row["rewards/brightness/lambda"] > 0 for row in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_a_flow_s_times_are_the_base_scheduler_s(family: Family, steps: int) -> None:
+    if not isinstance(family, FlowFamily):
+        pytest.skip("betas")
+    config = family.pipeline.scheduler.config
+    own = {"shift": config["flow_shift"]} if "flow_shift" in config else {}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, **own)
+    c = scheduler.config
+    mu = calculate_shift(family.image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    even = [1 - index / steps for index in range(steps)]
+    scheduler.set_timesteps(sigmas=even, mu=mu if c.use_dynamic_shifting else None)
+    torch.testing.assert_close(family.student_times(steps), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+    assert family.shift > 1 or "schnell" in family.pipeline.config._name_or_path

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -334,7 +335,10 @@ class Family(ABC):
             )
         path, weight_name = adapter_file(source)
         known = {"weight_name": weight_name} if weight_name else {}
-        self.pipeline.load_lora_weights(path, adapter_name=name, **known)
+        with warnings.catch_warnings():
+            # PEFT warns of the second adapter on one model; here several share their base on purpose.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            self.pipeline.load_lora_weights(path, adapter_name=name, **known)
         for part in self.text_encoders:
             if any(isinstance(module, BaseTunerLayer) for module in part.modules()):
                 raise ValueError(

@@ -38,7 +38,17 @@ class FlowFamily(Family):
                 f"{type(pipeline).__name__} predicts the velocity of a flow. Use its FlowMatchEulerDiscreteScheduler."
             )
         self.prediction_type = "flow"
-        self.schedule = FlowMatching(steps=config.num_train_timesteps)
+        self.schedule = FlowMatching(steps=config.num_train_timesteps, shift=self.shift)
+
+    @property
+    def shift(self) -> float:
+        """How much more of the base's steps lie at high noise; with a dynamic shift it depends on the image's size."""
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("flow_shift", config.get("shift", 1.0)))  # DPM-Solver's name, and Euler's.
+        ends = (config[f"{end}_{what}"] for what in ("image_seq_len", "shift") for end in ("base", "max"))
+        mu = calculate_shift(self.image_tokens, *ends)
+        return float(np.exp(mu)) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
 
     @property
     def image_tokens(self) -> int:
@@ -47,30 +57,12 @@ class FlowFamily(Family):
         patch = int(getattr(self.network.config, "patch_size", 1))  # type: ignore[union-attr]
         return (height // patch) * (width // patch)
 
-    def base_scheduler(self) -> Any:
-        """A scheduler of flow matching with the base's own shift of the times."""
-        config = self.pipeline.scheduler.config
-        shift = {"shift": config["flow_shift"]} if "flow_shift" in config else {}  # DPM-Solver's name for it.
-        return FlowMatchEulerDiscreteScheduler.from_config(config, **shift)
-
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times 1, (K-1)/K, ..., 1/K, shifted as the base's own scheduler shifts them.
 
         Stock pipelines would end a four-step list at t = 0.001 instead, a step that does almost nothing.
         """
-        scheduler = self.base_scheduler()
-        config = scheduler.config
-        mu = calculate_shift(
-            self.image_tokens,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
-        even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(sigmas=even.tolist(), mu=mu if config.use_dynamic_shifting else None)
-        times: Tensor = scheduler.sigmas[:-1].cpu().float()
-        return times
+        return self.schedule.descent(1.0, num_inference_steps)[:-1]
 
     def student_scheduler(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Any:
         """``FlowMatchEulerDiscreteScheduler``, random for ``renoise``; the times go to the call as ``sigmas``.

@@ -1,0 +1,300 @@
+"""Starting from a student that is already distilled, and learning from a teacher with a style of its own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rdm_rl import RDMTrainer
+from rdm_rl.families.base import adapter_file
+from rdm_rl.student import load_student
+from tests.helpers import PROMPTS, QUICK, brightness, changed, latents, quick_trainer, snapshot, tiny_sd
+from tests.tiny_pipelines import tiny_sd3
+
+SETTINGS = {**QUICK, "num_inference_steps": 2, "max_steps": 1}
+T = torch.tensor([1.0, 0.5])
+TEXTS = ["the digit 3", "the digit 4"]
+
+
+def published_lora(folder: Path, rank: int = 6, alpha: int = 3, style: str = "peft", seed: int = 5) -> Path:
+    """A LoRA of Stable Diffusion as the hub has them: of its own rank, scale, layers and format."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipe = tiny_sd(folder / "source")
+        targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "time_emb_proj"]
+        targets = targets[:4] if style == "attention" else targets
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
+        pipe.unet.add_adapter(config)
+    state = get_peft_model_state_dict(pipe.unet)
+    if style == "kohya":  # The names and alphas of the LCM-LoRA and Hyper files.
+        named = {}
+        for name, value in state.items():
+            module, part, _ = name.rsplit(".", 2)
+            key = "lora_unet_" + module.replace(".", "_")
+            named[f"{key}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value.contiguous()
+            named[f"{key}.alpha"] = torch.tensor(float(alpha))
+        save_file(named, folder / "published.safetensors")
+        return folder / "published.safetensors"
+    metadata = pipe.unet.peft_config["default"].to_dict() if style == "peft" else None
+    layers = convert_state_dict_to_diffusers(state) if style == "attention" else state
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    return folder
+
+
+def stock_prediction(base: Path, lora: Path | None) -> Tensor:
+    """What diffusers' own pipeline, with the adapter loaded by diffusers, predicts."""
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    if lora is not None:
+        path, name = adapter_file(str(lora))
+        pipe.load_lora_weights(path, weight_name=name)
+    states = pipe.encode_prompt(TEXTS, "cpu", 1, False)[0]
+    with torch.no_grad():
+        output: Tensor = pipe.unet(latents(2, 4, 8, 8), torch.tensor([999, 499]), encoder_hidden_states=states).sample
+    return output
+
+
+def prediction(trainer: RDMTrainer, role: str) -> Tensor:
+    """The raw output behind a role's x_0."""
+    family, networks = trainer.networks.family_of(role), trainer.networks
+    with networks.role(role), torch.no_grad():
+        return family.forward(networks.module(role), latents(2, 4, 8, 8), T, family.encode(TEXTS))
+
+
+@pytest.mark.parametrize("style", ["peft", "attention", "kohya"])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_the_policy_starts_as_the_published_student(style: str, lora: bool, base: Path, tmp_path: Path) -> None:
+    source = published_lora(tmp_path / "published", style=style, alpha=6 if style == "attention" else 3)
+    given = {"policy_init": source, **({} if lora else {"peft_config": None})}
+    trainer = quick_trainer(base, tmp_path / "run", "rdm", given=given, **SETTINGS)
+    expected, plain = stock_prediction(base, source), stock_prediction(base, None)
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(prediction(trainer, "policy"), expected, rtol=0, atol=0 if lora else 1e-5)
+    for role in ("teacher", "fake_score"):  # Both begin as the base.
+        torch.testing.assert_close(prediction(trainer, role), plain, rtol=0, atol=0)
+    trainer.train()
+    assert not torch.equal(prediction(trainer, "policy"), expected)
+    torch.testing.assert_close(prediction(trainer, "teacher"), plain, rtol=0, atol=0)
+
+    trainer.save_model(tmp_path / "student")
+    student = load_student(tmp_path / "student", base)
+    ours = trainer.generate(TEXTS, generator=torch.Generator().manual_seed(1))
+    theirs = student.draw(TEXTS, generator=torch.Generator().manual_seed(1), output_type="pt")
+    assert torch.equal(ours, theirs)
+    if lora:
+        assert {one.shape[0] for name, one in student.pipeline.unet.state_dict().items() if "lora_A" in name} == {6}
+
+
+def other_unet(tmp_path: Path, seed: int = 3) -> UNet2DConditionModel:
+    return tiny_sd(tmp_path / f"unet{seed}", seed=seed).unet
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "network"])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_whole_model_is_a_start(kind: str, lora: bool, base: Path, tmp_path: Path) -> None:
+    pipe = tiny_sd(tmp_path / "source")
+    pipe.unet = other_unet(tmp_path)
+    (pipe if kind == "pipeline" else pipe.unet).save_pretrained(tmp_path / "distilled")
+    given = {"policy_init": tmp_path / "distilled", **({} if lora else {"peft_config": None})}
+    trainer = quick_trainer(base, tmp_path / "run", "rdm", given=given, **SETTINGS)
+    plain = stock_prediction(base, None)
+    start = prediction(trainer, "policy")
+    with torch.no_grad():
+        states = trainer.family.encode(TEXTS).tensors["encoder_hidden_states"]
+        expected = pipe.unet(latents(2, 4, 8, 8), torch.tensor([999, 499]), encoder_hidden_states=states).sample
+    torch.testing.assert_close(start, expected, rtol=0, atol=0)
+    assert not torch.allclose(start, plain, atol=1e-2)
+    for role in ("teacher", "fake_score"):  # The fake score starts as the teacher, not as the few-step model.
+        torch.testing.assert_close(prediction(trainer, role), plain, rtol=0, atol=0)
+    assert trainer.networks.family.pipeline.vae is trainer.networks.teacher_family.pipeline.vae  # Loaded once.
+    trainer.train()
+    torch.testing.assert_close(prediction(trainer, "teacher"), plain, rtol=0, atol=0)
+    assert not torch.equal(prediction(trainer, "policy"), start)
+
+    trainer.save_model(tmp_path / "student")
+    # An adapter belongs to the pipeline it was trained on; a bare network is none, so the whole is saved.
+    is_adapter = lora and kind == "pipeline"
+    assert (tmp_path / "student" / "pytorch_lora_weights.safetensors").is_file() == is_adapter
+    student = load_student(tmp_path / "student", tmp_path / "distilled")
+    ours = trainer.generate(TEXTS, generator=torch.Generator().manual_seed(1))
+    theirs = student.draw(TEXTS, generator=torch.Generator().manual_seed(1), output_type="pt")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if is_adapter or not lora else 1e-4)
+
+
+def lcm_unet(base: Path) -> UNet2DConditionModel:
+    """A latent consistency model, which is told its guidance."""
+    config = dict(UNet2DConditionModel.load_config(base / "unet"))
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 32}).eval()
+
+
+def test_a_latent_consistency_model_is_told_its_guidance(base: Path, tmp_path: Path) -> None:
+    unet = lcm_unet(base)
+    with torch.no_grad():  # Their embedding starts at zero.
+        unet.time_embedding.cond_proj.weight.normal_(generator=torch.Generator().manual_seed(0))
+    unet.save_pretrained(tmp_path / "lcm")
+    given = {"policy_init": tmp_path / "lcm"}
+    trainer = quick_trainer(base, tmp_path / "run", "rdm", given=given, **{**SETTINGS, "guidance_scale": 4.0})
+    pipe = StableDiffusionPipeline.from_pretrained(base, unet=unet)
+    pipe.scheduler = trainer.family.student_scheduler(2)
+    expected = [
+        pipe(
+            TEXTS,
+            num_inference_steps=2,
+            guidance_scale=scale,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+        ).images
+        for scale in (4.0, 1.0)
+    ]
+    ours = trainer.generate(TEXTS, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ours, expected[0])
+    assert not torch.allclose(ours, expected[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("separate", [False, True], ids=["own-base", "other-teacher"])
+def test_a_style_belongs_to_the_teacher_alone(lora: bool, separate: bool, base: Path, tmp_path: Path) -> None:
+    style = published_lora(tmp_path / "style")
+    given: dict[str, Any] = {"teacher_adapter": style, **({} if lora else {"peft_config": None})}
+    if separate:
+        given["teacher"] = tiny_sd(tmp_path / "teacher")  # The same weights, in a pipeline of their own.
+    trainer = quick_trainer(base, tmp_path / "run", "rdm", given=given, **SETTINGS)
+    styled, plain = stock_prediction(base, style), stock_prediction(base, None)
+    torch.testing.assert_close(prediction(trainer, "teacher"), styled, rtol=0, atol=0 if lora else 1e-5)
+    for role in ("policy", "fake_score"):
+        torch.testing.assert_close(prediction(trainer, role), plain, rtol=0, atol=0)
+    frozen = {name: one for name, one in snapshot(trainer.networks.module("teacher")).items() if ".teacher." in name}
+    assert bool(frozen) == lora
+    trainer.train()
+    torch.testing.assert_close(prediction(trainer, "teacher"), styled, rtol=0, atol=0 if lora else 1e-5)
+    assert not changed(frozen, {name: snapshot(trainer.networks.module("teacher"))[name] for name in frozen})
+    # The style is what R_dm asks for: without it the teacher and the fake score agree at the start.
+    assert trainer.state.log_history[0]["rdm/gap"] > 0.05
+    trainer.save_model(tmp_path / "student")
+    if lora:
+        saved = load_file(tmp_path / "student" / "pytorch_lora_weights.safetensors")
+        assert not any("teacher" in name for name in saved)
+
+
+def test_both_at_once_on_a_flow(tmp_path: Path) -> None:
+    """Policy, fake score and teacher: three adapters on one transformer."""
+    pipe = tiny_sd3(tmp_path / "source")
+    pipe.save_pretrained(tmp_path / "base")
+    for name, seed in (("few-step", 1), ("style", 2)):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            one = tiny_sd3(tmp_path / "source")
+            one.transformer.add_adapter(LoraConfig(r=3, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        state = get_peft_model_state_dict(one.transformer)
+        type(one).save_lora_weights(tmp_path / name, transformer_lora_layers=state)
+    given = {"policy_init": tmp_path / "few-step", "teacher_adapter": tmp_path / "style"}
+    given["peft_config"] = LoraConfig(r=2)
+    trainer = quick_trainer(tmp_path / "base", tmp_path / "run", ["rdm", brightness()], given=given, **SETTINGS)
+    x_t = latents(2, *trainer.family.latent_shape)
+    with torch.no_grad():
+        found = [
+            trainer.networks.predict(role, x_t, T, trainer.family.encode(TEXTS))
+            for role in ("policy", "teacher", "fake_score")
+        ]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(found[first], found[second], atol=1e-3)
+    trainer.train()
+    again = trainer.networks.predict("teacher", x_t, T, trainer.family.encode(TEXTS))
+    assert torch.equal(again, found[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: (folder / "empty").mkdir(), "policy_init='.*empty' holds no pytorch_lora_weights"),
+        (lambda folder: with_text_encoder(folder / "text"), "also adapts the text encoder"),
+        (lambda folder: of_another_class(folder / "vae"), "policy_init='.*vae' is a AutoencoderKL, but the base"),
+    ],
+    ids=["empty", "text", "vae"],
+)
+def test_what_is_no_student_is_refused(
+    make: Callable[[Path], Any], message: str, base: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    make(tmp_path)
+    place = tmp_path / request.node.callspec.id
+    with pytest.raises((ValueError, OSError), match=message):
+        quick_trainer(base, tmp_path / "run", "rdm", given={"policy_init": place}, **SETTINGS)
+
+
+def with_text_encoder(folder: Path) -> None:
+    pipe = tiny_sd(folder / "source")
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder),
+    )
+
+
+def of_another_class(folder: Path) -> None:
+    tiny_sd(folder / "source").vae.save_pretrained(folder)
+
+
+def test_a_distilled_student_survives_more_training(tmp_path: Path) -> None:
+    """The complaint of this field: training a few-step model further breaks it. Here R_dm holds it where it is.
+
+    The embedded digits, a four-step student of a short run, ten more updates for a reward: with ``rdm`` beside the
+    reward the student's images move far less than with the reward alone at the same rate.
+    """
+    from rdm_rl.demo.digits import TEACHER_FOLDER
+
+    config = LoraConfig(r=8, lora_alpha=8)
+    rows = PROMPTS
+    common = {**QUICK, "num_inference_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4}
+    first = quick_trainer(
+        TEACHER_FOLDER,
+        tmp_path / "first",
+        "rdm",
+        given={"peft_config": config},
+        train_dataset=rows,
+        **{**common, "warm_start": "ode", "warm_start_steps": 40, "warm_start_num_states": 64, "max_steps": 1},
+    )
+    first.train()
+    first.save_model(tmp_path / "student")
+    texts = [row["prompt"] for row in rows]
+
+    def images(trainer: RDMTrainer) -> Tensor:
+        return trainer.generate(texts, generator=torch.Generator().manual_seed(2))
+
+    start = images(first)
+    moved = {}
+    for name, rewards, weights in (("rdm", ["rdm", brightness()], [1.0, 0.3]), ("reward", [brightness()], [1.0])):
+        updates = 5 if "rdm" in rewards else 0
+        trainer = quick_trainer(
+            TEACHER_FOLDER,
+            tmp_path / name,
+            rewards,
+            given={"policy_init": tmp_path / "student", "peft_config": config},
+            train_dataset=rows,
+            **{**common, "max_steps": 10, "reward_weights": weights, "fake_score_updates_per_policy_update": updates},
+        )
+        assert torch.equal(images(trainer), start)  # Untouched until the first update.
+        trainer.train()
+        moved[name] = (images(trainer) - start).square().mean().sqrt().item()
+    assert 0 < moved["rdm"] < 0.5 * moved["reward"]
+
+
+def test_the_card_names_the_model_the_adapter_belongs_to(base: Path, tmp_path: Path) -> None:
+    pipe = tiny_sd(tmp_path / "source")
+    pipe.unet = other_unet(tmp_path)
+    pipe.save_pretrained(tmp_path / "turbo")
+    trainer = quick_trainer(base, tmp_path / "run", "rdm", given={"policy_init": tmp_path / "turbo"}, **SETTINGS)
+    trainer.save_model(tmp_path / "student")
+    card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    assert 'from_pretrained("turbo")' in card
+    assert json.loads((tmp_path / "student" / "student.json").read_text())["num_inference_steps"] == 2
