@@ -42,7 +42,7 @@ def check_sharding(processes: int) -> None:
         raise ValueError(
             "shard=True spreads the networks over the processes, but there is only one. Start several (torchrun "
             "--nproc_per_node 2 script.py, or accelerate launch on several GPUs), or leave out shard. One GPU takes "
-            "less memory with bf16=True, gradient_checkpointing=True and offload=['text_encoders', 'rewards']."
+            "less memory with bf16=True, activation_checkpointing=True and offload=['text_encoders', 'rewards']."
         )
     # torch 2.6 has fully_shard, but it cannot leave adapters out.
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from torch import Tensor
 
 from rdm_rl import RDMConfig
@@ -205,3 +206,17 @@ def test_foreign_sharding_is_refused(variable: str, name: str, monkeypatch: pyte
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=f"asks for {name} .*cannot hold them.*shard=True"):
         RDMConfig(output_dir=str(tmp_path), use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "machines"), [("one_gpu", 1, 1), ("eight_gpus", 8, 1), ("two_nodes", 16, 2)]
+)
+def test_the_configurations_are_what_accelerate_takes(name: str, processes: int, machines: int) -> None:
+    """As far as that can be seen without GPUs: accelerate accepts them, and would start processes on GPUs."""
+    file = ROOT / "examples" / "accelerate_configs" / f"{name}.yaml"
+    args = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    assert (args.num_processes, args.num_machines, args.multi_gpu) == (processes, machines, processes > 1)
+    assert not args.use_fsdp
+    assert not args.use_deepspeed
+    assert name in file.read_text(encoding="utf-8").split("\ncompute_environment")[0]  # Its command is in its header.

@@ -144,6 +144,15 @@ def test_one_process_cannot_shard(base: Path, tmp_path: Path, monkeypatch: pytes
         tiny_trainer(base, tmp_path, shard=True)
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_weights_that_autocast_casts_are_not_kept_if_they_are_sharded(base: Path, tmp_path: Path, shard: bool) -> None:
+    trainer = tiny_trainer(base, tmp_path, bf16=True)
+    trainer.args.shard = shard
+    with trainer.networks.autocast():
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_cache_enabled() is not shard
+
+
 def test_old_torch_cannot_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding.torch, "__version__", "2.6.0+cpu")
     with pytest.raises(RuntimeError, match=r"needs torch 2\.7 or newer; this is 2\.6\.0"):

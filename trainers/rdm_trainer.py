@@ -162,7 +162,7 @@ class RDMTrainer(TrainingLoop):
             *(args, model, teacher, teacher_adapter, policy_init, peft_config),
             matches_distributions="rdm" in rewards,
             device=self.device,
-            autocast=self.accelerator.autocast,
+            autocast=self.autocast,
         )
         for role in get_args(Role):
             self.share_parameters(self.networks.parameters(role))

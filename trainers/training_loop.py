@@ -3,13 +3,15 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -133,6 +135,13 @@ class TrainingLoop(ABC):
         """Where the networks live."""
         device: torch.device = self.accelerator.device
         return device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which networks run: mixed precision, if ``bf16`` or ``fp16`` is set."""
+        # Autocast keeps the weights that it has cast until the context ends. Of sharded networks these would be whole.
+        handler = AutocastKwargs(cache_enabled=not self.args.shard)
+        context: AbstractContextManager[Any] = self.accelerator.autocast(handler)
+        return context
 
     def _global_step(self) -> int:
         return int(self.state.global_step)
