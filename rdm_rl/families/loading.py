@@ -91,9 +91,11 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
         OSError: If it cannot be loaded.
         ValueError: If its class belongs to no family.
     """
+    index = _configuration(model, "model")  # Of a hub name too: its class is known before gigabytes come.
+    if index is None:
+        raise FileNotFoundError(f"model={model!r} holds no model_index.json, so it is no diffusers pipeline.")
+    family = FAMILIES[_supported(str(index.get("_class_name")))]
     with one_line_errors("model", model):
-        index = DiffusionPipeline.load_config(model)  # Of a hub name too: its class is known before gigabytes come.
-        family = FAMILIES[_supported(str(index.get("_class_name")))]
         for name in family.optional_components:  # diffusers wants to be told of what was saved as missing.
             if index.get(name, [None])[0] is None:
                 components = {name: None, name.replace("text_encoder", "tokenizer"): None} | components
@@ -129,7 +131,7 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
         OSError: If the hub does not give it.
         ValueError: If it is of another kind than the base.
     """
-    index = _configuration(source)
+    index = _configuration(source, "policy_init")
     if index is None:
         return None
     kind = str(index.get("_class_name"))
@@ -149,14 +151,14 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
     )
 
 
-def _configuration(source: str) -> dict[str, Any] | None:
+def _configuration(source: str, setting: str) -> dict[str, Any] | None:
     """What a pipeline or a network says of itself; None for an adapter."""
     folder = Path(source)
     if folder.is_file() or source.endswith(".safetensors"):
         return None
     if not folder.is_dir():
-        check_hub_name("policy_init", source)
-        with one_line_errors("policy_init", source):
+        check_hub_name(setting, source)
+        with one_line_errors(setting, source):
             folder = Path(snapshot_download(source, allow_patterns=["model_index.json", "config.json"]))
     for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():

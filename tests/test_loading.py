@@ -1,0 +1,186 @@
+"""What is wrong with a model is said in one line, before gigabytes are loaded where that is possible."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from rdm_rl.cli import main
+from rdm_rl.families import load_family, register_family
+from rdm_rl.families.base import adapter_file
+from tests.helpers import QUICK, quick_trainer, tiny_sd
+from tests.tiny_pipelines import tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl, tiny_unconditional
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error)
+    assert "\n" not in text
+    assert len(text) < 400
+    return text
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("missing", ["unet", "vae", "text_encoder_2", "scheduler"])
+def test_a_missing_component_is_said_before_loading(missing: str, tmp_path: Path) -> None:
+    tiny_sdxl(tmp_path / "source").save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / missing)
+    with pytest.raises(FileNotFoundError, match=f"has no '{missing}' folder, but a StableDiffusionXLPipeline") as found:
+        load_family(tmp_path / "model")
+    one_line(found.value)
+
+
+def test_a_missing_component_of_a_loaded_pipeline(tmp_path: Path) -> None:
+    pipe = tiny_sd(tmp_path)
+    pipe.vae = None
+    with pytest.raises(ValueError, match="has no vae, which distillation needs"):
+        load_family(pipe)
+
+
+def test_an_unsupported_prediction_type(tmp_path: Path) -> None:
+    pipe = tiny_sd3(tmp_path)
+    pipe.scheduler = EulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler with prediction_type='epsilon', but .* of a flow"):
+        load_family(pipe)
+    other = tiny_sdxl(tmp_path / "x")
+    other.scheduler = DDIMScheduler(prediction_type="edm")
+    with pytest.raises(ValueError, match="prediction_type='edm', which has no conversion"):
+        load_family(other)
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    error = kind.__new__(kind)  # Its constructor wants the answer of a server, in a type that differs by version.
+    error.args = ("a page of text\nabout tokens",)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (hub_error(GatedRepoError), "'owner/name' cannot be loaded: its owner asks you to accept a licence"),
+        (hub_error(RepositoryNotFoundError), "'owner/name' cannot be loaded: the hub has no public model of this name"),
+        (OSError("no connection.\nSee the page."), "'owner/name' cannot be loaded: no connection."),
+    ],
+    ids=["gated", "missing", "offline"],
+)
+def test_the_hub_s_refusals(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("rdm_rl.families.loading.snapshot_download", refuse)
+    with pytest.raises(OSError, match=message) as found:
+        load_family("owner/name")
+    one_line(found.value)
+    words = ["--model_name_or_path", "owner/name", "--dataset", "digits", "--output_dir", str(tmp_path), "--use_cpu"]
+    assert main(["train", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_real_hub_name_offline_is_one_line() -> None:
+    """Through diffusers itself: the tests run without a hub."""
+    with pytest.raises(OSError, match="'owner/no-such-model' cannot be loaded: ") as found:
+        load_family("owner/no-such-model")
+    one_line(found.value)
+    with pytest.raises(OSError, match="policy_init='owner/no-such-model' cannot be loaded: ") as found:
+        from rdm_rl.families.loading import load_policy_init
+
+        load_policy_init("owner/no-such-model", None)  # type: ignore[arg-type]
+    one_line(found.value)
+
+
+def test_the_class_of_a_hub_model_is_known_before_it_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, no_loading: None, tmp_path: Path
+) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    monkeypatch.setattr("rdm_rl.families.loading.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(ValueError, match=r"WanPipeline, which no family supports.*FluxPipeline.*add_a_family"):
+        load_family("owner/name")
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_flux, tiny_sd3], ids=["sd", "sdxl", "flux", "sd3"])
+def test_half_precision_leaves_the_decoder_alone(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "source").save_pretrained(tmp_path / "model")
+    family = load_family(tmp_path / "model", dtype=torch.bfloat16)
+    assert next(family.network.parameters()).dtype == torch.bfloat16
+    assert all(next(one.parameters()).dtype == torch.bfloat16 for one in family.text_encoders)
+    assert next(family.decoder.parameters()).dtype == torch.float32
+    x_t = torch.randn(1, *family.latent_shape[:1], 8, 8, generator=torch.Generator().manual_seed(0))
+    x_0 = family.predict_x_0(family.network, x_t, torch.ones(1), family.encode(["a cat"]), 2.0)
+    assert x_0.dtype == torch.float32
+    assert family.decode(x_0).isfinite().all()
+
+
+def test_resolutions(tmp_path: Path) -> None:
+    pipe = tiny_sd(tmp_path)
+    assert load_family(pipe, resolution=32).latent_shape == (4, 16, 16)
+    assert load_family(pipe, resolution=32).student_call(4)["height"] == 32
+    assert "height" not in load_family(pipe).student_call(4)
+    with pytest.raises(ValueError, match=r"resolution=33, .* multiples of 2. Set it to 32"):
+        load_family(pipe, resolution=33)
+    with pytest.raises(ValueError, match=r"resolution=18, .* multiples of 4. Set it to 16"):
+        load_family(tiny_flux(tmp_path / "flux"), resolution=18)
+    for made in (tiny_dit(tmp_path / "dit"), tiny_unconditional(tmp_path / "ddpm")):
+        with pytest.raises(ValueError, match="images of one size only"):
+            load_family(made, resolution=32)
+
+
+def test_a_run_at_another_resolution(base: Path, tmp_path: Path) -> None:
+    trainer = quick_trainer(base, tmp_path, "rdm", resolution=32, max_steps=1, **QUICK)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.generate(["a cat"], generator=torch.Generator().manual_seed(0)).shape == (1, 3, 32, 32)
+    assert json.loads((tmp_path / "student.json").read_text())["width"] == 32
+
+
+def test_guidance_where_there_is_none(tmp_path: Path) -> None:
+    schnell = tiny_flux(tmp_path / "flux", guidance_embeds=False)
+    for setting in ("guidance_scale", "teacher_guidance_scale"):
+        with pytest.raises(ValueError, match=f"{setting}=2.0 is set, but a FluxPipeline of this kind has no guidance"):
+            quick_trainer(schnell, tmp_path, "rdm", resolution=16, **{**QUICK, setting: 2.0})
+    dev = tiny_flux(tmp_path / "dev")  # It is told its guidance, so that a policy may have some, also with "rdm".
+    quick_trainer(dev, tmp_path, "rdm", resolution=16, **{**QUICK, "guidance_scale": 3.5})
+
+
+def test_classes_that_a_dit_does_not_have(tmp_path: Path) -> None:
+    family = load_family(tiny_dit(tmp_path))
+    with pytest.raises(ValueError, match="'a cat' names no class of this model: write its number, 0 to 999"):
+        family.encode(["a cat"])
+
+
+def test_what_is_registered_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rdm_rl.families import FAMILIES, StableDiffusionFamily
+
+    monkeypatch.setitem(FAMILIES, "StableDiffusionPipeline", StableDiffusionFamily)
+
+    class Mine(StableDiffusionFamily):
+        """A family of one's own."""
+
+    register_family("StableDiffusionPipeline", Mine)
+    assert type(load_family(tiny_sd(tmp_path))) is Mine
+    with pytest.raises(TypeError, match="does not derive from"):
+        register_family("Other", dict)  # type: ignore[arg-type]
+
+
+def test_where_an_adapter_is(tmp_path: Path) -> None:
+    assert adapter_file("owner/name") == ("owner/name", None)
+    assert adapter_file("owner/name/sub/a.safetensors") == ("owner/name", "sub/a.safetensors")
+    (tmp_path / "one.safetensors").touch()
+    assert adapter_file(str(tmp_path)) == (str(tmp_path), "one.safetensors")
+    assert adapter_file(str(tmp_path / "one.safetensors")) == (str(tmp_path), "one.safetensors")
+    (tmp_path / "two.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"2 other .safetensors files"):
+        adapter_file(str(tmp_path))

@@ -1,0 +1,80 @@
+"""Prompts are encoded once, and kept under the name of the encoders that did it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdm_rl.families import load_family
+from rdm_rl.prompt_cache import PromptCache
+from tests.helpers import QUICK, quick_trainer, same, tiny_sd, trained_weights
+from tests.tiny_pipelines import tiny_sd3, tiny_sdxl
+
+TEXTS = ["the digit 3", "a cat", "the digit 3"]
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_sd3], ids=["sd", "sdxl", "sd3"])
+def test_rows_are_the_encoders(make: object, tmp_path: Path) -> None:
+    family = load_family(make(tmp_path / "source"))
+    expected = {text: family.encode([text]).tensors for text in TEXTS}
+    family.prompt_cache = PromptCache(tmp_path / "cache", family.encoder_fingerprint())
+    for _ in range(2):  # Encoded, then read.
+        found = family.encode(TEXTS).tensors
+        for name, rows in found.items():
+            assert torch.equal(rows, torch.cat([expected[text][name] for text in TEXTS]))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_a_prompt_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = load_family(tiny_sd(tmp_path / "source"))
+    family.prompt_cache = PromptCache(tmp_path / "cache", family.encoder_fingerprint())
+    seen: list[str] = []
+    encode = family.encode_prompts
+    monkeypatch.setattr(family, "encode_prompts", lambda prompts: seen.extend(prompts) or encode(prompts))
+    family.fill_prompt_cache(TEXTS, show_progress=False)
+    family.encode(TEXTS)
+    family.fill_prompt_cache([*TEXTS, "a dog"], show_progress=False)
+    assert seen == ["the digit 3", "a cat", "a dog"]
+
+
+def test_other_encoders_have_another_name(tmp_path: Path) -> None:
+    names = {
+        load_family(make(tmp_path / str(index))).encoder_fingerprint()
+        for index, make in enumerate([tiny_sd, lambda folder: tiny_sd(folder, seed=1), tiny_sdxl])
+    }
+    assert len(names) == 3
+
+
+def test_a_run_with_a_cache_is_the_run_without(base: Path, tmp_path: Path) -> None:
+    settings = {**QUICK, "num_generations": 1, "per_device_train_batch_size": 1, "max_steps": 2}
+    plain = quick_trainer(base, tmp_path / "plain", "rdm", **settings)
+    plain.train()
+    cached = quick_trainer(base, tmp_path / "cached", "rdm", prompt_cache_dir=str(tmp_path / "cache"), **settings)
+    assert cached.family.offloads_text_encoders
+    cached.train()
+    assert same(trained_weights(plain), trained_weights(cached))
+    # All prompts of the run and of the sample grid were there before the first update.
+    texts = {row["prompt"] for row in cached.prompts.rows(0, 2)} | {*cached.eval_prompts}
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == len(texts)
+
+
+def test_the_encoders_wait_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one device nothing can be seen to move, so the orders to move are counted."""
+    family = load_family(tiny_sd(tmp_path / "source"))
+    family.offloads_text_encoders = True
+    moves: list[str] = []
+    encoder = family.pipeline.text_encoder
+    monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)) or encoder)
+    family.to(torch.device("cpu"))
+    assert moves == []  # The encoder is left where it is.
+    monkeypatch.setattr("rdm_rl.families.base._device", lambda network: torch.device("meta"))
+    family.encode(["a cat"])
+    assert moves == ["cpu", "cpu"]  # To the network's device, and back.
+
+
+def test_settings_reach_the_family(base: Path, tmp_path: Path) -> None:
+    trainer = quick_trainer(base, tmp_path, "rdm", offload=["text_encoders"], **QUICK)
+    assert trainer.family.offloads_text_encoders
+    assert trainer.family.prompt_cache is None
+    assert not quick_trainer(base, tmp_path, "rdm", **QUICK).family.offloads_text_encoders
