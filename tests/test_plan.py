@@ -1,8 +1,10 @@
 """The plan of a run's memory: against the published sizes, real passes on the CPU, and a real trainer."""
 
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +19,10 @@ from rdm_rl.plan.activations import LiveBytes, Rehearsal, conditioning_of, cuda_
 from rdm_rl.plan.memory import CARDS, GIB, Phase, Settings, Sizes, fits, kept, phases
 from rdm_rl.plan.report import _rehearse, format_plan, make_plan, plan_command
 from rdm_rl.plan.skeleton import make_skeleton, read_blueprint
+from rdm_rl.rewards.registry import unregister_reward
 from rdm_rl.train import TrainArguments
 from tests.helpers import latents, tiny_config, tiny_sd, tiny_trainer
 from tests.tiny_pipelines import TINY
-
-PLANNED = [name for name in TINY if name != "pixart"]
 
 
 def networks_on(device, pipeline, *, lora=True, dtype=torch.float32, autocast=None):
@@ -81,7 +82,7 @@ def test_their_other_networks_too(model, encoder, millions) -> None:
 # --- skeletons --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", TINY)
 def test_a_skeleton_has_the_shapes_of_the_pipeline_whose_configurations_it_read(name, tmp_path) -> None:
     pipeline = TINY[name](tmp_path)
     pipeline.save_pretrained(tmp_path / "saved")
@@ -96,7 +97,7 @@ def test_a_skeleton_has_the_shapes_of_the_pipeline_whose_configurations_it_read(
     assert load_family(skeleton).student_times(2).tolist() == load_family(pipeline).student_times(2).tolist()
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", TINY)
 def test_encoded_prompts_have_the_shapes_that_the_family_gives(name, tmp_path) -> None:
     family = load_family(TINY[name](tmp_path))
     prompt = "3" if name == "dit" else "a red cat"
@@ -119,8 +120,8 @@ def test_a_family_of_the_users_own_is_refused_with_a_reason(tmp_path, monkeypatc
 
 
 def test_every_family_of_the_library_is_known(tmp_path) -> None:
-    covered = {type(TINY[name](tmp_path)).__name__ for name in PLANNED} | {"DDIMPipeline"}
-    assert covered >= {*FAMILIES} - {"PixArtSigmaPipeline", "PixArtAlphaPipeline"}
+    covered = {type(TINY[name](tmp_path)).__name__ for name in TINY} | {"DDIMPipeline"}
+    assert covered >= {*FAMILIES}
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -336,7 +337,14 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(folder, tmp_path
     plan_command(["--config", str(tmp_path / "run.yaml"), "--json", str(file)])
     found, text = json.loads(file.read_text()), capsys.readouterr().out
     assert [*found["phases"]] == [
-        *("rollout", "fake-score update", "teacher", "reward images", "reward gradient", "policy update"),
+        *(
+            "rollout",
+            "fake-score update",
+            "teacher and fake score",
+            "reward images",
+            "reward gradient",
+            "policy update",
+        ),
         "optimiser step",
     ]
     assert found["peak"] == max(phase["peak"] for phase in found["phases"].values())
@@ -394,7 +402,7 @@ def test_guidance_asks_the_teacher_twice_unless_it_is_told(folder, tmp_path) -> 
         tmp_path / "out", teacher_guidance_scale=3.0, fake_score_updates_per_policy_update=0, fake_score_warmup_steps=0
     )
     found = _rehearse(rehearsal, args, {}).found
-    assert found["teacher"][0].peak > 1.8 * rehearsal.forward("teacher", 4).peak
+    assert found["teacher and fake score"][0].peak > 1.8 * rehearsal.forward("teacher", 4).peak
     assert "fake-score update" not in found
 
 
@@ -439,3 +447,34 @@ def test_the_command_line_knows_the_command(folder) -> None:
     assert run.returncode == 0, run.stderr
     assert "policy update" in run.stdout
     assert "Warning" not in run.stderr
+
+
+# --- the dry runs on a GPU, as far as a CPU can go --------------------------------------------------------------------
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script():
+    yield runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    unregister_reward("dry_run_brightness")
+
+
+def test_a_tiny_dry_run_takes_what_the_plan_says(script, tmp_path, capsys) -> None:
+    words = ["--tiny", "--updates", "2", "--models", "sd35-medium", "--output_dir", str(tmp_path)]
+    (result,) = script["main"](words)
+    assert result["finite"] and result["moved"] and result["reloads"]
+    for name, phase in result["phases"].items():
+        assert phase["working"] == pytest.approx(phase["planned_working"], rel=0.15), name
+        assert phase["before"] == pytest.approx(phase["planned_before"], rel=0.1), name
+    assert "| sd35-medium | 16x16 | 4 |" in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_dry_runs_say_so(script) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="There is no GPU here"):
+        script["main"]([])
+    text = (BENCHMARKS / "gpu.md").read_text()
+    assert text.count(script["TABLE"][0]) == text.count(script["TABLE"][1]) == 1

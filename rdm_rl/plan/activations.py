@@ -165,7 +165,7 @@ def conditioning_of(family: Family, count: int) -> Conditioning:
                 "encoder_hidden_states": (_t5_length(pipeline), config.joint_attention_dim),
                 "pooled_projections": (config.pooled_projection_dim,),
             }
-        case "SanaPipeline":
+        case "SanaPipeline" | "PixArtSigmaPipeline":
             length = _t5_length(pipeline)
             shapes = {"encoder_hidden_states": (length, config.caption_channels), "encoder_attention_mask": (length,)}
         case "DiTPipeline":

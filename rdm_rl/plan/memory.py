@@ -112,7 +112,7 @@ NEEDS: dict[str, frozenset[str]] = {
     "encode prompts": frozenset({"text_encoders"}),
     "rollout": frozenset(),
     "fake-score update": frozenset(),
-    "teacher": frozenset({"teacher"}),
+    "teacher and fake score": frozenset({"teacher"}),
     "reward images": frozenset({"rewards"}),
     "reward gradient": frozenset({"rewards"}),
     "policy update": frozenset(),

@@ -16,7 +16,7 @@ from torch import nn
 from rdm_rl.decoding import TinyDecoder
 from rdm_rl.demo.digits import TEACHER_FOLDER
 from rdm_rl.families import Family, load_family
-from rdm_rl.model_sizes import MODELS
+from rdm_rl.model_sizes import MODELS, Blueprint
 from rdm_rl.networks import ADAPTERS, Networks, Role, make_networks
 from rdm_rl.plan.activations import Pass, Rehearsal, conditioning_of
 from rdm_rl.plan.memory import CARDS, GIB, OFFLOADED, Phase, Settings, Sizes, fits, kept, phases
@@ -101,11 +101,11 @@ class Plan:
         }
 
 
-def make_plan(model: str | Path, arguments: TrainArguments, args: RDMConfig, *, gpus: int = 1) -> Plan:
+def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RDMConfig, *, gpus: int = 1) -> Plan:
     """The memory of a run on one of its GPUs.
 
     Args:
-        model: A built-in size, a folder or a hub name (see :func:`~rdm_rl.plan.skeleton.read_blueprint`).
+        model: A built-in size, a folder, a hub name or a blueprint (see :mod:`rdm_rl.plan.skeleton`).
         arguments: What is trained; its model and data set are not read.
         args: The settings.
         gpus: Processes, each with a GPU; they share the networks if ``args.shard``.
@@ -182,7 +182,7 @@ def _rewards(arguments: TrainArguments, args: RDMConfig) -> dict[str, Any]:
 
 
 def _networks(
-    model: str | Path,
+    model: str | Path | Blueprint,
     arguments: TrainArguments,
     args: RDMConfig,
     peft_config: LoraConfig | None,
@@ -194,7 +194,7 @@ def _networks(
     dtype = _precision(args)
     loaded = dtype if peft_config else torch.float32  # As load_networks reads them.
 
-    def family_of(source: str | Path) -> Family:
+    def family_of(source: str | Path | Blueprint) -> Family:
         family = load_family(make_skeleton(read_blueprint(source), loaded), resolution=args.resolution)
         family.border = lambda: "not compared"  # type: ignore[method-assign]  # There are no weights to compare.
         return family
@@ -315,8 +315,8 @@ def _records(networks: Networks, args: RDMConfig, rewards: int) -> int:
     latent = 4 * channels * height * width
     pixels = 4 * 3 * height * width * family.pixels_per_latent**2
     each = 2 * args.num_inference_steps * latent + rewards * args.num_replayed_steps * latent + told
-    count = args.per_device_train_batch_size
-    return count * (args.gradient_accumulation_steps * each + pixels)
+    # The last rollouts are let go when the new ones are there.
+    return args.per_device_train_batch_size * (2 * args.gradient_accumulation_steps * each + pixels)
 
 
 def _optimiser(name: Any, notes: list[str]) -> tuple[float, bool]:
@@ -378,9 +378,11 @@ def _rehearse(rehearsal: Rehearsal, args: RDMConfig, rewards: Mapping[str, Any])
     )
     has_images = any(getattr(one, "inputs", "images") == "images" for one in plain.values())
     policy_samples = samples("policy", args.guidance_scale)
+    teacher = rehearsal.forward("teacher", samples("teacher", scale))
+    fake_score = rehearsal.forward("fake_score", count)
     fixed = {
         "rollout": rehearsal.forward("policy", policy_samples),
-        "teacher": rehearsal.forward("teacher", samples("teacher", scale)),
+        "teacher and fake score": max(teacher, fake_score, key=lambda one: one.peak),
     }
     if plain and has_images:
         fixed["reward images"] = rehearsal.decode(min(count, args.decode_batch_size), gradient=False)
@@ -452,13 +454,16 @@ def _remedies(plan: Plan, passes: _Passes, args: RDMConfig, gpus: int) -> dict[s
     return {name: value for name, value in tried.items() if value < 0.99 * plan.peak}
 
 
-def _title(model: str | Path, family: Family, args: RDMConfig, peft_config: LoraConfig | None, gpus: int) -> str:
+def _title(
+    model: str | Path | Blueprint, family: Family, args: RDMConfig, peft_config: LoraConfig | None, gpus: int
+) -> str:
     _, height, width = family.latent_shape
     pixels = family.pixels_per_latent
     trained = "two full copies" if peft_config is None else f"adapters of rank {peft_config.r}"
+    name = "a model of its own" if isinstance(model, dict) else str(model)
     shared = f", {gpus} GPUs" + (" that share the networks" if args.shard else "") if gpus > 1 else ""
     return (
-        f"{model} ({type(family.pipeline).__name__}), images of {height * pixels}x{width * pixels}, {trained}, "
+        f"{name} ({type(family.pipeline).__name__}), images of {height * pixels}x{width * pixels}, {trained}, "
         f"{str(_precision(args)).removeprefix('torch.')}, {args.per_device_train_batch_size} samples at once, "
         f"{args.num_inference_steps} steps{shared}"
     )

@@ -17,12 +17,12 @@ from rdm_rl.model_sizes import MODELS, Blueprint
 CONFIG_FILES = ["model_index.json", "*/config.json", "*/*_config.json"]
 
 
-def read_blueprint(model: str | Path) -> Blueprint:
+def read_blueprint(model: str | Path | Blueprint) -> Blueprint:
     """What a pipeline is made of.
 
     Args:
         model: A name of :data:`rdm_rl.model_sizes.MODELS`, a folder in the diffusers layout (its configuration files
-            are enough), or a hub name, of which only configuration files are fetched.
+            are enough), a hub name, of which only configuration files are fetched, or a blueprint itself.
 
     Returns:
         The blueprint.
@@ -36,6 +36,8 @@ def read_blueprint(model: str | Path) -> Blueprint:
         >>> read_blueprint("sd15")["unet"]["cross_attention_dim"]
         768
     """
+    if isinstance(model, dict):
+        return model
     name = str(model)
     if name in MODELS:
         return MODELS[name]
@@ -65,13 +67,14 @@ def _read_folder(folder: Path) -> Blueprint:
     return found
 
 
-def make_skeleton(blueprint: Blueprint, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline with networks on the meta device, which has shapes and no memory.
+def make_skeleton(blueprint: Blueprint, dtype: torch.dtype = torch.float32, device: str | torch.device = "meta") -> Any:
+    """The pipeline with networks on the meta device, which has shapes and no memory; or elsewhere, with random weights.
 
     Args:
         blueprint: What it is made of.
         dtype: Precision of the denoising network and the text encoders; the decoder stays in float32, as
             ``load_family`` leaves it.
+        device: Where the networks are made.
 
     Returns:
         The pipeline, without tokenizers and without components that distillation does not use.
@@ -92,9 +95,7 @@ def make_skeleton(blueprint: Blueprint, dtype: torch.dtype = torch.float32) -> A
     for name in taken:
         entry = blueprint.get(name)
         if isinstance(entry, dict) and "_class_name" in entry:
-            part = _component(name, entry)
-            # The plain method: diffusers' own warns of what does not concern weights that do not exist.
-            parts[name] = nn.Module.to(part, dtype) if isinstance(part, nn.Module) and name != "vae" else part
+            parts[name] = _component(name, entry, torch.float32 if name == "vae" else dtype, torch.device(device))
         elif entry is not None:
             parts[name] = entry
         elif name not in ("self", "args", "kwargs") and taken[name].default is inspect.Parameter.empty:
@@ -104,21 +105,27 @@ def make_skeleton(blueprint: Blueprint, dtype: torch.dtype = torch.float32) -> A
     return kind(**parts)
 
 
-def _component(name: str, entry: dict[str, Any]) -> Any:
-    """One network on the meta device, or one scheduler."""
+def _component(name: str, entry: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """One network, or one scheduler; None for what no size depends on, such as a tokenizer."""
     config = {key: value for key, value in entry.items() if not key.startswith("_")}
-    if hasattr(diffusers, entry["_class_name"]):
-        kind: Any = getattr(diffusers, entry["_class_name"])
-        with torch.device("meta" if issubclass(kind, nn.Module) else "cpu"):
-            return kind.from_config(config)
-    kind = getattr(transformers, entry["_class_name"], None)
-    if not inspect.isclass(kind) or not issubclass(kind, nn.Module):
-        # Tokenizers have no configuration file of this name; what is left is a processor, which no size depends on.
-        if name.startswith("text_encoder"):
-            raise ValueError(
-                f"transformers {transformers.__version__} has no {entry['_class_name']}, the pipeline's {name}. "
-                "Upgrade transformers."
-            )
-        return None
-    with torch.device("meta"):
-        return kind(kind.config_class(**config))
+    kind: Any = getattr(diffusers, entry["_class_name"], None)
+    if kind is not None and not issubclass(kind, nn.Module):
+        return kind.from_config(config)
+    if kind is None:
+        kind = getattr(transformers, entry["_class_name"], None)
+        if not inspect.isclass(kind) or not issubclass(kind, nn.Module):
+            if name.startswith("text_encoder"):
+                raise ValueError(
+                    f"transformers {transformers.__version__} has no {entry['_class_name']}, the pipeline's {name}. "
+                    "Upgrade transformers."
+                )
+            return None
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # Or a network would take twice its memory while it is made.
+    try:
+        with device:
+            module = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
+    finally:
+        torch.set_default_dtype(usual)
+    # Tables are made in float32. The plain method: diffusers' own warns of what concerns files.
+    return nn.Module.to(module, dtype)

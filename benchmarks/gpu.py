@@ -1,0 +1,360 @@
+"""Full-size dry runs on a GPU: time, memory against the plan, finite losses in bfloat16, an adapter that loads again.
+
+    python benchmarks/gpu.py                               # SD1.5, SDXL, SD3.5-Medium and FLUX.1-dev, 10 updates each
+    python benchmarks/gpu.py --models sd15 sdxl            # some of them
+    python benchmarks/gpu.py --tiny --output_dir /tmp/out  # the same path with tiny networks, on the CPU as well
+
+What is real: the classes and sizes of denoising network and decoder (rdm_rl.model_sizes), the trainer with all of its
+phases (rollout, fake score, teacher with guidance, a reward's gradient through the decoder, policy), adapters,
+optimisers, the average, activation checkpointing, saving, and loading with stock diffusers. What is not: the weights
+are random, so images and losses mean nothing; there are no text encoders, and each prompt is a random embedding of the
+right shape (in a real run they are in the prompt cache); the reward is the mean brightness, so no reward model takes
+memory.
+
+On the CPU the allocator says nothing, so memory is counted tensor by tensor, as the plan counts it.
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import time
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+
+from rdm_rl import RDMConfig, RDMTrainer
+from rdm_rl.data_types import Conditioning
+from rdm_rl.families import FAMILIES, load_family, register_family
+from rdm_rl.model_sizes import MODELS
+from rdm_rl.plan.activations import LiveBytes, conditioning_of, cuda_autocast
+from rdm_rl.plan.memory import GIB
+from rdm_rl.plan.report import make_plan
+from rdm_rl.plan.skeleton import make_skeleton
+from rdm_rl.rewards.registry import register_reward
+from rdm_rl.train import TrainArguments
+
+# Older transformers know the second name only.
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(RDMConfig, "activation_checkpointing") else "gradient_checkpointing"
+)
+RANK = 64
+# Samples at once: what fits an 80 GB card with room to spare.
+BATCH = {"sd15": 8, "sdxl": 4, "sd35-medium": 4, "flux-dev": 2}
+REPORT = Path(__file__).with_suffix(".md")
+TABLE = ("<!-- table -->", "<!-- end of table -->")
+WARM_UP = 2  # Updates that the step time leaves out.
+# Phases of the plan by what is measured.
+MEASURED = {
+    "rollout": ("rollout",),
+    "fake-score update": ("fake-score update", "optimiser step"),
+    "rewards": ("teacher and fake score", "reward images", "reward gradient"),
+    "policy update": ("policy update", "optimiser step"),
+}
+
+_TINY_VAE = {
+    **{"block_out_channels": [8, 16], "norm_num_groups": 8, "layers_per_block": 1},
+    **{"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+}
+_TINY_CLIP = {
+    **{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "projection_dim": 32},
+}
+_TINY_T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+# What --tiny changes: sizes, nothing else.
+TINY = {
+    "sd15": {
+        "unet": {
+            **{"sample_size": 8, "block_out_channels": [16, 32], "layers_per_block": 1, "cross_attention_dim": 32},
+            **{"attention_head_dim": 2, "norm_num_groups": 8},
+            **{"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]},
+            **{"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
+        },
+        "vae": _TINY_VAE,
+        "text_encoder": _TINY_CLIP,
+    },
+    "sdxl": {
+        "unet": {
+            **{"sample_size": 8, "block_out_channels": [16, 32], "layers_per_block": 1, "cross_attention_dim": 64},
+            **{"attention_head_dim": [2, 4], "transformer_layers_per_block": [1, 2], "norm_num_groups": 8},
+            **{"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]},
+            **{"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]},
+            **{"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 32},
+        },
+        "vae": _TINY_VAE,
+        "text_encoder": _TINY_CLIP,
+        "text_encoder_2": _TINY_CLIP,
+    },
+    "sd35-medium": {
+        "transformer": {
+            **{"sample_size": 8, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2},
+            **{"joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 64},
+            **{"pos_embed_max_size": 12, "dual_attention_layers": [0]},
+        },
+        "vae": _TINY_VAE,
+        "text_encoder": _TINY_CLIP,
+        "text_encoder_2": _TINY_CLIP,
+        "text_encoder_3": _TINY_T5,
+    },
+    "flux-dev": {
+        "transformer": {
+            **{"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2},
+            **{"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6]},
+        },
+        "vae": _TINY_VAE,
+        "text_encoder": _TINY_CLIP,
+        "text_encoder_2": _TINY_T5,
+    },
+}
+
+
+@register_reward("dry_run_brightness", differentiable=True)
+def brightness(images, prompts):
+    """The mean grey level."""
+    return images.mean((1, 2, 3))
+
+
+def blueprint_of(name, tiny):
+    """What the model is made of."""
+    changes = TINY[name] if tiny else {}
+    return {
+        key: {**entry, **changes.get(key, {})} if isinstance(entry, dict) else entry
+        for key, entry in MODELS[name].items()
+    }
+
+
+def without_text_encoders(blueprint):
+    """The blueprint without them, and its family with random embeddings of the right shapes for encoded prompts."""
+    kind = FAMILIES[blueprint["_class_name"]]
+    shapes = conditioning_of(load_family(make_skeleton(blueprint, torch.bfloat16)), 1).tensors
+
+    def encode_prompts(self, prompts):
+        rows = {name: [] for name in shapes}
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(crc32(prompt.encode()))
+            for name, like in shapes.items():
+                rows[name].append(torch.randn(like.shape[1:], generator=generator))
+        return Conditioning(
+            tensors={name: torch.stack(row).to(self.device, shapes[name].dtype) for name, row in rows.items()}
+        )
+
+    changed = type(kind.__name__, (kind,), {"text_encoder_names": (), "encode_prompts": encode_prompts})
+    rest = {key: entry for key, entry in blueprint.items() if not key.startswith("text_encoder")}
+    return rest, changed
+
+
+def random_pipeline(blueprint, device, seed=0):
+    """The pipeline with random weights, made where they are used."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return make_skeleton(blueprint, torch.bfloat16, device)
+
+
+class Meter:
+    """The peak memory of phases, in bytes: what was there before, and the most beside it."""
+
+    def __init__(self, device):
+        self.device, self.phases = device, {}
+
+    @contextmanager
+    def phase(self, name):
+        """Measure what happens within."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            yield
+            torch.cuda.synchronize(self.device)
+            working = torch.cuda.max_memory_allocated(self.device) - before
+        else:
+            existing = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+            before = sum({one.data_ptr(): one.untyped_storage().nbytes() for one in existing}.values())
+            with LiveBytes(existing) as live, cuda_autocast():
+                yield
+            working = live.peak
+        known = self.phases.get(name, (0, 0))
+        self.phases[name] = max(known[0], before), max(known[1], working)
+
+
+class MeasuredTrainer(RDMTrainer):
+    """A trainer that measures its phases and its updates."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.meter, self.seconds, self.numbers = Meter(self.device), [], []
+
+    def generate_rollout(self, batch):
+        with self.meter.phase("rollout"):
+            return super().generate_rollout(batch)
+
+    def compute_rewards(self, rollout, step):
+        with self.meter.phase("rewards"):
+            return super().compute_rewards(rollout, step)
+
+    def _update_fake_score(self, *args):
+        with self.meter.phase("fake-score update"):
+            return super()._update_fake_score(*args)
+
+    def _update_policy(self):
+        with self.meter.phase("policy update"):
+            return super()._update_policy()
+
+    def training_step(self):
+        start = time.perf_counter()
+        metrics = super().training_step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds.append(time.perf_counter() - start)
+        if len(self.seconds) == 1:  # The first update also makes the optimisers' state, which then stays.
+            self.meter.phases.clear()
+        self.numbers.append(metrics)
+        return metrics
+
+
+def dry_run(name, *, tiny, updates, folder, use_cpu):
+    """One model's figures."""
+    full = blueprint_of(name, tiny)
+    blueprint, family = without_text_encoders(full)
+    count = 4 if tiny else BATCH[name]
+    args = RDMConfig(
+        output_dir=str(folder / name),
+        use_cpu=use_cpu,
+        bf16=True,
+        **{CHECKPOINTING: True},
+        resolution=16 if tiny else None,
+        max_steps=updates,
+        per_device_train_batch_size=count,
+        num_generations=count // 2,
+        decode_batch_size=1,
+        fake_score_updates_per_policy_update=2,
+        teacher_guidance_scale=3.0,
+        warm_start="none",
+        pathwise_steps="any",
+        learning_rate=1e-4,
+        reward_start_step=2,
+        reward_weights=[1.0, 0.3],
+        logging_steps=updates,
+        save_strategy="no",
+        disable_tqdm=True,
+        offload=["text_encoders"],
+    )
+    rewards = ["rdm", "dry_run_brightness"]
+    arguments = TrainArguments(model_name_or_path="", dataset="", reward_funcs=rewards, lora_r=RANK)
+    plan = make_plan(full, arguments, args)
+
+    known = FAMILIES[blueprint["_class_name"]]
+    register_family(blueprint["_class_name"], family)
+    try:
+        device = args.device
+        trainer = MeasuredTrainer(
+            random_pipeline(blueprint, device),
+            rewards,
+            args,
+            [{"prompt": f"prompt {number}"} for number in range(16)],
+            peft_config=LoraConfig(r=RANK, lora_alpha=RANK),
+        )
+        trainer.train()
+        trainer.save_model()
+        losses = [step[key] for step in trainer.numbers for key in ("policy/loss", "fake_score/loss")]
+        with trainer.averaged_policy():  # What save_model wrote.
+            saved = {key: value.to("cpu", copy=True) for key, value in trainer.networks.export()[0].items()}
+        phases, seconds = trainer.meter.phases, trainer.seconds[WARM_UP:] or trainer.seconds
+        moved = any(value.any() for key, value in saved.items() if "lora_B" in key)
+        del trainer
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        reloads = loads_again(random_pipeline(blueprint, device), family.network_name, folder / name, saved)
+    finally:
+        register_family(blueprint["_class_name"], known)
+    return {
+        "model": name,
+        "samples": count,
+        "image": plan.title.split("images of ")[1].split(",")[0],
+        "seconds": statistics.median(seconds),
+        "finite": all(map(math.isfinite, losses)),
+        "moved": moved,
+        "reloads": reloads,
+        "phases": {
+            phase: {
+                "before": phases[phase][0],
+                "working": phases[phase][1],
+                "planned_before": max(plan.phases[one].stays for one in parts if one in plan.phases),
+                "planned_working": max(plan.phases[one].working for one in parts if one in plan.phases),
+            }
+            for phase, parts in MEASURED.items()
+        },
+    }
+
+
+def loads_again(pipeline, network_name, folder, saved):
+    """Whether stock diffusers gives a fresh pipeline the adapter that was saved, weight by weight."""
+    pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
+    found = get_peft_model_state_dict(getattr(pipeline, network_name), adapter_name="student")
+    return found.keys() == saved.keys() and all(
+        torch.equal(value.cpu(), saved[key].to(value.dtype)) for key, value in found.items()
+    )
+
+
+def report(results, device):
+    """The table, as Markdown."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, counted tensor by tensor"
+    lines = [
+        f"Measured on {date.today().isoformat()}, {gpu}, torch {torch.__version__}. Memory in GiB; "
+        "*plan* is `rdm-rl plan` for the same settings.",
+        "",
+        "| model | images | samples | s per update | peak | plan | peak / plan | finite losses | adapter loads |",
+        "|---|---|---:|---:|---:|---:|---:|---|---|",
+    ]
+    details = ["", "| model | phase | before | plan | working | plan |", "|---|---|---:|---:|---:|---:|"]
+    for one in results:
+        measured = max(phase["before"] + phase["working"] for phase in one["phases"].values())
+        planned = max(phase["planned_before"] + phase["planned_working"] for phase in one["phases"].values())
+        lines.append(
+            f"| {one['model']} | {one['image']} | {one['samples']} | {one['seconds']:.2f} | {measured / GIB:.2f} "
+            f"| {planned / GIB:.2f} | {measured / planned:.2f} | {'yes' if one['finite'] else 'NO'} "
+            f"| {'yes' if one['reloads'] else 'NO'} |"
+        )
+        for name, phase in one["phases"].items():
+            figures = (phase[key] / GIB for key in ("before", "planned_before", "working", "planned_working"))
+            details.append(f"| {one['model']} | {name} | " + " | ".join(f"{value:.2f}" for value in figures) + " |")
+    return "\n".join([*lines, *details])
+
+
+def main(words=None):
+    """Run, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", nargs="+", choices=list(BATCH), default=list(BATCH))
+    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--tiny", action="store_true", help="tiny networks; the report is only printed")
+    parser.add_argument("--output_dir", type=Path, default=Path("gpu-dry-runs"))
+    options = parser.parse_args(words)
+    use_cpu = not torch.cuda.is_available()
+    if use_cpu and not options.tiny:
+        raise SystemExit("There is no GPU here. --tiny goes through the same code with tiny networks on the CPU.")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    results = []
+    for name in options.models:
+        torch.manual_seed(0)
+        results.append(
+            dry_run(name, tiny=options.tiny, updates=options.updates, folder=options.output_dir, use_cpu=use_cpu)
+        )
+        (options.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        table = report(results, torch.device("cpu" if use_cpu else "cuda"))
+        print(table, flush=True)
+        if not options.tiny:
+            text = REPORT.read_text(encoding="utf-8")
+            first, _, rest = text.partition(TABLE[0])
+            REPORT.write_text(
+                f"{first}{TABLE[0]}\n\n{table}\n\n{TABLE[1]}{rest.partition(TABLE[1])[2]}", encoding="utf-8"
+            )
+    return results
+
+
+if __name__ == "__main__":
+    main()
