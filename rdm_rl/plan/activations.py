@@ -32,7 +32,7 @@ from rdm_rl.networks import Networks, Role
 FLOAT32_ON_CUDA = ("group_norm", "interpolate", "layer_norm", "rms_norm", "softmax")
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[misc]  # It is Any to mypy.
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes that are allocated and not yet freed within the context.
 
     Args:
@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]  # It is Any to mypy.
 
     def __init__(self, existing: Any = ()) -> None:
         """Start from nothing."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
         self._aside: set[int] = set()
         self.now = self.peak = self.peak_beside = 0

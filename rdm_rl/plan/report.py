@@ -127,10 +127,10 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
     components = _components(networks, tiny, peft_config is None)
     reward_sizes = _reward_sizes(rewards, notes)
     families = list({id(one): one for one in (family, teacher)}.values())
-    policy, fake_score = (_bytes(networks.parameters(role)) for role in ("policy", "fake_score"))
+    policy, fake_score = (_bytes(networks.parameters(role)) for role in ADAPTERS)
     trained_fake_score = args.fake_score_updates_per_policy_update > 0
     sizes = Sizes(
-        frozen=_bytes(_tensors(*(one.network for one in families), *map(networks.module, ("policy", "fake_score"))))
+        frozen=_bytes(_tensors(*(one.network for one in families), *(networks.module(role) for role in ADAPTERS)))
         - policy
         - fake_score,
         policy=policy,
@@ -314,9 +314,10 @@ def _records(networks: Networks, args: RDMConfig, rewards: int) -> int:
     channels, height, width = family.latent_shape
     latent = 4 * channels * height * width
     pixels = 4 * 3 * height * width * family.pixels_per_latent**2
-    each = 2 * args.num_inference_steps * latent + rewards * args.num_replayed_steps * latent + told
+    each: int = 2 * args.num_inference_steps * latent + rewards * args.num_replayed_steps * latent + told
     # The last rollouts are let go when the new ones are there.
-    return args.per_device_train_batch_size * (2 * args.gradient_accumulation_steps * each + pixels)
+    count: int = args.per_device_train_batch_size
+    return count * (2 * args.gradient_accumulation_steps * each + pixels)
 
 
 def _optimiser(name: Any, notes: list[str]) -> tuple[float, bool]:
@@ -362,7 +363,8 @@ class _Passes:
 def _rehearse(rehearsal: Rehearsal, args: RDMConfig, rewards: Mapping[str, Any]) -> _Passes:
     """Go through every phase, first without checkpointing and then with it."""
     networks = rehearsal.networks
-    count, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    count: int = args.per_device_train_batch_size
+    steps: int = args.gradient_accumulation_steps
     scale = args.teacher_guidance_scale
     scale = networks.teacher_family.teacher_guidance_scale if scale is None else scale
 
@@ -408,7 +410,8 @@ def _rehearse(rehearsal: Rehearsal, args: RDMConfig, rewards: Mapping[str, Any])
     networks.enable_activation_checkpointing()
     networks.family.enable_decoder_checkpointing()
     if args.reward_decoder is not None:
-        rehearsal.decoders[0].enable_gradient_checkpointing()
+        tiny: Any = rehearsal.decoders[0]
+        tiny.enable_gradient_checkpointing()
     within = with_gradients()
     return _Passes(
         found={name: (one, one) for name, one in fixed.items()}
