@@ -298,11 +298,11 @@ class AdapterNetworks(Networks):
         for name, layer in list(network.named_modules()):
             if isinstance(layer, BaseTunerLayer):
                 layer._disable_adapters = False
-                if "policy" in layer.active_adapters or "policy" in layer.lora_A:  # type: ignore[operator]
-                    layer.merge(adapter_names=["policy"])  # type: ignore[operator]
+                if "policy" in layer.active_adapters or "policy" in layer.lora_A:
+                    layer.merge(adapter_names=["policy"])
                 parent, _, own = name.rpartition(".")
                 setattr(network.get_submodule(parent), own, layer.get_base_layer())
-        del network.peft_config  # type: ignore[operator]
+        del network.peft_config
         return network
 
 
