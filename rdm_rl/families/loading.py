@@ -11,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from packaging.version import Version
 
 from rdm_rl.families.base import Family
 from rdm_rl.families.dit import DiTFamily
@@ -112,7 +111,8 @@ def _precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The argument of ``from_pretrained`` for a precision; without one diffusers loads float32."""
     if dtype == torch.float32:
         return {}
-    return {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
 
 
 def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None) -> Family | None:
