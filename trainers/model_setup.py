@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,7 +18,7 @@ from rdm_rl.randomness import seeded_generator
 from rdm_rl.samplers import suits
 from rdm_rl.trainers.rdm_config import RDMConfig
 
-Model = str | Path | DiffusionPipeline
+Model: TypeAlias = str | Path | DiffusionPipeline
 
 
 def check_models(
@@ -111,16 +111,12 @@ def load_networks(
     options: dict[str, Any] = {"dtype": dtype if peft_config else torch.float32, "resolution": args.resolution}
     family = load_family(model, **options)
     teacher_family = None if teacher is None else load_family(teacher, **options)
-    name = str(model) if isinstance(model, str | Path) else str(model.name_or_path or "the base model")
-    student: Family | None = None
-    if policy_init is not None:
-        student = load_policy_init(str(policy_init), family, options["dtype"])
+    name: str | None = str(model) if isinstance(model, str | Path) else str(model.name_or_path or "the base model")
+    adapter, base_name = policy_init, name
+    student = None if policy_init is None else load_policy_init(str(policy_init), family, options["dtype"])
     if student is not None:
-        family, teacher_family = student, teacher_family or family
-        whole = (Path(str(policy_init)) / "config.json").is_file()
-        saved_name = None if whole or not isinstance(policy_init, str | Path) else str(policy_init)
-    else:
-        saved_name = name
+        family, teacher_family = student.family, teacher_family or family
+        adapter, base_name = None, str(policy_init) if student.is_pipeline else None
     families = [one for one in (family, teacher_family) if one is not None]
     check_family_settings(args, families, matches_distributions=matches_distributions)
     for one in families:
@@ -133,7 +129,7 @@ def load_networks(
         dtype=dtype,
         generator=seeded_generator(args.seed, "adapters"),
         autocast=autocast,
-        policy_init=str(policy_init) if policy_init is not None and student is None else None,
+        policy_init=None if adapter is None else str(adapter),
         teacher_adapter=None if teacher_adapter is None else str(teacher_adapter),
         sharded=args.shard,
     )
@@ -145,7 +141,7 @@ def load_networks(
     if args.gradient_checkpointing:
         networks.enable_activation_checkpointing()
         family.enable_decoder_checkpointing()
-    return networks, saved_name
+    return networks, base_name
 
 
 def check_family_settings(args: RDMConfig, families: list[Family], *, matches_distributions: bool) -> None:

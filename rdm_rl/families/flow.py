@@ -54,7 +54,7 @@ class FlowFamily(Family):
     def image_tokens(self) -> int:
         """Tokens of one image, on which a dynamic shift depends."""
         _, height, width = self.latent_shape
-        patch = int(getattr(self.network.config, "patch_size", 1))  # type: ignore[union-attr]
+        patch = int(getattr(self.network.config, "patch_size", 1))
         return (height // patch) * (width // patch)
 
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -115,8 +115,20 @@ def _precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
 
 
-def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None) -> Family | None:
-    """The family of an already distilled model that a policy starts from.
+class PolicyInit(NamedTuple):
+    """An already distilled model.
+
+    Args:
+        family: Its family.
+        is_pipeline: Whether it is a whole pipeline, which an adapter can belong to, and not a bare network.
+    """
+
+    family: Family
+    is_pipeline: bool
+
+
+def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None) -> PolicyInit | None:
+    """An already distilled model that a policy starts from.
 
     Args:
         source: Folder or hub name of a pipeline or of a bare network; or an adapter.
@@ -124,7 +136,7 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
         dtype: Precision that it is loaded in.
 
     Returns:
-        The family; None if the source is an adapter.
+        The model; None if the source is an adapter.
 
     Raises:
         FileNotFoundError: If there is nothing there.
@@ -139,12 +151,12 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
     with one_line_errors("policy_init", source):
         if kind == type(base.network).__name__:
             network = type(base.network).from_pretrained(source, **_precision(dtype))  # type: ignore[attr-defined]
-            return base.with_network(network)
+            return PolicyInit(base.with_network(network), is_pipeline=False)
         if kind == type(base.pipeline).__name__:
             own = {base.network_name, "scheduler"}
             shared = {name: part for name, part in base.pipeline.components.items() if name not in own}
             pipeline = load_pipeline(source, dtype, **shared)
-            return base.with_network(getattr(pipeline, base.network_name), pipeline.scheduler)
+            return PolicyInit(base.with_network(getattr(pipeline, base.network_name), pipeline.scheduler), True)
     raise ValueError(
         f"policy_init={source!r} is a {kind}, but the base is a {type(base.pipeline).__name__} with a "
         f"{type(base.network).__name__}. Pass one of these, or an adapter."

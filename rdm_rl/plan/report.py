@@ -316,8 +316,7 @@ def _records(networks: Networks, args: RDMConfig, rewards: int) -> int:
     pixels = 4 * 3 * height * width * family.pixels_per_latent**2
     each: int = 2 * args.num_inference_steps * latent + rewards * args.num_replayed_steps * latent + told
     # The last rollouts are let go when the new ones are there.
-    count: int = args.per_device_train_batch_size
-    return count * (2 * args.gradient_accumulation_steps * each + pixels)
+    return int(args.per_device_train_batch_size * (2 * args.gradient_accumulation_steps * each + pixels))
 
 
 def _optimiser(name: Any, notes: list[str]) -> tuple[float, bool]:
