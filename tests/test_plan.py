@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,9 @@ def test_phases_add_what_stays_to_what_works() -> None:
     assert found["encode prompts"].peak == stays - 300
     assert found["rollout"].peak == stays - 700 + 7
     assert found["reward images"].peak == stays - 400 + 9
+    # All at the start: networks, decoder and text encoders alone.
+    found = phases(sizes, replace(away, caches_prompts=True), {"encode prompts": 0})
+    assert found["encode prompts"].peak == 1000 + 100 + 100 + 50 + 400
 
 
 def test_sharding_cuts_copies_and_leaves_adapters_whole() -> None:
@@ -337,14 +341,13 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(folder, tmp_path
     plan_command(["--config", str(tmp_path / "run.yaml"), "--json", str(file)])
     found, text = json.loads(file.read_text()), capsys.readouterr().out
     assert [*found["phases"]] == [
-        *(
-            "rollout",
-            "fake-score update",
-            "teacher and fake score",
-            "reward images",
-            "reward gradient",
-            "policy update",
-        ),
+        "encode prompts",
+        "rollout",
+        "fake-score update",
+        "teacher and fake score",
+        "reward images",
+        "reward gradient",
+        "policy update",
         "optimiser step",
     ]
     assert found["peak"] == max(phase["peak"] for phase in found["phases"].values())

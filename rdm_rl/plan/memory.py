@@ -17,7 +17,8 @@ what stays on the GPU in every phase is
 
 where :math:`G` is what FSDP gathers at once (0 for n = 1): the outermost weights, the largest block and the next one.
 What is offloaded counts only in the phases that use it: T when prompts are encoded, R when rewards are asked, F (full
-copies alone) when the teacher is. A phase's peak is S plus its working memory, which is measured on shapes
+copies alone) when the teacher is. Where prompts are cached, they are encoded before the first update, without optimiser
+state, averages, R and X. A phase's peak is S plus its working memory, which is measured on shapes
 (:mod:`rdm_rl.plan.activations`): activations, gradients and everything in between. An optimiser's step, when the
 activations are gone, has the gradients and one more copy of the weights as working memory, unless it is fused.
 
@@ -76,6 +77,7 @@ class Settings:
         fused: Whether the optimiser's step needs no copy of the weights.
         averages: Further copies of the policy.
         trains_fake_score: Whether the fake score is ever updated.
+        caches_prompts: Whether all prompts are encoded at the start, when there is no optimiser state yet.
     """
 
     full: bool = False
@@ -85,6 +87,7 @@ class Settings:
     fused: bool = False
     averages: int = 1
     trains_fake_score: bool = True
+    caches_prompts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,8 @@ class Phase:
 
 # What may be offloaded, as the setting and as the part of :func:`kept`.
 OFFLOADED = {"text_encoders": "text encoders", "rewards": "reward models", "teacher": "frozen networks"}
+# The parts of :func:`kept` that appear in the first update.
+NOT_YET = {"optimiser state", "averaged policy", "reward models", "recorded rollouts"}
 # The phases of a run, and what each of them needs of what may be offloaded.
 NEEDS: dict[str, frozenset[str]] = {
     "encode prompts": frozenset({"text_encoders"}),
@@ -173,14 +178,14 @@ def phases(sizes: Sizes, settings: Settings, working: Mapping[str, int]) -> dict
     cut = settings.shards if settings.full else 1
     trained = max(sizes.policy, sizes.fake_score if settings.trains_fake_score else 0) // cut
     known = {**working, "optimiser step": trained * (1 if settings.fused else 2)}
-    return {
-        name: Phase(
-            stays=sum(parts.values()) - sum(parts[OFFLOADED[part]] for part in settings.offload - needed),
-            working=known[name],
-        )
-        for name, needed in NEEDS.items()
-        if name in known
-    }
+
+    def stays(name: str) -> int:
+        absent = {OFFLOADED[part] for part in settings.offload - NEEDS[name]}
+        if name == "encode prompts" and settings.caches_prompts:
+            absent |= NOT_YET
+        return sum(size for part, size in parts.items() if part not in absent)
+
+    return {name: Phase(stays=stays(name), working=known[name]) for name in NEEDS if name in known}
 
 
 def fits(peak: int, card: int) -> bool:

@@ -128,6 +128,8 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
     reward_sizes = _reward_sizes(rewards, notes)
     families = list({id(one): one for one in (family, teacher)}.values())
     policy, fake_score = (_bytes(networks.parameters(role)) for role in ADAPTERS)
+    if args.shard and gpus == 1:
+        notes.append("shard is on, but for one GPU; --gpus says for how many.")
     trained_fake_score = args.fake_score_updates_per_policy_update > 0
     sizes = Sizes(
         frozen=_bytes(_tensors(*(one.network for one in families), *(networks.module(role) for role in ADAPTERS)))
@@ -151,6 +153,7 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
         fused=fused,
         averages=int(args.ema_decay > 0) + int(args.beta > 0),
         trains_fake_score=trained_fake_score,
+        caches_prompts=args.prompt_cache_dir is not None,
     )
     rehearsal = Rehearsal(networks, dtype, decode=TinyDecoder(tiny) if tiny else None, decoders=[tiny] if tiny else [])
     passes = _rehearse(rehearsal, args, rewards)
@@ -344,12 +347,13 @@ class _Passes:
     gradients: Mapping[str, int]
 
     def working(
-        self, settings: Settings, *, checkpointing: bool, batch: float = 1.0, decoded: float = 1.0
+        self, settings: Settings, *, checkpointing: bool, batch: float = 1.0, decoded: float = 1.0, grid: float = 1.0
     ) -> dict[str, int]:
-        """Working memory with these shares of the samples, and of the images that are decoded at once."""
-        shares = {"reward images": decoded, "reward gradient": decoded, "sample grid": 1.0}
+        """Working memory with these shares of the samples, the images decoded at once, and those of a sample grid."""
+        shares = {"reward images": decoded, "reward gradient": decoded, "sample grid": grid}
         cut = settings.shards if settings.full else 1
-        result = {}
+        # What encoders need beside their weights is not counted.
+        result = {"encode prompts": 0} if "text_encoders" in settings.offload else {}
         for name, both in self.found.items():
             one, share, gradients = both[checkpointing], shares.get(name, batch), self.gradients.get(name, 0)
             if share == 1 and cut == 1:
@@ -427,6 +431,7 @@ def _remedies(plan: Plan, passes: _Passes, args: RDMConfig, gpus: int) -> dict[s
     checkpointing, settings = args.gradient_checkpointing, plan.settings
     batch = args.num_generations / args.per_device_train_batch_size
     decoded = 1 / min(args.decode_batch_size, args.per_device_train_batch_size)
+    grid = 1 / args.per_device_eval_batch_size
     away = settings.offload
 
     def peak(settings: Settings = settings, **changes: Any) -> int:
@@ -435,21 +440,25 @@ def _remedies(plan: Plan, passes: _Passes, args: RDMConfig, gpus: int) -> dict[s
 
     tried: dict[str, int] = {
         "activation_checkpointing: true": peak(checkpointing=True),
-        "prompt_cache_dir: FOLDER": peak(replace(settings, offload=away | {"text_encoders"})),
+        "prompt_cache_dir: FOLDER": peak(replace(settings, offload=away | {"text_encoders"}, caches_prompts=True)),
         "offload: [rewards]": peak(replace(settings, offload=away | {"rewards"})),
         f"per_device_train_batch_size: {args.num_generations} (and more gradient_accumulation_steps)": peak(
             batch=batch
         ),
         "decode_batch_size: 1": peak(decoded=decoded),
-        "all of these": peak(
-            replace(settings, offload=away | {"text_encoders", "rewards"}),
-            checkpointing=True,
-            batch=batch,
-            decoded=decoded,
-        ),
+        "per_device_eval_batch_size: 1": peak(grid=grid),
     }
+    offload = away | {"text_encoders", "rewards"}
     if settings.full:
         tried["offload: [teacher]"] = peak(replace(settings, offload=away | {"teacher"}))
+        offload |= {"teacher"}
+    tried["all of these"] = peak(
+        replace(settings, offload=offload, caches_prompts=True),
+        checkpointing=True,
+        batch=batch,
+        decoded=decoded,
+        grid=grid,
+    )
     for count in (2, 4, 8):
         if count > settings.shards:
             tried[f"shard: true, on {count} GPUs"] = peak(replace(settings, shards=count))
