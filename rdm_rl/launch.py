@@ -16,6 +16,10 @@ _FOREIGN = {
 }
 
 
+# What `accelerate launch --mixed_precision` or its configuration asked for. Read once: transformers may change it.
+LAUNCHED_PRECISION = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def refuse_foreign_sharding() -> None:
     """Refuse what ``accelerate launch`` can wrap around a model, before it tries to.
 

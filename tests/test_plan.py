@@ -2,9 +2,11 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,33 @@ def test_a_skeleton_has_the_shapes_of_the_pipeline_whose_configurations_it_read(
             found = getattr(skeleton, component)
             assert {key: value.shape for key, value in found.named_parameters()} == shapes
     assert load_family(skeleton).student_times(2).tolist() == load_family(pipeline).student_times(2).tolist()
+
+
+def test_of_a_hub_model_only_configurations_are_fetched(tmp_path, monkeypatch) -> None:
+    TINY["sd3"](tmp_path).save_pretrained(tmp_path / "saved")
+
+    def fetch(name, allow_patterns):
+        assert name == "owner/name"
+        for file in (tmp_path / "saved").rglob("*.*"):
+            path = str(file.relative_to(tmp_path / "saved"))
+            if any(fnmatch(path, pattern) for pattern in allow_patterns):
+                (tmp_path / "hub" / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / "hub" / path)
+        return tmp_path / "hub"
+
+    monkeypatch.setattr("rdm_rl.plan.skeleton.snapshot_download", fetch)
+    assert read_blueprint("owner/name") == read_blueprint(tmp_path / "saved")
+    assert not [*(tmp_path / "hub").rglob("*.safetensors")]
+
+
+def test_a_skeleton_with_weights_is_made_where_and_as_it_is_asked(tmp_path) -> None:
+    TINY["sd3"](tmp_path).save_pretrained(tmp_path / "saved")
+    usual = torch.get_default_dtype()
+    pipeline = make_skeleton(read_blueprint(tmp_path / "saved"), torch.bfloat16, "cpu")
+    assert torch.get_default_dtype() == usual
+    assert {one.dtype for one in pipeline.transformer.state_dict().values()} == {torch.bfloat16}
+    assert pipeline.vae.dtype == torch.float32
+    assert pipeline.transformer.pos_embed.pos_embed.abs().max() == 1  # The table is there, not only its shape.
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -11,6 +11,7 @@ from trl import TrlParser
 
 from rdm_rl import RDMConfig
 from rdm_rl.trainers.rdm_config import HONOURED
+from tests.helpers import tiny_config
 
 # A changed value for every inherited field that is not honoured and whose default does not suggest one.
 CHANGED: dict[str, Any] = {
@@ -172,3 +173,14 @@ def test_every_own_field_is_documented() -> None:
     assert RDMConfig.__doc__ is not None
     assert {name for name in own if f"        {name}: " not in RDMConfig.__doc__} == set()
     assert all(one.metadata.get("help") for one in fields(RDMConfig) if one.name in own)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("no", "no"), ("bf16", "bf16"), ("fp16", "fp16")])
+def test_the_launch_s_precision_counts_unless_a_setting_does(
+    asked: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rdm_rl.launch.LAUNCHED_PRECISION", asked)
+    config = tiny_config(tmp_path)
+    assert (config.bf16, config.fp16) == (expected == "bf16", expected == "fp16")
+    config = tiny_config(tmp_path, bf16=True)
+    assert (config.bf16, config.fp16) == (True, False)

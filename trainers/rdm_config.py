@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from rdm_rl import launch
 from rdm_rl.advantages import Group, Normalization, RewardBaseline, RewardScale
-from rdm_rl.launch import refuse_foreign_sharding
 from rdm_rl.policy import Level
 from rdm_rl.renoise import RenoiseDistribution
 from rdm_rl.samplers import SamplerName
@@ -337,7 +337,9 @@ class RDMConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded, and settle defaults that depend on others."""
-        refuse_foreign_sharding()
+        launch.refuse_foreign_sharding()
+        if not (self.bf16 or self.fp16):  # As in transformers' trainer: what the launch says, unless a setting does.
+            self.bf16, self.fp16 = (launch.LAUNCHED_PRECISION == name for name in ("bf16", "fp16"))
         self.warm_start = self.warm_start or "none"
         self._refuse_ignored_fields()
         self._check_choices()

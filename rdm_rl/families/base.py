@@ -383,7 +383,9 @@ class Family(ABC):
             network: The student's network.
             scheduler: The student's scheduler.
         """
-        self._pipeline_with(network, scheduler).save_pretrained(folder)
+        pipeline = self._pipeline_with(network, scheduler)
+        pipeline.register_to_config(_name_or_path="")  # A student is published; a machine's paths are not.
+        pipeline.save_pretrained(folder)
 
     @abstractmethod
     def schedule_facts(self) -> list[float]:

@@ -127,5 +127,5 @@ def _component(name: str, entry: dict[str, Any], dtype: torch.dtype, device: tor
             module = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
     finally:
         torch.set_default_dtype(usual)
-    # Tables are made in float32. The plain method: diffusers' own warns of what concerns files.
-    return nn.Module.to(module, dtype)
+    # Tables are made in float32, and some on the CPU. The plain method: diffusers' own warns of what concerns files.
+    return nn.Module.to(module, device, dtype)
