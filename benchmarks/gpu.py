@@ -155,11 +155,19 @@ def random_pipeline(blueprint, device, seed=0):
         return make_skeleton(blueprint, torch.bfloat16, device)
 
 
-class Meter:
-    """The peak memory of phases, in bytes: what was there before, and the most beside it."""
+def live_tensors():
+    """All tensors of this process."""
+    return [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
 
-    def __init__(self, device):
-        self.device, self.phases = device, {}
+
+class Meter:
+    """The peak memory of phases, in bytes: what was there before, and the most beside it.
+
+    On a CPU, ``others`` are tensors that do not belong to the run.
+    """
+
+    def __init__(self, device, others):
+        self.device, self.phases, self.others = device, {}, others
 
     @contextmanager
     def phase(self, name):
@@ -172,8 +180,9 @@ class Meter:
             torch.cuda.synchronize(self.device)
             working = torch.cuda.max_memory_allocated(self.device) - before
         else:
-            existing = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
-            before = sum({one.data_ptr(): one.untyped_storage().nbytes() for one in existing}.values())
+            existing, foreign = live_tensors(), {one.data_ptr() for one in self.others}
+            sizes = {one.data_ptr(): one.untyped_storage().nbytes() for one in existing}
+            before = sum(size for place, size in sizes.items() if place not in foreign)
             with LiveBytes(existing) as live, cuda_autocast():
                 yield
             working = live.peak
@@ -184,9 +193,11 @@ class Meter:
 class MeasuredTrainer(RDMTrainer):
     """A trainer that measures its phases and its updates."""
 
+    others = ()
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.meter, self.seconds, self.numbers = Meter(self.device), [], []
+        self.meter, self.seconds, self.numbers = Meter(self.device, self.others), [], []
 
     def generate_rollout(self, batch):
         with self.meter.phase("rollout"):
@@ -251,6 +262,7 @@ def dry_run(name, *, tiny, updates, folder, use_cpu):
     register_family(blueprint["_class_name"], family)
     try:
         device = args.device
+        MeasuredTrainer.others = live_tensors() if tiny else ()
         trainer = MeasuredTrainer(
             random_pipeline(blueprint, device),
             rewards,
@@ -271,6 +283,7 @@ def dry_run(name, *, tiny, updates, folder, use_cpu):
             torch.cuda.empty_cache()
         reloads = loads_again(random_pipeline(blueprint, device), family.network_name, folder / name, saved)
     finally:
+        MeasuredTrainer.others = ()
         register_family(blueprint["_class_name"], known)
     return {
         "model": name,

@@ -306,9 +306,9 @@ def test_refused_before_a_model_is_loaded(reward: Any, settings: dict[str, Any],
         ReDiFTrainer(tmp_path / "no-such-model", reward, args, PROMPTS)
 
 
-def test_guidance_and_a_warm_start_are_refused_together(tmp_path: Path) -> None:
+def test_guidance_and_a_warm_start_are_refused_together(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale=5\.0 asks the policy with guidance, but the warm start"):
-        ReDiFConfig(output_dir=str(tmp_path), **{**SMALL, "guidance_scale": 5.0, "warm_start": "ode"})
+        redif_trainer(base, tmp_path, guidance_scale=5.0, warm_start="ode")
 
 
 def test_a_match_of_ones_own_is_enough(base: Path, tmp_path: Path) -> None:
