@@ -338,8 +338,9 @@ class RDMConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded, and settle defaults that depend on others."""
         launch.refuse_foreign_sharding()
-        if not (self.bf16 or self.fp16):  # As in transformers' trainer: what the launch says, unless a setting does.
-            self.bf16, self.fp16 = (launch.LAUNCHED_PRECISION == name for name in ("bf16", "fp16"))
+        launched = launch.LAUNCHED_PRECISION  # As in transformers' trainer it counts, unless a setting does.
+        if launched in ("bf16", "fp16") and not (bool(self.bf16) or bool(self.fp16)):
+            setattr(self, launched, True)
         self.warm_start = self.warm_start or "none"
         self._refuse_ignored_fields()
         self._check_choices()
