@@ -80,13 +80,16 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
     return folder
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any], processes: int = 1) -> None:
+def check_settings(
+    folder: Path, settings: Mapping[str, Any], processes: int = 1, models: Mapping[str, str] | None = None
+) -> None:
     """Check that a run with these settings can continue a checkpoint: the shapes of its state must be the same.
 
     Args:
         folder: The checkpoint.
         settings: The run's settings by name.
         processes: Its number of processes.
+        models: Short names of the weights that its roles began with.
 
     Raises:
         ValueError: If a setting differs that must not.
@@ -104,6 +107,12 @@ def check_settings(folder: Path, settings: Mapping[str, Any], processes: int = 1
             raise ValueError(
                 f"The checkpoint {str(folder)!r} was made with {name}={saved[name]}, but this run has "
                 f"{settings[name]}. Resume with the same value, or start a new run."
+            )
+    for role, name in (models or {}).items():
+        if saved.get("models", {}).get(role, name) != name:
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} was made with another {role} than this run's. Give the same model, "
+                "teacher, teacher_adapter, policy_init and precision as the run that saved it."
             )
     # Where in the data the run is: each update takes a batch for each process and accumulated gradient.
     name = "gradient_accumulation_steps"
@@ -138,6 +147,7 @@ def write_checkpoint(
     settings: str,
     trainer_state: TrainerState,
     processes: int = 1,
+    models: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint.
 
@@ -148,6 +158,7 @@ def write_checkpoint(
         settings: The settings as JSON.
         trainer_state: Step, epoch and log history.
         processes: Number of processes of the run.
+        models: Short names of the weights that its roles began with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trainer_state.json").unlink(missing_ok=True)
@@ -155,7 +166,7 @@ def write_checkpoint(
         weights = {key: value.detach().cpu().contiguous() for key, value in content.items()}
         save_file(weights, folder / f"{name}.safetensors")
     torch.save(dict(state), folder / "optimizers.pt")
-    facts = {**json.loads(settings), "num_processes": processes}
+    facts = {**json.loads(settings), "num_processes": processes, "models": dict(models or {})}
     (folder / "rdm_config.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     # Last, because a folder counts as complete when this file is there.
     trainer_state.save_to_json(str(folder / "trainer_state.json"))

@@ -196,9 +196,9 @@ class AdapterNetworks(Networks):
         super().__init__(family, teacher_family, autocast)
         self.config = _checked(config, family)
         if policy_init is not None:
-            family.load_adapter(policy_init, "policy")
+            family.load_adapter(policy_init, "policy", "policy_init")
         if teacher_adapter is not None:
-            self.teacher_family.load_adapter(teacher_adapter, "teacher")
+            self.teacher_family.load_adapter(teacher_adapter, "teacher", "teacher_adapter")
         # PEFT draws initial weights from the global generator; the fork gives it back untouched.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT warns of the second adapter on one model; here both share their base on purpose.
@@ -288,11 +288,8 @@ class AdapterNetworks(Networks):
         ]
 
     def whole_policy(self, *, keep: bool = True) -> nn.Module | None:
-        """A copy of the policy's network with its adapter added to the weights, without any adapter."""
-        if holds_shards(self.module("policy")):
-            network = whole_copy(self.module("policy"), keep=keep)
-        else:
-            network = deepcopy(self.module("policy")) if keep else None
+        """A copy of the policy's network with its adapter added to the weights, without any adapter, in float32."""
+        network = whole_copy(self.module("policy"), keep=keep)
         if network is None:
             return None
         for name, layer in list(network.named_modules()):
@@ -330,6 +327,8 @@ def _checked(config: LoraConfig, family: Family) -> LoraConfig:
 class SeparateNetworks(Networks):
     """Full fine-tuning: the policy is a copy of the pipeline's network, the fake score one of the teacher's.
 
+    With a separate teacher, the policy is the pipeline's network itself.
+
     Args:
         family: The border to the model.
         teacher_family: A separate teacher, or None.
@@ -349,12 +348,18 @@ class SeparateNetworks(Networks):
     ) -> None:
         """Copy the networks, in float32."""
         super().__init__(family, teacher_family, autocast)
-        copies = {role: deepcopy(self.family_of(role).network).float() for role in ADAPTERS}
+        fake_score = deepcopy(self.teacher_family.network).float()
+        if self.teacher_family is not family:
+            policy = family.network.float()  # Nothing else needs it.
+        else:
+            policy = deepcopy(family.network).float()
         if policy_init is not None:
-            family.with_network(copies["policy"]).fuse_adapter(policy_init)
+            family.with_network(policy).fuse_adapter(policy_init, "policy_init")
         if teacher_adapter is not None:
-            self.teacher_family.fuse_adapter(teacher_adapter)
-        self._trained = {role: network.eval().requires_grad_(True) for role, network in copies.items()}
+            self.teacher_family.fuse_adapter(teacher_adapter, "teacher_adapter")
+        self._trained: dict[Role, nn.Module] = {"policy": policy, "fake_score": fake_score}
+        for network in self._trained.values():
+            network.eval().requires_grad_(True)
 
     def module(self, role: Role) -> nn.Module:
         """The network of the role."""
@@ -409,6 +414,9 @@ def make_networks(
     Raises:
         ValueError: If the teacher shares too little with the student.
     """
+    families = [one for one in (family, teacher_family) if one is not None]
+    for one in families:
+        one.set_precision(dtype)
     if teacher_family is not None and teacher_family.latent_shape != family.latent_shape:
         raise ValueError(
             f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
@@ -419,12 +427,14 @@ def make_networks(
             "The teacher has another noise schedule or text encoder than the student. Both are given the same noisy "
             "samples and the same encoded prompts, so these must be equal."
         )
-    frozen = [one for one in (family, teacher_family) if one is not None]
-    for one in frozen:
+    if teacher_family is not None:
+        teacher_family.share_components(family)
+    for one in families:
         one.to(device, network=not sharded)  # What is sharded may not fit on the device as a whole.
     # Full copies are made before the frozen weights are halved, adapters after: what is trained stays in float32.
     starts: dict[str, Any] = {"policy_init": policy_init, "teacher_adapter": teacher_adapter}
     copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast, **starts)
+    frozen = families if copies is None else [copies.teacher_family]
     for one in frozen:
         if next(one.network.parameters()).dtype != dtype:
             one.network.to(dtype)

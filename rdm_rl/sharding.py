@@ -16,6 +16,7 @@ References:
     | https://arxiv.org/abs/2304.11277
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -173,14 +174,15 @@ def gather(tree: Any, *, keep: bool = True) -> Any:
 
 
 def whole_copy(network: nn.Module, *, keep: bool = True) -> nn.Module | None:
-    """A plain network with the weights of a sharded one, whole, to be saved; all processes must call it.
+    """A plain network with the weights of another one, whole, to be saved; of a sharded one all processes must call it.
 
     Args:
-        network: A sharded network of diffusers, with adapters or without.
+        network: A network of diffusers, sharded or not, with adapters or without.
         keep: Whether this process wants the copy.
 
     Returns:
-        The copy, on the CPU; None without ``keep``.
+        The copy, on the CPU and in float32, in which an adapter can be added to the weights without being rounded away;
+        None without ``keep``.
     """
     from torch.distributed.fsdp import FSDPModule  # Not there before torch 2.6.
 
@@ -190,9 +192,14 @@ def whole_copy(network: nn.Module, *, keep: bool = True) -> nn.Module | None:
     # FSDP2 gives a network a class of its own and hooks, which neither can be copied nor should be saved.
     kind: Any = next(one for one in type(network).__mro__ if not issubclass(one, FSDPModule))
     source: Any = network
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        # PEFT warns of the second adapter on one model; here several share their base on purpose.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
         copy: nn.Module = kind.from_config(source.config)
         for name, config in getattr(source, "peft_config", {}).items():
             inject_adapter_in_model(deepcopy(config), copy, name)
-    copy.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
+    # With memory of its own: what is merged into it must not reach the network.
+    own = {name: value.to("cpu", value.dtype, copy=True) for name, value in state.items()}
+    copy.load_state_dict(own, assign=True)
+    copy.float()
     return copy.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from rdm_rl.cli import main
 from rdm_rl.families import load_family, register_family
-from rdm_rl.families.base import adapter_file
+from rdm_rl.families.hub import adapter_file
 from tests.helpers import QUICK, quick_trainer, tiny_sd
 from tests.tiny_pipelines import tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl, tiny_unconditional
 
@@ -133,6 +133,8 @@ def test_resolutions(tmp_path: Path) -> None:
         load_family(pipe, resolution=33)
     with pytest.raises(ValueError, match=r"resolution=18, .* multiples of 4. Set it to 16"):
         load_family(tiny_flux(tmp_path / "flux"), resolution=18)
+    with pytest.raises(ValueError, match=r"resolution=10, .* multiples of 4. Set it to 8"):
+        load_family(tiny_sd3(tmp_path / "sd3"), resolution=10)
     for made in (tiny_dit(tmp_path / "dit"), tiny_unconditional(tmp_path / "ddpm")):
         with pytest.raises(ValueError, match="images of one size only"):
             load_family(made, resolution=32)

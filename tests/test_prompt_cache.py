@@ -17,12 +17,15 @@ TEXTS = ["the digit 3", "a cat", "the digit 3"]
 def test_rows_are_the_encoders(make: object, tmp_path: Path) -> None:
     family = load_family(make(tmp_path / "source"))
     expected = {text: family.encode([text]).tensors for text in TEXTS}
-    family.prompt_cache = PromptCache(tmp_path / "cache", family.encoder_fingerprint())
+    empty = family.empty_prompt().tensors
     for _ in range(2):  # Encoded, then read.
+        family._empty = None
+        family.prompt_cache = PromptCache(tmp_path / "cache", family.encoder_fingerprint())
         found = family.encode(TEXTS).tensors
         for name, rows in found.items():
             assert torch.equal(rows, torch.cat([expected[text][name] for text in TEXTS]))
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+        assert same(dict(family.empty_prompt().tensors), dict(empty))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
@@ -56,7 +59,7 @@ def test_a_run_with_a_cache_is_the_run_without(base: Path, tmp_path: Path) -> No
     assert same(trained_weights(plain), trained_weights(cached))
     # All prompts of the run and of the sample grid were there before the first update.
     texts = {row["prompt"] for row in cached.prompts.rows(0, 2)} | {*cached.eval_prompts}
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == len(texts)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == len(texts) + 1  # And the empty prompt.
 
 
 def test_the_encoders_wait_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +74,11 @@ def test_the_encoders_wait_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("rdm_rl.families.base._device", lambda network: torch.device("meta"))
     family.encode(["a cat"])
     assert moves == ["cpu", "cpu"]  # To the network's device, and back.
+    family.prompt_cache = PromptCache(tmp_path / "cache", "key")
+    family.encode(["a cat", "a dog"])
+    assert len(moves) == 4  # Once for both.
+    family.encode(["a dog", "a cat"])
+    assert len(moves) == 4  # Not at all.
 
 
 def test_settings_reach_the_family(base: Path, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from rdm_rl.families import Family, check_model_name, load_family, load_policy_init
-from rdm_rl.families.base import adapter_file
-from rdm_rl.families.loading import check_hub_name
+from rdm_rl.families.hub import adapter_file, check_hub_name
 from rdm_rl.networks import Networks, make_networks
 from rdm_rl.prompt_cache import PromptCache
 from rdm_rl.randomness import seeded_generator
@@ -100,7 +99,7 @@ def load_networks(
 
     Returns:
         The networks, and the name of the pipeline that a saved adapter belongs to: None if there is no such pipeline,
-        because the policy started from a bare network.
+        because the policy started from another network.
 
     Raises:
         ValueError: If the models and settings cannot work together.
@@ -115,8 +114,8 @@ def load_networks(
     adapter, base_name = policy_init, name
     student = None if policy_init is None else load_policy_init(str(policy_init), family, options["dtype"])
     if student is not None:
-        family, teacher_family = student.family, teacher_family or family
-        adapter, base_name = None, str(policy_init) if student.is_pipeline else None
+        family, teacher_family = student, teacher_family or family
+        adapter, base_name = None, None
     families = [one for one in (family, teacher_family) if one is not None]
     check_family_settings(args, families, matches_distributions=matches_distributions)
     for one in families:

@@ -26,6 +26,7 @@ from rdm_rl.metric_window import reward_metrics
 from rdm_rl.networks import Role
 from rdm_rl.optimization import OptimizerFactory, RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.policy import kl_divergence, rollout
+from rdm_rl.prompt_cache import EMPTY_PROMPT
 from rdm_rl.prompts import PromptSource, other_columns
 from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
 from rdm_rl.rdm import fake_score_loss, policy_loss
@@ -166,6 +167,8 @@ class RDMTrainer(TrainingLoop):
         )
         for role in get_args(Role):
             self.share_parameters(self.networks.parameters(role))
+        # A checkpoint holds what is trained; these say what it belongs to.
+        self._models = {role: fingerprint(self.networks.module(role)) for role in ("teacher", "policy")}
         self.sampler = make_sampler(args.sampler, args.eta)
         self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
@@ -244,7 +247,7 @@ class RDMTrainer(TrainingLoop):
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         checkpoint = find_checkpoint(self.args.output_dir, resume) if resume else None
         if checkpoint is not None:
-            check_settings(checkpoint, self.args.to_dict(), self.accelerator.num_processes)
+            check_settings(checkpoint, self.args.to_dict(), self.accelerator.num_processes, self._models)
         self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
         self.create_optimizers()
@@ -646,10 +649,14 @@ class RDMTrainer(TrainingLoop):
         if self.family.prompt_cache is None:
             return
         args, process = self.args, self.accelerator
-        rollouts = -(-self.state.max_steps // args.num_iterations)
-        seen = max(rollouts * self.prompts_per_step, args.warm_start_num_states if args.warm_start == "ode" else 0)
+        # Each phase begins with the first prompts; the warm-up makes a rollout for so many updates of the fake score.
+        updates = args.fake_score_updates_per_policy_update
+        rollouts = [-(-self.state.max_steps // args.num_iterations)]
+        rollouts += [-(-args.fake_score_warmup_steps // updates)] if updates else []
+        seen = max(rollouts) * self.prompts_per_step
+        seen = max(seen, args.warm_start_num_states if args.warm_start == "ode" else 0)
         rows = self.prompts.rows(0, min(seen, len(self.prompts)))
-        texts = [*dict.fromkeys([*(row["prompt"] for row in rows), *self.eval_prompts])]
+        texts = [*dict.fromkeys([EMPTY_PROMPT, *(row["prompt"] for row in rows), *self.eval_prompts])]
         self.family.fill_prompt_cache(
             texts[process.process_index :: process.num_processes], show_progress=not self.hides_progress
         )
@@ -760,7 +767,8 @@ class RDMTrainer(TrainingLoop):
             group_ids=torch.arange(len(prompts)),
             sample_ids=range(len(prompts)),
         )
-        return self.family.decode(self.sample_student(batch, generator=generator).sample)
+        sample = self.sample_student(batch, generator=generator).sample
+        return torch.cat([self.family.decode(part) for part in sample.split(self.args.decode_batch_size)])
 
     @torch.no_grad()
     def sample_student(self, batch: PromptBatch, *, generator: Generators) -> Rollout:
@@ -871,7 +879,7 @@ class RDMTrainer(TrainingLoop):
         tensors, state = gather((tensors, state), keep=writes)  # Sharded weights take all processes to put together.
         if writes:
             settings, processes = self.args.to_json_string(), self.accelerator.num_processes
-            write_checkpoint(folder, tensors, state, settings, self.state, processes)
+            write_checkpoint(folder, tensors, state, settings, self.state, processes, self._models)
             rotate_checkpoints(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._last_checkpoint = folder

@@ -7,17 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from rdm_rl.data_types import Conditioning
+from rdm_rl.families.hub import adapter_file, one_line_errors
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
-from rdm_rl.prompt_cache import PromptCache
+from rdm_rl.prompt_cache import EMPTY_PROMPT, PromptCache
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.samplers import SamplerName
 
@@ -126,6 +128,13 @@ class Family(ABC):
         """Where the networks run: what :meth:`to` was given, as an offloaded network may wait elsewhere."""
         return self._home or _device(self.network)
 
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Give the encoders of prompts a precision; the decoder, which overflows or bands in half, gets float32."""
+        for encoder in self.text_encoders:
+            encoder.to(dtype)
+        if self.decoder is not None:
+            self.decoder.float()
+
     def to(self, device: torch.device, *, network: bool = True) -> None:
         """Move the decoder, the network unless it is to stay, and, unless they are offloaded, the prompts' encoders."""
         modules = [self.decoder, *([] if self.offloads_text_encoders else self.text_encoders)]
@@ -173,6 +182,10 @@ class Family(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The encoded prompts, one row each, on the family's device: what the pipeline's own encoding gives."""
 
+    def encode_empty_prompt(self) -> Conditioning:
+        """What guidance compares with, one row: the encoded empty prompt."""
+        return self.encode_prompts([""])
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The encoded prompts, one row each, on the family's device, without a graph; from the cache if there is one.
@@ -183,52 +196,70 @@ class Family(ABC):
         Returns:
             N rows.
         """
-        if self.prompt_cache is not None:
-            return self.prompt_cache.encode(prompts, self._encode_now).to(self.device)
-        return self._encode_now(prompts)
-
-    def fill_prompt_cache(self, prompts: Sequence[str], *, show_progress: bool = True) -> None:
-        """Encode the prompts that the cache does not hold yet, the encoders staying awake meanwhile.
-
-        Args:
-            prompts: The prompts.
-            show_progress: Show a progress bar.
-        """
-        if self.prompt_cache is not None:
-            with self._awake_encoders():
-                self.prompt_cache.fill(prompts, self._encode_now, show_progress=show_progress)
-
-    def _encode_now(self, prompts: Sequence[str]) -> Conditioning:
-        with self._awake_encoders(), torch.autocast(self.device.type, enabled=False):
-            return self.encode_prompts(prompts)
-
-    @contextmanager
-    def _awake_encoders(self) -> Iterator[None]:
-        """The encoders on the network's device for the length of the context, if they wait elsewhere; contexts nest."""
-        asleep = [one for one in self.text_encoders if self.offloads_text_encoders and _device(one) != self.device]
-        for encoder in asleep:
-            encoder.to(self.device)
-        try:
-            yield
-        finally:
-            for encoder in asleep:
-                encoder.to("cpu")
-
-    def encode_empty_prompt(self) -> Conditioning:
-        """What guidance compares with, one row: the encoded empty prompt."""
-        return self._encode_now([""])
+        if self.prompt_cache is None:
+            with self._encoding():
+                return self.encode_prompts(prompts)
+        self.fill_prompt_cache(prompts, show_progress=False)
+        return self.prompt_cache.read(prompts).to(self.device)
 
     @torch.no_grad()
     def empty_prompt(self) -> Conditioning:
         """What guidance compares with, one row, kept after the first call."""
         if self._empty is None:
-            self._empty = self.encode_empty_prompt()
+            if self.prompt_cache is None:
+                with self._encoding():
+                    self._empty = self.encode_empty_prompt()
+            else:
+                self._empty = self.encode([EMPTY_PROMPT])
         return self._empty
 
+    @torch.no_grad()
+    def fill_prompt_cache(self, prompts: Sequence[str], *, show_progress: bool = True) -> None:
+        """Encode the prompts that the cache does not hold yet, if there is a cache.
+
+        Each is encoded by itself, so that its row does not depend on who stands beside it.
+
+        Args:
+            prompts: The prompts; :data:`~rdm_rl.prompt_cache.EMPTY_PROMPT` is what guidance compares with.
+            show_progress: Show a progress bar.
+        """
+        missing = [] if self.prompt_cache is None else self.prompt_cache.missing(prompts)
+        if self.prompt_cache is None or not missing:
+            return  # The encoders are left where they are.
+        with self._encoding():
+            for prompt in tqdm(missing, desc="encoding prompts", disable=not show_progress):
+                is_empty = prompt == EMPTY_PROMPT
+                row = self.encode_empty_prompt() if is_empty else self.encode_prompts([prompt])
+                self.prompt_cache.write(prompt, row)
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """The encoders on the network's device for the length of the context, outside of any autocast."""
+        asleep = [one for one in self.text_encoders if self.offloads_text_encoders and _device(one) != self.device]
+        for encoder in asleep:
+            encoder.to(self.device)
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            for encoder in asleep:
+                encoder.to("cpu")
+
     def encoder_fingerprint(self) -> str:
-        """A short name of what makes the encoded prompts."""
-        names = [fingerprint(encoder) for encoder in self.text_encoders]
-        return names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()[:16]
+        """A short name of what makes the encoded prompts: the pipeline's way of encoding, and its encoders."""
+        parts = [type(self.pipeline).__name__, diffusers.__version__, *map(fingerprint, self.text_encoders)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def share_components(self, other: "Family") -> None:
+        """Use another pipeline's encoders and decoder, which are equal, so that this one's need no memory.
+
+        Args:
+            other: The family of that pipeline.
+        """
+        self.pipeline = copy(self.pipeline)
+        for name in (*self.text_encoder_names, self.decoder_name):
+            if name is not None:
+                setattr(self.pipeline, name, getattr(other.pipeline, name, None))
 
     # ----- the network and the decoder -----
 
@@ -319,42 +350,46 @@ class Family(ABC):
         parts = {f"{self.network_name}_lora_layers": state, f"{self.network_name}_lora_adapter_metadata": metadata}
         type(self.pipeline).save_lora_weights(folder, safe_serialization=True, **parts)
 
-    def load_adapter(self, source: str, name: str) -> None:
+    def load_adapter(self, source: str, name: str, setting: str = "adapter") -> None:
         """Give the network an adapter of any format, rank and set of layers that the stock pipeline loads.
 
         Args:
             source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
             name: What the adapter is called.
+            setting: What was set to it, for errors.
 
         Raises:
             ValueError: If the pipeline loads no adapters, or this one changes more than the network.
+            OSError: If it cannot be loaded.
         """
         if not self.loads_lora:
             raise ValueError(
-                f"{source!r} is an adapter, but a {type(self.pipeline).__name__} loads none. Pass a whole model."
+                f"{setting}={source!r} is an adapter, but a {type(self.pipeline).__name__} loads none. Pass a whole "
+                "model."
             )
         path, weight_name = adapter_file(source)
         known = {"weight_name": weight_name} if weight_name else {}
-        with warnings.catch_warnings():
+        with one_line_errors(setting, source), warnings.catch_warnings():
             # PEFT warns of the second adapter on one model; here several share their base on purpose.
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            self.pipeline.load_lora_weights(path, adapter_name=name, **known)
+            self.pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True, **known)
         for part in self.text_encoders:
             if any(isinstance(module, BaseTunerLayer) for module in part.modules()):
                 raise ValueError(
-                    f"{source!r} also adapts the text encoder, which policy, teacher and fake score share. Use an "
-                    "adapter of the denoising network alone."
+                    f"{setting}={source!r} also adapts the text encoder, which policy, teacher and fake score share. "
+                    "Use an adapter of the denoising network alone."
                 )
         if name not in getattr(self.network, "peft_config", {}):
-            raise ValueError(f"{source!r} holds no adapter for the {self.network_name} of this pipeline.")
+            raise ValueError(f"{setting}={source!r} holds no adapter for the {self.network_name} of this pipeline.")
 
-    def fuse_adapter(self, source: str) -> None:
+    def fuse_adapter(self, source: str, setting: str = "adapter") -> None:
         """Add an adapter to the network's own weights.
 
         Args:
             source: As in :meth:`load_adapter`.
+            setting: What was set to it, for errors.
         """
-        self.load_adapter(source, "fused")
+        self.load_adapter(source, "fused", setting)
         self.pipeline.fuse_lora(components=[self.network_name])
         self.pipeline.unload_lora_weights()
         self.network.eval().requires_grad_(False)
@@ -432,42 +467,12 @@ def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def adapter_file(source: str) -> tuple[str, str | None]:
-    """Where an adapter is, as ``load_lora_weights`` takes it: a folder, file or hub name, and the name of its file.
-
-    Args:
-        source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
-
-    Returns:
-        Path or hub name, and the file's name; None where diffusers finds it.
-
-    Example:
-        >>> adapter_file("owner/name/a-lora.safetensors")
-        ('owner/name', 'a-lora.safetensors')
-    """
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file.name for file in path.glob("*.safetensors"))
-        usual = "pytorch_lora_weights.safetensors"
-        if usual not in files and len(files) != 1:
-            raise FileNotFoundError(
-                f"{source!r} holds no {usual}, and {len(files)} other .safetensors files. Name the file itself."
-            )
-        return source, usual if usual in files else files[0]
-    if path.is_file():
-        return str(path.parent), path.name
-    parts = source.split("/")
-    if len(parts) > 2 and source.endswith(".safetensors"):
-        return "/".join(parts[:2]), "/".join(parts[2:])
-    return source, None
-
-
 @torch.no_grad()
 def fingerprint(network: nn.Module | None, **settings: object) -> str:
     """A short name for a network's weights and some settings: files made with others never mix.
 
     Args:
-        network: The network, or None; a sample of each of its weights is read.
+        network: The network, or None; a sample of each of its weights is read, and of a teacher's adapter.
         settings: Anything that JSON can hold.
 
     Returns:
@@ -475,7 +480,7 @@ def fingerprint(network: nn.Module | None, **settings: object) -> str:
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, parameter in () if network is None else network.named_parameters():
-        if "lora_" not in name:
+        if "lora_" not in name or ".teacher." in name:  # Those of policy and fake score are trained.
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             flat = whole.flatten()
             part = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()

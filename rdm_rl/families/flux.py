@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rdm_rl.data_types import Conditioning
 from rdm_rl.families.flow import FlowFamily
 from rdm_rl.randomness import Generators, normal
+from rdm_rl.samplers import SamplerName
 
 
 class FluxFamily(FlowFamily):
@@ -46,7 +47,9 @@ class FluxFamily(FlowFamily):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """T5's hidden states, shape (N, L, E), and CLIP's pooled output, shape (N, E')."""
-        states, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, device=self.device)
+        states, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), None, device=self.device, max_sequence_length=self.prompt_tokens
+        )
         return Conditioning(tensors={"encoder_hidden_states": states, "pooled_projections": pooled})
 
     @property
@@ -58,6 +61,18 @@ class FluxFamily(FlowFamily):
     def teacher_guidance_scale(self) -> float:  # type: ignore[override]
         """The pipeline's default, that of the model's own card; none for schnell."""
         return 3.5 if self.has_guidance else 1.0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt: 512, and 256 for schnell, as its model card says."""
+        return 512 if self.has_guidance else 256
+
+    def student_call(
+        self, num_inference_steps: int, sampler: SamplerName = "renoise", guidance_scale: float = 1.0
+    ) -> dict[str, Any]:
+        """The usual arguments, and the length of a prompt where it is not the pipeline's default."""
+        usual = super().student_call(num_inference_steps, sampler, guidance_scale)
+        return usual if self.has_guidance else {**usual, "max_sequence_length": self.prompt_tokens}
 
     def embeds_guidance(self, network: Any) -> bool:
         """Always: schnell, which is told none, is not asked twice either."""

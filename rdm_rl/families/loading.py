@@ -1,20 +1,18 @@
 """From a name or a folder to a family, with one clear line for everything that can be wrong with it."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from rdm_rl.families.base import Family
 from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flux import FluxFamily
+from rdm_rl.families.hub import check_hub_name, one_line_errors
 from rdm_rl.families.pixart import PixArtFamily
 from rdm_rl.families.sana import SanaFamily
 from rdm_rl.families.sd import StableDiffusionFamily
@@ -98,12 +96,12 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
         for name in family.optional_components:  # diffusers wants to be told of what was saved as missing.
             if index.get(name, [None])[0] is None:
                 components = {name: None, name.replace("text_encoder", "tokenizer"): None} | components
-        pipeline = DiffusionPipeline.from_pretrained(model, **_precision(dtype), **components)
+        pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **_precision(dtype), **components)
     vae = getattr(pipeline, "vae", None)
     if vae is not None and "vae" not in components and dtype != torch.float32:
         # Decoders overflow or band in half precision; they are small, so they are read again as they were saved.
         with one_line_errors("model", model):
-            pipeline.vae = type(vae).from_pretrained(model, subfolder="vae")
+            pipeline.vae = type(vae).from_pretrained(model, subfolder="vae", use_safetensors=True)
     return pipeline
 
 
@@ -115,52 +113,42 @@ def _precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
 
 
-class PolicyInit(NamedTuple):
-    """An already distilled model.
+def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None) -> Family | None:
+    """The family of an already distilled model that a policy starts from.
 
-    Args:
-        family: Its family.
-        is_pipeline: Whether it is a whole pipeline, which an adapter can belong to, and not a bare network.
-    """
-
-    family: Family
-    is_pipeline: bool
-
-
-def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None) -> PolicyInit | None:
-    """An already distilled model that a policy starts from.
+    Of a pipeline only the network and the scheduler are read: encoders and decoder are the base's.
 
     Args:
         source: Folder or hub name of a pipeline or of a bare network; or an adapter.
-        base: The teacher's family, whose text encoders and decoder the model shares.
-        dtype: Precision that it is loaded in.
+        base: The teacher's family.
+        dtype: Precision that the network is loaded in.
 
     Returns:
-        The model; None if the source is an adapter.
+        The family; None if the source is an adapter.
 
     Raises:
         FileNotFoundError: If there is nothing there.
         OSError: If the hub does not give it.
-        ValueError: If it is of another kind than the base.
+        ValueError: If its network is of another kind than the base's.
     """
     index = _configuration(source, "policy_init")
     if index is None:
         return None
-    kind = str(index.get("_class_name"))
-    dtype = dtype or torch.float32
+    wanted: Any = type(base.network)
+    listed = index.get(base.network_name)  # Of a pipeline: its library and its class.
+    kind = listed[1] if isinstance(listed, list) else index.get("_class_name")
+    if kind != wanted.__name__:
+        raise ValueError(
+            f"policy_init={source!r} is a {kind}, but the base's {base.network_name} is a {wanted.__name__}. Pass a "
+            "pipeline with such a network, the network alone, or an adapter."
+        )
+    scheduler = None
     with one_line_errors("policy_init", source):
-        if kind == type(base.network).__name__:
-            network = type(base.network).from_pretrained(source, **_precision(dtype))  # type: ignore[attr-defined]
-            return PolicyInit(base.with_network(network), is_pipeline=False)
-        if kind == type(base.pipeline).__name__:
-            own = {base.network_name, "scheduler"}
-            shared = {name: part for name, part in base.pipeline.components.items() if name not in own}
-            pipeline = load_pipeline(source, dtype, **shared)
-            return PolicyInit(base.with_network(getattr(pipeline, base.network_name), pipeline.scheduler), True)
-    raise ValueError(
-        f"policy_init={source!r} is a {kind}, but the base is a {type(base.pipeline).__name__} with a "
-        f"{type(base.network).__name__}. Pass one of these, or an adapter."
-    )
+        if isinstance(listed, list):
+            scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(source, subfolder="scheduler")
+        place = {"subfolder": base.network_name} if isinstance(listed, list) else {}
+        network = wanted.from_pretrained(source, use_safetensors=True, **place, **_precision(dtype or torch.float32))
+    return base.with_network(network, scheduler)
 
 
 def _configuration(source: str, setting: str) -> dict[str, Any] | None:
@@ -213,32 +201,3 @@ def check_model_name(model: str) -> None:
                 f"model={model!r} has no {name!r} folder, but a {components['_class_name']} needs one. Save or "
                 "download the whole pipeline."
             )
-
-
-def check_hub_name(setting: str, name: str) -> None:
-    """Raise where a name can be neither a folder, because there is none, nor one on the hub."""
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(
-            f"{setting}={name!r} is neither an existing folder nor a hub name of the form 'owner/name'. "
-            "Check the path, or pass a loaded DiffusionPipeline."
-        )
-
-
-@contextmanager
-def one_line_errors(setting: str, name: str) -> Iterator[None]:
-    """Say in one line why something cannot be loaded, with the long story as its cause."""
-    try:
-        yield
-    except OSError as error:  # The hub's and diffusers' errors of loading.
-        chain: list[BaseException] = []
-        link: BaseException | None = error
-        while link is not None and link not in chain:
-            chain.append(link)
-            link = link.__cause__ or link.__context__
-        if any(isinstance(one, GatedRepoError) for one in chain):
-            reason = "its owner asks you to accept a licence: do so on its hub page, then log in with `hf auth login`"
-        elif any(isinstance(one, RepositoryNotFoundError) for one in chain):
-            reason = "the hub has no public model of this name: check it, or log in with `hf auth login`"
-        else:
-            reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-        raise OSError(f"{setting}={name!r} cannot be loaded: {reason}.") from error

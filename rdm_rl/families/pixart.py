@@ -17,6 +17,7 @@ class PixArtFamily(VariancePreservingFamily):
     """
 
     network_name: ClassVar[str] = "transformer"
+    latent_multiple: ClassVar[int] = 2  # The transformer's patches.
     loads_lora: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     teacher_guidance_scale: float = 4.5  # The pipeline's default.

@@ -27,8 +27,7 @@ class SanaFamily(FlowFamily):
 
     def encode_empty_prompt(self) -> Conditioning:
         """The empty prompt without the instruction."""
-        with self._awake_encoders():
-            return self._encode([""], None)
+        return self._encode([""], None)
 
     def _encode(self, prompts: list[str], instruction: list[str] | None) -> Conditioning:
         states, mask, _, _ = self.pipeline.encode_prompt(

@@ -12,6 +12,7 @@ from rdm_rl.families.flow import FlowFamily
 class StableDiffusion3Family(FlowFamily):
     """Pipelines of class ``StableDiffusion3Pipeline``, with or without the third text encoder (T5)."""
 
+    latent_multiple: ClassVar[int] = 2  # The transformer's patches.
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_components: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
     lora_targets: ClassVar[tuple[str, ...]] = (

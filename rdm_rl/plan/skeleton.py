@@ -11,7 +11,8 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from rdm_rl.families.loading import check_model_name, one_line_errors
+from rdm_rl.families.hub import one_line_errors
+from rdm_rl.families.loading import check_model_name
 from rdm_rl.model_sizes import MODELS, Blueprint
 
 CONFIG_FILES = ["model_index.json", "*/config.json", "*/*_config.json"]

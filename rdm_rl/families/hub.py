@@ -1,0 +1,91 @@
+"""Names of models and adapters: what is a folder, what is on the hub, and why it cannot be had, in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+
+def check_hub_name(setting: str, name: str) -> None:
+    """Raise where a name can be neither a folder, because there is none, nor one on the hub.
+
+    Args:
+        setting: What was set to it.
+        name: The name.
+
+    Raises:
+        FileNotFoundError: If it can be neither.
+    """
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"{setting}={name!r} is neither an existing folder nor a hub name of the form 'owner/name'. "
+            "Check the path, or pass a loaded DiffusionPipeline."
+        )
+
+
+def adapter_file(source: str) -> tuple[str, str | None]:
+    """Where an adapter is, as ``load_lora_weights`` takes it: a folder, file or hub name, and the name of its file.
+
+    Args:
+        source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
+
+    Returns:
+        Path or hub name, and the file's name; None where diffusers finds it.
+
+    Raises:
+        FileNotFoundError: If a folder does not say which of its files is the adapter.
+
+    Example:
+        >>> adapter_file("owner/name/a-lora.safetensors")
+        ('owner/name', 'a-lora.safetensors')
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        usual = "pytorch_lora_weights.safetensors"
+        if usual not in files and len(files) != 1:
+            raise FileNotFoundError(
+                f"{source!r} holds no {usual}, and {len(files)} other .safetensors files. Name the file itself."
+            )
+        return source, usual if usual in files else files[0]
+    if path.is_file():
+        return str(path.parent), path.name
+    parts = source.split("/")
+    if len(parts) > 2 and source.endswith(".safetensors"):
+        return "/".join(parts[:2]), "/".join(parts[2:])
+    return source, None
+
+
+@contextmanager
+def one_line_errors(setting: str, name: str) -> Iterator[None]:
+    """Say in one line why something cannot be loaded, with the long story as its cause.
+
+    Args:
+        setting: What was set to it.
+        name: Its name.
+
+    Raises:
+        OSError: Instead of the hub's and diffusers' own errors of loading.
+    """
+    try:
+        yield
+    except OSError as error:
+        chain: list[BaseException] = []
+        link: BaseException | None = error
+        while link is not None and link not in chain:
+            chain.append(link)
+            link = link.__cause__ or link.__context__
+        if any(isinstance(one, GatedRepoError) for one in chain):
+            reason = "its owner asks you to accept a licence: do so on its hub page, then log in with `hf auth login`"
+        elif any(isinstance(one, RepositoryNotFoundError) for one in chain):
+            reason = "the hub has no public model of this name: check it, or log in with `hf auth login`"
+        else:
+            reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise OSError(f"{setting}={name!r} cannot be loaded: {reason}.") from error
+    except ValueError as error:  # What diffusers says of an adapter's repository without a connection.
+        if "weight_name" not in str(error):
+            raise
+        raise OSError(
+            f"{setting}={name!r} cannot be loaded without a connection unless its file is named: 'owner/name/file'."
+        ) from error
