@@ -126,7 +126,7 @@ def save_student(
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     kind, name = type(scheduler).__name__, name or folder.name
-    base = Path(base).name if Path(base).is_absolute() else base  # A card is published; a machine's paths are not.
+    base = public_name(base)
     text = _CARD.format(
         name=name,
         steps=num_inference_steps,
@@ -145,6 +145,16 @@ def save_student(
         tags=["rdm_rl", "distillation", "few-step", *(["lora"] if lora else [])],
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def public_name(source: str) -> str:
+    """What a model is called on a card: a card is published, and a machine's paths are not.
+
+    Example:
+        >>> public_name("/models/mine"), public_name("owner/name")
+        ('mine', 'owner/name')
+    """
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32) -> SavedStudent:

@@ -129,6 +129,10 @@ def test_a_whole_model_is_a_start(kind: str, lora: bool, base: Path, tmp_path: P
     trainer.save_model(tmp_path / "student")
     # The base's encoders around another network: no pipeline of a name has both, so the whole is saved.
     student = load_student(tmp_path / "student", "nothing")
+    card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    assert "student of `distilled`" in card
+    assert f"| teacher | {base.name} |" in card
+    assert str(tmp_path) not in card
     ours = trainer.generate(TEXTS, generator=torch.Generator().manual_seed(1))
     theirs = student.draw(TEXTS, generator=torch.Generator().manual_seed(1), output_type="pt")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 if lora else 0)

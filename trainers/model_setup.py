@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,6 +18,22 @@ from rdm_rl.samplers import suits
 from rdm_rl.trainers.rdm_config import RDMConfig
 
 Model: TypeAlias = str | Path | DiffusionPipeline
+
+
+class LoadedModels(NamedTuple):
+    """The roles of a run, and where they come from.
+
+    Args:
+        networks: The roles.
+        name: Name of the model that the policy started from.
+        is_pipeline: Whether that is a pipeline which a saved adapter can belong to.
+        sources: Other models that went into it, for the model card.
+    """
+
+    networks: Networks
+    name: str
+    is_pipeline: bool
+    sources: dict[str, str]
 
 
 def check_models(
@@ -83,7 +99,7 @@ def load_networks(
     matches_distributions: bool,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
-) -> tuple[Networks, str | None]:
+) -> LoadedModels:
     """Load the models of a run and make its roles.
 
     Args:
@@ -98,8 +114,7 @@ def load_networks(
         autocast: Makes the context in which networks run.
 
     Returns:
-        The networks, and the name of the pipeline that a saved adapter belongs to: None if there is no such pipeline,
-        because the policy started from another network.
+        The networks, and where they come from.
 
     Raises:
         ValueError: If the models and settings cannot work together.
@@ -110,12 +125,11 @@ def load_networks(
     options: dict[str, Any] = {"dtype": dtype if peft_config else torch.float32, "resolution": args.resolution}
     family = load_family(model, **options)
     teacher_family = None if teacher is None else load_family(teacher, **options)
-    name: str | None = str(model) if isinstance(model, str | Path) else str(model.name_or_path or "the base model")
-    adapter, base_name = policy_init, name
+    name, adapter = _name(model), policy_init
     student = None if policy_init is None else load_policy_init(str(policy_init), family, options["dtype"])
     if student is not None:
         family, teacher_family = student, teacher_family or family
-        adapter, base_name = None, None
+        name, adapter = str(policy_init), None
     families = [one for one in (family, teacher_family) if one is not None]
     check_family_settings(args, families, matches_distributions=matches_distributions)
     for one in families:
@@ -140,7 +154,16 @@ def load_networks(
     if args.gradient_checkpointing:
         networks.enable_activation_checkpointing()
         family.enable_decoder_checkpointing()
-    return networks, base_name
+    given = {"teacher": teacher, "teacher_adapter": teacher_adapter, "policy_init": adapter}
+    if student is not None and teacher is None:
+        given["teacher"] = model
+    sources = {setting: _name(one) for setting, one in given.items() if one is not None}
+    return LoadedModels(networks, name, is_pipeline=student is None, sources=sources)
+
+
+def _name(source: Model) -> str:
+    """What a model is called."""
+    return str(source) if isinstance(source, str | Path) else str(source.name_or_path or "the base model")
 
 
 def check_family_settings(args: RDMConfig, families: list[Family], *, matches_distributions: bool) -> None:

@@ -43,7 +43,7 @@ from rdm_rl.rewards.registry import (
 )
 from rdm_rl.samplers import make_sampler
 from rdm_rl.sharding import gather
-from rdm_rl.student import save_student
+from rdm_rl.student import public_name, save_student
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.model_setup import check_models, load_networks
 from rdm_rl.trainers.rdm_config import RDMConfig
@@ -159,16 +159,17 @@ class RDMTrainer(TrainingLoop):
         check_models(args, model, teacher, teacher_adapter, policy_init, peft_config)
 
         super().__init__(args, len(self.prompts))
-        self.networks, self.model_name = load_networks(
+        self._models = load_networks(
             *(args, model, teacher, teacher_adapter, policy_init, peft_config),
             matches_distributions="rdm" in rewards,
             device=self.device,
             autocast=self.autocast,
         )
+        self.networks, self.model_name = self._models.networks, self._models.name
         for role in get_args(Role):
             self.share_parameters(self.networks.parameters(role))
         # A checkpoint holds what is trained; these say what it belongs to.
-        self._models = {role: fingerprint(self.networks.module(role)) for role in ("teacher", "policy")}
+        self._fingerprints = {role: fingerprint(self.networks.module(role)) for role in ("teacher", "policy")}
         self.sampler = make_sampler(args.sampler, args.eta)
         self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
@@ -247,7 +248,7 @@ class RDMTrainer(TrainingLoop):
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         checkpoint = find_checkpoint(self.args.output_dir, resume) if resume else None
         if checkpoint is not None:
-            check_settings(checkpoint, self.args.to_dict(), self.accelerator.num_processes, self._models)
+            check_settings(checkpoint, self.args.to_dict(), self.accelerator.num_processes, self._fingerprints)
         self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
         self.create_optimizers()
@@ -830,8 +831,8 @@ class RDMTrainer(TrainingLoop):
                 num_inference_steps=self.args.num_inference_steps,
                 sampler=self.args.sampler,
                 guidance_scale=self.args.guidance_scale,
-                base=self.model_name or "the base model",
-                whole=self.model_name is None,
+                base=self.model_name,
+                whole=not self._models.is_pipeline,
                 name=self.args.hub_model_id,
                 facts=self._card_facts(),
                 write=self.accelerator.is_main_process,
@@ -849,6 +850,7 @@ class RDMTrainer(TrainingLoop):
             "rewards": ", ".join(f"{name} (weight {self.reward_weights[name]:g})" for name in self.rewards)
             if type(self.weighting).__module__ == Weighting.__module__
             else f"{', '.join(self.rewards)}, combined by {type(self.weighting).__name__}",
+            **{setting: public_name(name) for setting, name in self._models.sources.items()},
             "policy updates": self.state.global_step,
             "teacher_guidance_scale": self.teacher_guidance_scale,
             **{name: getattr(self.args, name) for name in names},
@@ -879,7 +881,7 @@ class RDMTrainer(TrainingLoop):
         tensors, state = gather((tensors, state), keep=writes)  # Sharded weights take all processes to put together.
         if writes:
             settings, processes = self.args.to_json_string(), self.accelerator.num_processes
-            write_checkpoint(folder, tensors, state, settings, self.state, processes, self._models)
+            write_checkpoint(folder, tensors, state, settings, self.state, processes, self._fingerprints)
             rotate_checkpoints(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._last_checkpoint = folder
