@@ -145,15 +145,13 @@ def test_guidance_is_the_pipeline_s_own(family: Family, guidance: float, monkeyp
     if not family.has_guidance and guidance != 1:
         pytest.skip("nothing to guide towards")
     pipeline, texts = family.pipeline, prompts(family)
-    call: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": guidance}
+    call = family.student_call(1, guidance_scale=guidance)
     if isinstance(family, FlowFamily):
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
         call["sigmas"] = [1.0]
     else:
         config = {**pipeline.scheduler.config, "clip_sample": False, "thresholding": False}
         pipeline.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True)
-    if not family.has_guidance:
-        del call["guidance_scale"]
     call["generator"] = torch.Generator().manual_seed(SEED)
     noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(SEED))
     expected = latents_of(pipeline, monkeypatch, **asked(family, texts), **call)

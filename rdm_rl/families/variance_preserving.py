@@ -1,5 +1,6 @@
 """What families with a discrete variance-preserving noise schedule share: DDPM's betas, and the schedulers for them."""
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -34,7 +35,7 @@ class VariancePreservingFamily(Family):
                 "supported are 'epsilon', 'v_prediction' and 'sample'. Correct scheduler/scheduler_config.json."
             )
         self.prediction_type = kind
-        self.schedule = VariancePreserving(DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod)
+        self.schedule = VariancePreserving(_scheduler(DDIMScheduler, pipeline.scheduler.config).alphas_cumprod)
         if kind == "epsilon" and self.schedule.alphas_cumprod[-1] == 0:
             raise ValueError(
                 "The model predicts epsilon and its scheduler sets rescale_betas_zero_snr=True: at t = 1 nothing of "
@@ -51,9 +52,8 @@ class VariancePreservingFamily(Family):
         """
         config = {**self.pipeline.scheduler.config, "clip_sample": False, "thresholding": False}
         if sampler == "renoise":
-            known = {name: config[name] for name in signature(LCMScheduler.__init__).parameters if name in config}
-            return LCMScheduler(
-                **{**known, "timestep_scaling": 10000.0, "original_inference_steps": num_inference_steps}
+            return _scheduler(
+                LCMScheduler, config, timestep_scaling=10000.0, original_inference_steps=num_inference_steps
             )
         steps = len(self.schedule.alphas_cumprod)
         if sampler != "ddim" or steps % num_inference_steps:
@@ -62,7 +62,7 @@ class VariancePreservingFamily(Family):
                 f"sampled with 'renoise' or 'ddim', and stock DDIM's steps only chain if their number divides {steps}. "
                 "Use 'renoise', or 'ddim' with 2, 4, 5, 8, 10, 20, 25, 40 or 50 steps."
             )
-        return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True)
+        return _scheduler(DDIMScheduler, config, timestep_spacing="trailing", set_alpha_to_one=True)
 
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times of the student's scheduler."""
@@ -75,3 +75,9 @@ class VariancePreservingFamily(Family):
         """Signal levels of all timesteps."""
         levels: list[float] = self.schedule.alphas_cumprod.tolist()
         return levels
+
+
+def _scheduler(kind: type[Any], config: Mapping[str, Any], **changes: Any) -> Any:
+    """A scheduler with those settings of another one that it has too; diffusers' own way warns of all the others."""
+    known = {name: config[name] for name in signature(kind).parameters if name in config}
+    return kind(**{**known, **changes})

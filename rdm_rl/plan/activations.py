@@ -162,7 +162,7 @@ def conditioning_of(family: Family, count: int) -> Conditioning:
             }
         case "FluxPipeline":
             shapes = {
-                "encoder_hidden_states": (_t5_length(pipeline), config.joint_attention_dim),
+                "encoder_hidden_states": (256 if not config.guidance_embeds else 512, config.joint_attention_dim),
                 "pooled_projections": (config.pooled_projection_dim,),
             }
         case "SanaPipeline" | "PixArtSigmaPipeline":
