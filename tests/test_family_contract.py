@@ -154,7 +154,7 @@ def test_guidance_is_the_pipeline_s_own(family: Family, guidance: float, monkeyp
         pipeline.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True)
     call["generator"] = torch.Generator().manual_seed(SEED)
     noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(SEED))
-    expected = latents_of(pipeline, monkeypatch, **asked(family, texts), **call)
+    expected = latents_of(pipeline, monkeypatch, **{**asked(family, texts), **call})
     expected = unpacked(family, expected[: len(texts)])  # DiT's pipeline carries each sample twice.
     # DiT's pipeline has a guided and an unguided half from one noise; both halves are the guided prediction.
     x_0 = family.predict_x_0(family.network, noise, torch.ones(2), family.encode(texts), guidance)
