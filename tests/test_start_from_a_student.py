@@ -247,10 +247,12 @@ def with_text_encoder(folder: Path) -> None:
     pipe = tiny_sd(folder / "source")
     pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    named = pipe.text_encoder.state_dict()
+    text_encoder = {name.replace(".default", ""): value for name, value in named.items() if "lora_" in name}
     StableDiffusionPipeline.save_lora_weights(
         folder,
         unet_lora_layers=get_peft_model_state_dict(pipe.unet),
-        text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder),
+        text_encoder_lora_layers=text_encoder,
     )
 
 
