@@ -15,6 +15,10 @@ from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.data_types import Conditioning, DenseAdvantage, PromptBatch, Rollout
 from rdm_rl.networks import Networks
 
+# Its old name alone is known to older transformers, and warns in newer ones.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in RDMConfig.__dataclass_fields__
+)
 PROMPTS = [{"prompt": f"the digit {digit}", "digit": digit} for digit in range(10)]
 
 

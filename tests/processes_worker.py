@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from rdm_rl import RDMConfig, RDMTrainer
+from rdm_rl import RDMTrainer
 from rdm_rl.data_types import Rollout
 from rdm_rl.decoding import ImageDecoder
 from rdm_rl.sharding import gather, holds_shards, local
 from rdm_rl.teacher_images import TeacherCache, TeacherImages
-from tests.helpers import brightness, log_numbers, one_rollout, tiny_trainer, trained_weights
+from tests.helpers import CHECKPOINTING, brightness, log_numbers, one_rollout, tiny_trainer, trained_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,10 +35,6 @@ GNDMR: dict[str, Any] = {
     "save_steps": 1,
 }
 # What runs sharded: one base, a separate teacher with the fake score on it, and three networks.
-# The newer name warns of nothing, and older transformers have only the other.
-CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(RDMConfig, name)
-)
 QUICK = {"fake_score_updates_per_policy_update": 1, "logging_steps": 2}
 SHARDED: dict[str, dict[str, Any]] = {
     "shared": {"noise_pool": 4},

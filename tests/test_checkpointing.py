@@ -10,7 +10,7 @@ from rdm_rl import RDMTrainer
 from rdm_rl.checkpointing import checkpoints, find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
 from rdm_rl.data_types import DenseAdvantage
 from rdm_rl.weighting import Weighting
-from tests.helpers import StopAfter, changed, log_numbers, same, tiny_trainer
+from tests.helpers import CHECKPOINTING, StopAfter, changed, log_numbers, same, tiny_trainer
 
 RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
 
@@ -88,7 +88,7 @@ def test_resuming_with_everything_switched_on(base: Path, tmp_path: Path) -> Non
     settings = {
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
-        "activation_checkpointing": True,
+        CHECKPOINTING: True,
         "num_renoise": 2,
         "renoise_distribution": "annealed_beta",
         "renoise_anneal_steps": 4,

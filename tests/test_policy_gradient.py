@@ -1,7 +1,6 @@
 """Black-box rewards through the policy's likelihood, in the trainer: ratios, groups, the hybrid, refusals."""
 
 import asyncio
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rdm_rl.rewards.scoring import RewardError
 from rdm_rl.samplers import make_sampler
 from rdm_rl.trainers.rdm_config import METHODS
 from tests.helpers import (
+    CHECKPOINTING,
     QUICK,
     WITHOUT_RDM,
     brightness,
@@ -33,11 +33,6 @@ from tests.helpers import (
     trained_weights,
 )
 
-# Older transformers know the other name alone; newer ones warn of it.
-CHECKPOINTING = max(
-    {one.name for one in fields(RDMConfig)} & {"gradient_checkpointing", "activation_checkpointing"},
-    key="activation_checkpointing".__eq__,
-)
 PPO = {**WITHOUT_RDM, "num_inference_steps": 3, "reward_weighting": "fixed", "per_device_train_batch_size": 4}
 HYBRID = {**QUICK, "num_inference_steps": 3}
 

@@ -23,6 +23,7 @@ from rdm_rl.rewards import register_reward
 from rdm_rl.rewards.registry import unregister_reward
 from rdm_rl.weighting import Weighting
 from tests.helpers import (
+    CHECKPOINTING,
     PROMPTS,
     StepAway,
     StopAfter,
@@ -603,8 +604,7 @@ def test_fp16_scales_its_losses(base: Path, tmp_path: Path) -> None:
 def test_activation_checkpointing_changes_nothing(base: Path, tmp_path: Path) -> None:
     plain = tiny_trainer(base, tmp_path / "plain", **COLD)
     # Older versions of transformers know the other name only.
-    switch = "activation_checkpointing" if hasattr(plain.args, "activation_checkpointing") else "gradient_checkpointing"
-    frugal = tiny_trainer(base, tmp_path / "frugal", **{switch: True}, **COLD)
+    frugal = tiny_trainer(base, tmp_path / "frugal", **{CHECKPOINTING: True}, **COLD)
     assert any(getattr(one, "gradient_checkpointing", False) for one in frugal.networks.module("policy").modules())
     plain.train()
     frugal.train()

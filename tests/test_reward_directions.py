@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from copy import deepcopy
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from rdm_rl import RDMConfig, RDMTrainer
+from rdm_rl import RDMTrainer
 from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.rewards.adapters import PathwiseReward, WatchedReward
 from tests.helpers import (
+    CHECKPOINTING,
     QUICK,
     WITHOUT_RDM,
     StepAway,
@@ -127,9 +127,7 @@ def test_a_run_leaves_the_weights_of_reward_and_decoder_alone(base: Path, tmp_pa
 
 def test_checkpointing_the_decoder_changes_nothing(base: Path, tmp_path: Path) -> None:
     _, rollout, trainer = directions(base, tmp_path, likeness)
-    names = {one.name for one in fields(RDMConfig)}  # The inherited field has another name in older transformers.
-    switch = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    frugal = quick_trainer(base, tmp_path, likeness, **{switch: True}, **WITHOUT_RDM)
+    frugal = quick_trainer(base, tmp_path, likeness, **{CHECKPOINTING: True}, **WITHOUT_RDM)
     vae, calls, values = [one.family.pipeline.vae for one in (trainer, frugal)], [], []
     for one in (trainer, frugal):
         calls.append(
