@@ -23,11 +23,13 @@ expected  Mean grey level (``ink``) of the last ten updates' images, with the ta
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rdm_rl import RDMConfig, RDMTrainer
+from rdm_rl.cli import run_script
 from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.settings_parser import SettingsParser
 from rdm_rl.train import TrainArguments, make_trainer
@@ -73,12 +75,13 @@ def main(words: Sequence[str] | None = None) -> None:
     if unknown:
         raise ValueError(f"reward_targets has {sorted(unknown)}, but the rewards are {list(trainer.rewards)}.")
     trainer.reward_targets = targets
-    last = trainer.train()
+    trainer.train()
     trainer.save_model()
-    for name in trainer.rewards:
-        trainer.accelerator.print(f"{name}: {last.get(f'rewards/{name}/mean', float('nan')):.3f} at the end")
+    for name in trainer.rewards:  # Not every update asks every reward.
+        means = [row[f"rewards/{name}/mean"] for row in trainer.state.log_history if f"rewards/{name}/mean" in row]
+        trainer.accelerator.print(f"{name}: {f'{means[-1]:.3f} at the end' if means else 'not asked'}")
     trainer.accelerator.print(f"The student is in {args.output_dir}, sample grids in {args.output_dir}/samples")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -34,6 +34,7 @@ For Stable Diffusion, the README of the paper's PyTorch code (https://github.com
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ import torch
 from torch import Tensor
 
 from rdm_rl import RDMConfig, RDMTrainer
+from rdm_rl.cli import run_script
 from rdm_rl.data_types import PromptBatch
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators
@@ -152,4 +154,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -23,10 +23,12 @@ expected  Not yet measured by us. For scale, SenseFlow's README, COCO-5k, 4 step
 ========  ============================================================================================================
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rdm_rl import RDMConfig
+from rdm_rl.cli import run_script
 from rdm_rl.settings_parser import SettingsParser
 from rdm_rl.train import TrainArguments, make_trainer
 
@@ -42,4 +44,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -18,10 +18,12 @@ numbers    None. We have seen no figure of the paper's (arXiv 2512.22802), only 
 =========  ============================================================================================================
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rdm_rl import ReDiFConfig, ReDiFTrainer
+from rdm_rl.cli import run_script
 from rdm_rl.settings_parser import SettingsParser
 from rdm_rl.train import TrainArguments, load_prompts, make_trainer
 
@@ -63,4 +65,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -20,10 +20,12 @@ expected  Not yet measured by us. R_dm's abstract (arXiv 2603.28460), for its GN
 ========  ============================================================================================================
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rdm_rl import RDMConfig
+from rdm_rl.cli import run_script
 from rdm_rl.settings_parser import SettingsParser
 from rdm_rl.train import TrainArguments, make_trainer
 
@@ -39,4 +41,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

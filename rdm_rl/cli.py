@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rdm_rl import __version__
@@ -25,25 +25,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    return _explained(lambda: _command(words), "rdm-rl", debug=debug)
+
+
+def run_script(function: Callable[[Sequence[str]], None]) -> int:
+    """Run the main function of a script as the commands are run: a mistake in what was asked is explained in one line.
+
+    Args:
+        function: It takes the words after the script's name; ``--debug`` is taken out of them.
+
+    Returns:
+        The exit status: 0, or 2 for such a mistake.
+    """
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    return _explained(lambda: function(words), Path(sys.argv[0]).name, debug="--debug" in sys.argv)
+
+
+def _explained(function: Callable[[], None], name: str, *, debug: bool) -> int:
     try:
-        if words[:1] == ["train"]:  # Its options are the fields of the settings, which another parser reads.
-            from rdm_rl.train import train_command
-
-            train_command(words[1:])
-        elif words[:1] == ["plan"]:
-            from rdm_rl.plan.report import plan_command
-
-            plan_command(words[1:])
-        else:
-            options = _parser().parse_args(words)
-            options.run(options)
+        function()
     # The hub's and diffusers' errors of loading are OSErrors; a reward may need a package that is not installed.
     except (ValueError, OSError, ModuleNotFoundError, RewardError) as error:
         if debug:
             raise
-        print(f"rdm-rl: {error} (--debug shows where)", file=sys.stderr)
+        print(f"{name}: {error} (--debug shows where)", file=sys.stderr)
         return 2
     return 0
+
+
+def _command(words: list[str]) -> None:
+    if words[:1] == ["train"]:  # Its options are the fields of the settings, which another parser reads.
+        from rdm_rl.train import train_command
+
+        train_command(words[1:])
+    elif words[:1] == ["plan"]:
+        from rdm_rl.plan.report import plan_command
+
+        plan_command(words[1:])
+    else:
+        options = _parser().parse_args(words)
+        options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="draw images with a saved student, through plain diffusers")
     sample.add_argument("--student", type=Path, required=True, help="folder that save_model wrote")
-    sample.add_argument("--model", help="base pipeline of a LoRA student; default: the embedded teacher")
+    sample.add_argument("--model", help="base pipeline of a LoRA student; default: what its folder names")
     sample.add_argument("--prompt", action="append", required=True, help="a prompt; repeat for more")
     sample.add_argument("--num_images", type=int, default=4, help="images of each prompt")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
@@ -123,11 +144,10 @@ def _demo(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import torch
 
-    from rdm_rl.demo.digits import TEACHER_FOLDER
     from rdm_rl.student import load_student
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
-    student = load_student(options.student, options.model or TEACHER_FOLDER, dtype)
+    student = load_student(options.student, options.model or _base_of(options.student), dtype)
     student.pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
@@ -138,6 +158,19 @@ def _sample(options: argparse.Namespace) -> None:
             file = options.output_dir / f"{number:03d}-{index:02d}.png"
             image.save(file)
             print(file)
+
+
+def _base_of(student: Path) -> str:
+    """The model that a student belongs to, as far as its folder says so."""
+    from rdm_rl.demo.digits import TEACHER_FOLDER
+    from rdm_rl.student import base_of, public_name
+
+    base = base_of(student)
+    if base in (None, public_name(str(TEACHER_FOLDER))):
+        return str(TEACHER_FOLDER)
+    if not Path(base).is_dir() and base.count("/") != 1:
+        raise ValueError(f"The student {str(student)!r} is an adapter of a model called {base!r}: give its --model.")
+    return base
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rdm_rl.data_types import Conditioning
 from rdm_rl.families import Family
+from rdm_rl.families.base import fingerprint
 from rdm_rl.offload import OffloadedNetwork
 from rdm_rl.policy import X0Predictor
 from rdm_rl.sharding import cut_like, holds_shards, shard, whole_copy
@@ -56,6 +57,12 @@ class Networks(ABC):
     def offload_teacher(self, device: torch.device) -> None:
         """Let the teacher's network wait on the CPU from now on; it comes to the device when it is asked."""
         self._offloaded = OffloadedNetwork(self.module("teacher"), device)
+
+    def fingerprint(self, role: Role) -> str:
+        """A short name of what a role began with: its weights without what is trained, and what they predict."""
+        family = self.family_of(role)
+        facts = {"prediction_type": family.prediction_type, "schedule": family.schedule_facts()}
+        return fingerprint(self.module(role), **facts)
 
     def release_teacher(self) -> None:
         """The teacher will not be asked for a while: if it is offloaded, it leaves the device."""
@@ -135,7 +142,7 @@ class Networks(ABC):
             raise ValueError(
                 f"The saved {role} does not fit this one: {len(differing)} weights differ in name or shape, the first "
                 f"being {differing[0]!r} (saved {shapes.get(differing[0])}, here {wanted.get(differing[0])}). Use the "
-                "same model and the same peft_config as the run that saved it."
+                "same model, peft_config and policy_init as the run that saved it."
             )
         for name, parameter in parameters.items():
             parameter.copy_(cut_like(state[name], parameter))

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
@@ -153,6 +154,9 @@ class SettingsFormatter(argparse.HelpFormatter):
         """Use the terminal's width as far as lines stay readable."""
         super().__init__(prog, max_help_position=36, width=min(get_terminal_size().columns, 112) - 2)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         name = action.option_strings[-1] if action.dest == "help" else action.option_strings[0]
         return f"{name} {self._format_args(action, '')}".rstrip()
@@ -242,6 +246,9 @@ class SettingsParser(TrlParser):
         self._method, self._file = given.method, given.config or self.config
         for name, old in self._old_names().items():
             left = [re.sub(rf"^--{name}(?==|$)", f"--{old}", word) for word in left]
+        for flag in (word.partition("=")[0] for word in left if word.startswith("--")):
+            if flag not in self._option_string_actions:  # Before the settings are made, which may be wrong too.
+                raise ValueError(f"The command line sets {self._unknown(flag)}")
         if self._file is None:
             self.set_defaults_with_config()
         elif Path(self._file).is_file():
@@ -250,10 +257,7 @@ class SettingsParser(TrlParser):
             raise FileNotFoundError(f"--config {str(self._file)!r} does not exist.")
         *found, strange = self.parse_args_and_config(left, return_remaining_strings=True)
         if strange:
-            flags = [word.partition("=")[0] for word in strange if word.startswith("--")]
-            if not flags:
-                raise ValueError(f"{strange[0]!r} on the command line belongs to no flag.")
-            raise ValueError(f"The command line sets {self._unknown(flags[0])}")
+            raise ValueError(f"{strange[0]!r} on the command line belongs to no flag.")
         return tuple(found[: len(self.kinds)])
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:

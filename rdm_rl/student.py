@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from huggingface_hub import ModelCard, ModelCardData
 
 from rdm_rl import __version__
+from rdm_rl.families.hub import mismatch
 from rdm_rl.families.loading import load_pipeline
 from rdm_rl.networks import AdapterNetworks, Networks
 from rdm_rl.samplers import SamplerName
@@ -37,6 +38,7 @@ pipe.scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")"""
 
 
 _USE_FILE = "student.json"
+_BASE_FILE = "base.json"
 _WHAT = {"DiTPipeline": "class_labels=[207]", "DDPMPipeline": "", "DDIMPipeline": ""}
 _GUIDANCE_INSIDE = """The guidance of the teacher is part of the
 student, so it is used with `guidance_scale=1.0`, and with the {steps} steps it was trained for."""
@@ -125,6 +127,8 @@ def save_student(
         family.save_pipeline(str(folder), network, scheduler)
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
+    if lora:
+        (folder / _BASE_FILE).write_text(json.dumps({"base": public_name(base)}), encoding="utf-8")
     kind, name = type(scheduler).__name__, name or folder.name
     base = public_name(base)
     text = _CARD.format(
@@ -154,7 +158,21 @@ def public_name(source: str) -> str:
         >>> public_name("/models/mine"), public_name("owner/name")
         ('mine', 'owner/name')
     """
-    return Path(source).name if Path(source).is_absolute() else source
+    path = Path(source)
+    return path.name if path.is_absolute() or path.is_dir() else source
+
+
+def base_of(folder: str | Path) -> str | None:
+    """What the model is called that a saved adapter belongs to: a hub name, or a folder's without its place.
+
+    Args:
+        folder: What :func:`save_student` wrote.
+
+    Returns:
+        The name; None for a whole pipeline.
+    """
+    file = Path(folder) / _BASE_FILE
+    return json.loads(file.read_text(encoding="utf-8"))["base"] if file.is_file() else None
 
 
 def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32) -> SavedStudent:
@@ -175,7 +193,10 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
     folder = Path(folder)
     if (folder / "pytorch_lora_weights.safetensors").is_file():
         pipeline = load_pipeline(str(model), dtype)
-        pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+        try:
+            pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+        except RuntimeError as error:
+            raise ValueError(f"The student {str(folder)!r} is none of {str(model)!r}: {mismatch(error)}.") from error
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         schedulers = {one.__name__: one for one in (LCMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
         pipeline.scheduler = schedulers[config["_class_name"]].from_config(config)

@@ -71,7 +71,10 @@ def hub_error(kind: type[Exception]) -> Exception:
     [
         (hub_error(GatedRepoError), "'owner/name' cannot be loaded: its owner asks you to accept a licence"),
         (hub_error(RepositoryNotFoundError), "'owner/name' cannot be loaded: the hub has no public model of this name"),
-        (OSError("no connection.\nSee the page."), "'owner/name' cannot be loaded: no connection."),
+        (
+            OSError("no connection.\nSee the page."),
+            "cannot be loaded: there is no such folder, and of the hub's: no conn",
+        ),
     ],
     ids=["gated", "missing", "offline"],
 )
@@ -135,6 +138,8 @@ def test_resolutions(tmp_path: Path) -> None:
         load_family(tiny_flux(tmp_path / "flux"), resolution=18)
     with pytest.raises(ValueError, match=r"resolution=10, .* multiples of 4. Set it to 8"):
         load_family(tiny_sd3(tmp_path / "sd3"), resolution=10)
+    with pytest.raises(ValueError, match="resolution=64, but this model's table of positions ends at"):
+        load_family(tiny_sd3(tmp_path / "sd3"), resolution=64)
     for made in (tiny_dit(tmp_path / "dit"), tiny_unconditional(tmp_path / "ddpm")):
         with pytest.raises(ValueError, match="images of one size only"):
             load_family(made, resolution=32)
@@ -186,3 +191,34 @@ def test_where_an_adapter_is(tmp_path: Path) -> None:
     (tmp_path / "two.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=r"2 other .safetensors files"):
         adapter_file(str(tmp_path))
+
+
+def test_a_pipeline_class_of_one_s_own_is_loaded_by_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rdm_rl.families import FAMILIES, StableDiffusionFamily
+
+    monkeypatch.setitem(FAMILIES, "CleanPipeline", StableDiffusionFamily)
+    tiny_sd(tmp_path / "source").save_pretrained(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "CleanPipeline", 1))
+    with pytest.raises(
+        ValueError, match="is a CleanPipeline, which is no class of diffusers: load the pipeline yourself"
+    ):
+        load_family(tmp_path / "model")
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
+def test_a_sample_finds_the_base_or_asks_for_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = quick_trainer(base, tmp_path / "run", "rdm", **QUICK)
+    trainer.save_model(tmp_path / "student")
+    words = ["sample", "--student", str(tmp_path / "student"), "--prompt", "a cat", "--num_images", "1"]
+    words += ["--output_dir", str(tmp_path / "images")]
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert f"is an adapter of a model called {base.name!r}: give its --model" in capsys.readouterr().err
+    (tmp_path / base.name).symlink_to(base)
+    assert main(words) == 0
+    tiny_sdxl(tmp_path / "source").save_pretrained(tmp_path / "sdxl")
+    assert main([*words, "--model", str(tmp_path / "sdxl")]) == 2
+    assert "is none of" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from rdm_rl.families.base import fingerprint
 from rdm_rl.families.hub import adapter_file
 from rdm_rl.student import load_student
 from tests.helpers import PROMPTS, QUICK, brightness, changed, latents, quick_trainer, randomize, snapshot, tiny_sd
-from tests.tiny_pipelines import tiny_dit, tiny_sd3
+from tests.tiny_pipelines import tiny_dit, tiny_sd3, tiny_sdxl
 
 SETTINGS = {**QUICK, "num_inference_steps": 2, "max_steps": 1}
 T = torch.tensor([1.0, 0.5])
@@ -364,3 +364,28 @@ def test_an_adapter_that_the_hub_does_not_give(what: str, base: Path, tmp_path: 
     with pytest.raises(OSError, match=f"{what}='owner/no-such/lora.safetensors' cannot be loaded: ") as found:
         quick_trainer(base, tmp_path, "rdm", given=given, **SETTINGS)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
+@pytest.mark.parametrize("what", ["policy_init", "teacher_adapter"])
+def test_an_adapter_of_another_base(what: str, tmp_path: Path) -> None:
+    tiny_sdxl(tmp_path / "source").save_pretrained(tmp_path / "base")
+    given = {what: published_lora(tmp_path / "published")}
+    with pytest.raises(ValueError, match=f"{what}='.*published' does not fit this model: size mismatch") as found:
+        quick_trainer(tmp_path / "base", tmp_path / "run", "rdm", given=given, **SETTINGS)
+    assert "\n" not in str(found.value)
+
+
+def test_a_model_of_another_kind_is_no_start(base: Path, tmp_path: Path) -> None:
+    tiny_sdxl(tmp_path / "source").save_pretrained(tmp_path / "sdxl")
+    with pytest.raises(ValueError, match=r"policy_init='.*sdxl' is a UNet2D.* another kind of model"):
+        quick_trainer(base, tmp_path, "rdm", given={"policy_init": tmp_path / "sdxl"}, **SETTINGS)
+
+
+def test_a_checkpoint_knows_what_its_networks_predict(base: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "save_strategy": "steps", "save_steps": 1}
+    quick_trainer(base, tmp_path / "run", "rdm", **settings).train()
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="made with another teacher than this run's"):
+        quick_trainer(pipe, tmp_path / "run", "rdm", **{**settings, "max_steps": 2}).train(True)

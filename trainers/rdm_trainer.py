@@ -169,7 +169,8 @@ class RDMTrainer(TrainingLoop):
         for role in get_args(Role):
             self.share_parameters(self.networks.parameters(role))
         # A checkpoint holds what is trained; these say what it belongs to.
-        self._fingerprints = {role: fingerprint(self.networks.module(role)) for role in ("teacher", "policy")}
+        roles: tuple[Role, ...] = ("teacher", "policy")
+        self._fingerprints: dict[str, str] = {role: self.networks.fingerprint(role) for role in roles}
         self.sampler = make_sampler(args.sampler, args.eta)
         self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from rdm_rl.data_types import Conditioning
-from rdm_rl.families.hub import adapter_file, one_line_errors
+from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
 from rdm_rl.prompt_cache import EMPTY_PROMPT, PromptCache
 from rdm_rl.randomness import Generators, normal
@@ -372,7 +372,10 @@ class Family(ABC):
         with one_line_errors(setting, source), warnings.catch_warnings():
             # PEFT warns of the second adapter on one model; here several share their base on purpose.
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            self.pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True, **known)
+            try:
+                self.pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True, **known)
+            except RuntimeError as error:
+                raise ValueError(f"{setting}={source!r} does not fit this model: {mismatch(error)}.") from error
         for part in self.text_encoders:
             if any(isinstance(module, BaseTunerLayer) for module in part.modules()):
                 raise ValueError(

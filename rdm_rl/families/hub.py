@@ -57,6 +57,19 @@ def adapter_file(source: str) -> tuple[str, str | None]:
     return source, None
 
 
+def mismatch(error: RuntimeError) -> str:
+    r"""The first line that matters of torch's long story about weights of other shapes.
+
+    Example:
+        >>> mismatch(RuntimeError("Error(s) in loading:\n\tsize mismatch for to_q: a\n\tsize mismatch for to_k: b"))
+        'size mismatch for to_q: a (2 such lines); is it made for another base?'
+    """
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if "mismatch" in line]
+    if not lines:
+        return " ".join(str(error).split())
+    return f"{lines[0]} ({len(lines)} such lines); is it made for another base?"
+
+
 @contextmanager
 def one_line_errors(setting: str, name: str) -> Iterator[None]:
     """Say in one line why something cannot be loaded, with the long story as its cause.
@@ -82,10 +95,13 @@ def one_line_errors(setting: str, name: str) -> Iterator[None]:
             reason = "the hub has no public model of this name: check it, or log in with `hf auth login`"
         else:
             reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+            if not Path(name).exists():
+                reason = f"there is no such folder, and of the hub's: {reason}"
         raise OSError(f"{setting}={name!r} cannot be loaded: {reason}.") from error
     except ValueError as error:  # What diffusers says of an adapter's repository without a connection.
         if "weight_name" not in str(error):
             raise
         raise OSError(
-            f"{setting}={name!r} cannot be loaded without a connection unless its file is named: 'owner/name/file'."
+            f"{setting}={name!r} cannot be loaded: there is no such folder, and without a connection an adapter of the "
+            "hub needs the name of its file, 'owner/name/file.safetensors'."
         ) from error

@@ -33,6 +33,13 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 
+# What two networks of one class must share to be given the same latents and the same encoded prompts.
+INTERFACE = (
+    *("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim"),
+    *("joint_attention_dim", "pooled_projection_dim", "caption_channels", "num_embeds_ada_norm"),
+)
+
+
 def register_family(pipeline_class: str, family: type[Family]) -> None:
     """Make the trainer use a family for a class of pipelines.
 
@@ -92,6 +99,11 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
     if index is None:
         raise FileNotFoundError(f"model={model!r} holds no model_index.json, so it is no diffusers pipeline.")
     family = FAMILIES[_supported(str(index.get("_class_name")))]
+    if not hasattr(diffusers, str(index.get("_class_name"))):
+        raise ValueError(
+            f"model={model!r} is a {index['_class_name']}, which is no class of diffusers: load the pipeline yourself, "
+            "and pass it instead of its name."
+        )
     with one_line_errors("model", model):
         for name in family.optional_components:  # diffusers wants to be told of what was saved as missing.
             if index.get(name, [None])[0] is None:
@@ -148,6 +160,14 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
             scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(source, subfolder="scheduler")
         place = {"subfolder": base.network_name} if isinstance(listed, list) else {}
         network = wanted.from_pretrained(source, use_safetensors=True, **place, **_precision(dtype or torch.float32))
+    asked: Any = base.network
+    own, told = dict(network.config), dict(asked.config)
+    for name in INTERFACE:
+        if own.get(name) != told.get(name):
+            raise ValueError(
+                f"policy_init={source!r} is a {kind} with {name}={own.get(name)}, where the base's has "
+                f"{told.get(name)}: it is made for another kind of model, and cannot be told what the base is told."
+            )
     return base.with_network(network, scheduler)
 
 

@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: a multimodal transformer with three text encoders that predicts a flow's velocity."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,13 @@ class StableDiffusion3Family(FlowFamily):
     )
     # RTDMD's real-score guidance for SD3.5-M (its public code); for SD3-M it sets 7.
     teacher_guidance_scale: float = 4.5
+
+    def _check_resolution(self, resolution: int) -> None:
+        super()._check_resolution(resolution)
+        config: Any = self.network.config
+        most = config.pos_embed_max_size * config.patch_size * self.pixels_per_latent
+        if resolution > most:
+            raise ValueError(f"resolution={resolution}, but this model's table of positions ends at {most} pixels.")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Hidden states of all encoders, shape (N, L, E), and the pooled output of the first two, shape (N, E')."""

@@ -347,10 +347,10 @@ class _Passes:
     gradients: Mapping[str, int]
 
     def working(
-        self, settings: Settings, *, checkpointing: bool, batch: float = 1.0, decoded: float = 1.0, grid: float = 1.0
+        self, settings: Settings, *, checkpointing: bool, batch: float = 1.0, decoded: float = 1.0
     ) -> dict[str, int]:
-        """Working memory with these shares of the samples, the images decoded at once, and those of a sample grid."""
-        shares = {"reward images": decoded, "reward gradient": decoded, "sample grid": grid}
+        """Working memory with these shares of the samples, and of the images decoded at once."""
+        shares = {"reward images": decoded, "reward gradient": decoded, "sample grid": decoded}
         cut = settings.shards if settings.full else 1
         # What encoders need beside their weights is not counted.
         result = {"encode prompts": 0} if "text_encoders" in settings.offload else {}
@@ -392,7 +392,9 @@ def _rehearse(rehearsal: Rehearsal, args: RDMConfig, rewards: Mapping[str, Any])
     if plain and has_images:
         fixed["reward images"] = rehearsal.decode(min(count, args.decode_batch_size), gradient=False)
     if args.eval_strategy != "no" or args.eval_on_start:
-        fixed["sample grid"] = rehearsal.decode(args.per_device_eval_batch_size, gradient=False)
+        fixed["sample grid"] = rehearsal.decode(
+            min(args.per_device_eval_batch_size, args.decode_batch_size), gradient=False
+        )
 
     shapes = {role: [one.shape for one in networks.parameters(role)] for role in ADAPTERS}
     many = steps * args.num_replayed_steps > 1
@@ -431,7 +433,6 @@ def _remedies(plan: Plan, passes: _Passes, args: RDMConfig, gpus: int) -> dict[s
     checkpointing, settings = args.gradient_checkpointing, plan.settings
     batch = args.num_generations / args.per_device_train_batch_size
     decoded = 1 / min(args.decode_batch_size, args.per_device_train_batch_size)
-    grid = 1 / args.per_device_eval_batch_size
     away = settings.offload
 
     def peak(settings: Settings = settings, **changes: Any) -> int:
@@ -446,19 +447,20 @@ def _remedies(plan: Plan, passes: _Passes, args: RDMConfig, gpus: int) -> dict[s
             batch=batch
         ),
         "decode_batch_size: 1": peak(decoded=decoded),
-        "per_device_eval_batch_size: 1": peak(grid=grid),
     }
     offload = away | {"text_encoders", "rewards"}
     if settings.full:
         tried["offload: [teacher]"] = peak(replace(settings, offload=away | {"teacher"}))
         offload |= {"teacher"}
-    tried["all of these"] = peak(
+    lowering = [name.partition(":")[0] for name, value in tried.items() if value < plan.peak]
+    together = peak(
         replace(settings, offload=offload, caches_prompts=True),
         checkpointing=True,
         batch=batch,
         decoded=decoded,
-        grid=grid,
     )
+    if len(lowering) > 1:
+        tried[f"all of {', '.join(lowering)}"] = together
     for count in (2, 4, 8):
         if count > settings.shards:
             tried[f"shard: true, on {count} GPUs"] = peak(replace(settings, shards=count))
