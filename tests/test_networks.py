@@ -212,7 +212,7 @@ def test_weights_travel_and_what_does_not_fit_is_refused(networks: Networks, tmp
     name = sorted(state)[0]
     with pytest.raises(ValueError, match="1 weights differ in name or shape"):
         other.load_state_dict("policy", {**state, name: state[name][:1]})
-    with pytest.raises(ValueError, match="Use the same model and the same peft_config"):
+    with pytest.raises(ValueError, match="Use the same model, peft_config and policy_init"):
         other.load_state_dict("policy", {key: value for key, value in state.items() if key != name})
 
 

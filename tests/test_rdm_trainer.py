@@ -755,7 +755,9 @@ def test_the_student_is_uploaded_after_training(hub: type[HubStub], base: Path, 
     assert (token, repo_id, named["private"], named["exist_ok"]) == ("secret", "owner/name", True, True)
     assert (upload["repo_id"], upload["revision"]) == ("owner/name", "dev")
     assert "2-step student after 2 updates" in upload["commit_message"]
-    assert files == {"pytorch_lora_weights.safetensors", "scheduler_config.json", "student.json", "README.md"}
+    assert files == {
+        *("pytorch_lora_weights.safetensors", "scheduler_config.json", "student.json", "base.json", "README.md"),
+    }
     assert trainer.push_to_hub() == "https://hub/commit"
 
 
