@@ -139,7 +139,8 @@ def save_student(
         base=base,
         version=__version__,
         imports=f"DiffusionPipeline, {kind}" if lora else "DiffusionPipeline",
-        source=base if lora else name,
+        # Two folders of one name cannot both be called by it.
+        source=name if not lora else base if base != name else f"path/to/the/base/{base}",
         load_lora=_LOAD_LORA.format(name=name, scheduler=kind) if lora else "",
         rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )

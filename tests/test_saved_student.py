@@ -204,6 +204,13 @@ def test_folder_of_a_student(lora: bool, base: Path, tmp_path: Path) -> None:
     assert len(student.draw(PROMPTS, generator=torch.Generator().manual_seed(3))) == 3
 
 
+def test_a_student_called_like_its_base(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run").save_model(tmp_path / base.name)
+    card = (tmp_path / base.name / "README.md").read_text()
+    assert f'from_pretrained("path/to/the/base/{base.name}")' in card
+    assert f'load_lora_weights("{base.name}", ' in card
+
+
 def test_code_on_the_model_card_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = tiny_trainer(base, tmp_path / "run")
     trainer.save_model(tmp_path / "student")
