@@ -322,3 +322,29 @@ def test_a_flow_s_times_are_the_base_scheduler_s(family: Family, kind: str, step
     scheduler.set_timesteps(sigmas=even, mu=mu if c.use_dynamic_shifting else None)
     torch.testing.assert_close(family.student_times(steps), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
     assert (family.shift > 1) == (kind != "flux-schnell")
+
+
+def test_activation_checkpointing_gives_the_same_gradients(kind: str, folder: Path) -> None:
+    """In both trained roles, with the role left before the backward pass."""
+
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        family = load_family(folder, resolution=MAKERS[kind][1])
+        networks = AdapterNetworks(family, LoraConfig(r=2), torch.Generator().manual_seed(0))
+        randomize(networks)
+        if checkpointing:
+            networks.enable_activation_checkpointing()
+        x_t, conditioning = latents(2, *family.latent_shape), family.encode(prompts(family))
+        for role in ("policy", "fake_score"):
+            networks.predict(role, x_t, torch.tensor([0.9, 0.5]), conditioning).square().mean().backward()
+        return {
+            name: parameter.grad
+            for role in ("policy", "fake_score")
+            for name, parameter in networks.named_parameters(role).items()
+            if parameter.grad is not None
+        }
+
+    plain, again = gradients(False), gradients(True)
+    assert plain.keys() == again.keys()
+    assert any(value.abs().max() > 0 for value in plain.values())
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-8, msg=name)
