@@ -8,7 +8,6 @@ pass they silently zero the gradients. Under activation checkpointing the recomp
 forward pass had.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rdm_rl.adapters import sharing_a_base
 from rdm_rl.data_types import Conditioning
 from rdm_rl.families import Family
 from rdm_rl.families.base import fingerprint
@@ -58,8 +58,12 @@ class Networks(ABC):
         """Let the teacher's network wait on the CPU from now on; it comes to the device when it is asked."""
         self._offloaded = OffloadedNetwork(self.module("teacher"), device)
 
-    def fingerprint(self, role: Role) -> str:
-        """A short name of what a role began with: its weights without what is trained, and what they predict."""
+    def fingerprints(self) -> dict[str, str]:
+        """Short names of what teacher and policy began with: weights, without trained adapters, and their schedule."""
+        teacher, is_shared = self._fingerprint("teacher"), self.module("policy") is self.module("teacher")
+        return {"teacher": teacher, "policy": teacher if is_shared else self._fingerprint("policy")}
+
+    def _fingerprint(self, role: Role) -> str:
         family = self.family_of(role)
         facts = {"prediction_type": family.prediction_type, "schedule": family.schedule_facts()}
         return fingerprint(self.module(role), **facts)
@@ -207,9 +211,7 @@ class AdapterNetworks(Networks):
         if teacher_adapter is not None:
             self.teacher_family.load_adapter(teacher_adapter, "teacher", "teacher_adapter")
         # PEFT draws initial weights from the global generator; the fork gives it back untouched.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # PEFT warns of the second adapter on one model; here both share their base on purpose.
-            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        with torch.random.fork_rng(devices=[]), sharing_a_base():
             torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             for role in ADAPTERS:
                 if role == "fake_score" or policy_init is None:

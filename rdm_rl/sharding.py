@@ -16,7 +16,6 @@ References:
     | https://arxiv.org/abs/2304.11277
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -27,6 +26,8 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rdm_rl.adapters import sharing_a_base
 
 
 def check_sharding(processes: int) -> None:
@@ -192,9 +193,7 @@ def whole_copy(network: nn.Module, *, keep: bool = True) -> nn.Module | None:
     # FSDP2 gives a network a class of its own and hooks, which neither can be copied nor should be saved.
     kind: Any = next(one for one in type(network).__mro__ if not issubclass(one, FSDPModule))
     source: Any = network
-    with torch.device("meta"), warnings.catch_warnings():
-        # PEFT warns of the second adapter on one model; here several share their base on purpose.
-        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+    with torch.device("meta"), sharing_a_base():
         copy: nn.Module = kind.from_config(source.config)
         for name, config in getattr(source, "peft_config", {}).items():
             inject_adapter_in_model(deepcopy(config), copy, name)

@@ -169,8 +169,7 @@ class RDMTrainer(TrainingLoop):
         for role in get_args(Role):
             self.share_parameters(self.networks.parameters(role))
         # A checkpoint holds what is trained; these say what it belongs to.
-        roles: tuple[Role, ...] = ("teacher", "policy")
-        self._fingerprints: dict[str, str] = {role: self.networks.fingerprint(role) for role in roles}
+        self._fingerprints = self.networks.fingerprints()
         self.sampler = make_sampler(args.sampler, args.eta)
         self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))

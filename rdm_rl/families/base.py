@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +12,16 @@ import diffusers
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from rdm_rl.adapters import sharing_a_base
 from rdm_rl.data_types import Conditioning
 from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
 from rdm_rl.prompt_cache import EMPTY_PROMPT, PromptCache
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.samplers import SamplerName
+from rdm_rl.sharding import whole
 
 
 class Family(ABC):
@@ -247,8 +247,8 @@ class Family(ABC):
 
     def encoder_fingerprint(self) -> str:
         """A short name of what makes the encoded prompts: the pipeline's way of encoding, and its encoders."""
-        parts = [type(self.pipeline).__name__, diffusers.__version__, *map(fingerprint, self.text_encoders)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        encoders = [fingerprint(one) for one in self.text_encoders]
+        return fingerprint(None, pipeline=type(self.pipeline).__name__, diffusers=diffusers.__version__, parts=encoders)
 
     def share_components(self, other: "Family") -> None:
         """Use another pipeline's encoders and decoder, which are equal, so that this one's need no memory.
@@ -369,9 +369,7 @@ class Family(ABC):
             )
         path, weight_name = adapter_file(source)
         known = {"weight_name": weight_name} if weight_name else {}
-        with one_line_errors(setting, source), warnings.catch_warnings():
-            # PEFT warns of the second adapter on one model; here several share their base on purpose.
-            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        with one_line_errors(setting, source), sharing_a_base():
             try:
                 self.pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True, **known)
             except RuntimeError as error:
@@ -434,8 +432,7 @@ class Family(ABC):
 
         The prediction type may differ, as both are wrapped to predict x_0.
         """
-        facts = json.dumps([self.encoder_fingerprint(), self.schedule_facts()])
-        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+        return fingerprint(None, encoders=self.encoder_fingerprint(), schedule=self.schedule_facts())
 
     def predict_x_0(
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
@@ -484,8 +481,7 @@ def fingerprint(network: nn.Module | None, **settings: object) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, parameter in () if network is None else network.named_parameters():
         if "lora_" not in name or ".teacher." in name:  # Those of policy and fake score are trained.
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            flat = whole.flatten()
+            flat = whole(parameter).flatten()
             part = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
             # Adapters wrap a layer as base_layer; the weights are the same.
             digest.update(name.replace(".base_layer", "").encode() + part.tobytes())

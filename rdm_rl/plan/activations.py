@@ -161,8 +161,9 @@ def conditioning_of(family: Family, count: int) -> Conditioning:
                 "pooled_projections": (config.pooled_projection_dim,),
             }
         case "FluxPipeline":
+            flux: Any = family
             shapes = {
-                "encoder_hidden_states": (256 if not config.guidance_embeds else 512, config.joint_attention_dim),
+                "encoder_hidden_states": (flux.prompt_tokens, config.joint_attention_dim),
                 "pooled_projections": (config.pooled_projection_dim,),
             }
         case "SanaPipeline" | "PixArtSigmaPipeline":
