@@ -146,7 +146,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     from rdm_rl.student import load_student
 
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
+    dtype: torch.dtype = getattr(torch, options.dtype)
     student = load_student(options.student, options.model or _base_of(options.student), dtype)
     student.pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -163,10 +163,10 @@ def _sample(options: argparse.Namespace) -> None:
 def _base_of(student: Path) -> str:
     """The model that a student belongs to, as far as its folder says so."""
     from rdm_rl.demo.digits import TEACHER_FOLDER
-    from rdm_rl.student import base_of, public_name
+    from rdm_rl.student import base_of
 
     base = base_of(student)
-    if base in (None, public_name(str(TEACHER_FOLDER))):
+    if base in (None, "digits"):
         return str(TEACHER_FOLDER)
     if not Path(base).is_dir() and base.count("/") != 1:
         raise ValueError(f"The student {str(student)!r} is an adapter of a model called {base!r}: give its --model.")

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from huggingface_hub import ModelCard, ModelCardData
 
 from rdm_rl import __version__
+from rdm_rl.demo.digits import TEACHER_FOLDER
 from rdm_rl.families.hub import mismatch
 from rdm_rl.families.loading import load_pipeline
 from rdm_rl.networks import AdapterNetworks, Networks
@@ -128,7 +129,9 @@ def save_student(
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     if lora:
-        (folder / _BASE_FILE).write_text(json.dumps({"base": public_name(base)}), encoding="utf-8")
+        # Not the folder's name, which a user's may have too.
+        called = "digits" if Path(base) == TEACHER_FOLDER else public_name(base)
+        (folder / _BASE_FILE).write_text(json.dumps({"base": called}), encoding="utf-8")
     kind, name = type(scheduler).__name__, name or folder.name
     base = public_name(base)
     text = _CARD.format(
@@ -170,7 +173,7 @@ def base_of(folder: str | Path) -> str | None:
         folder: What :func:`save_student` wrote.
 
     Returns:
-        The name; None for a whole pipeline.
+        The name, ``digits`` for the embedded teacher; None for a whole pipeline.
     """
     file = Path(folder) / _BASE_FILE
     return json.loads(file.read_text(encoding="utf-8"))["base"] if file.is_file() else None

@@ -182,6 +182,17 @@ def test_what_is_registered_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         register_family("Other", dict)  # type: ignore[arg-type]
 
 
+def test_a_folder_called_teacher_is_not_the_embedded_one(base: Path, tmp_path: Path) -> None:
+    from rdm_rl.demo.digits import TEACHER_FOLDER
+    from rdm_rl.student import base_of
+
+    (tmp_path / TEACHER_FOLDER.name).symlink_to(base)
+    quick_trainer(tmp_path / TEACHER_FOLDER.name, tmp_path / "run", "rdm", **QUICK).save_model(tmp_path / "student")
+    assert base_of(tmp_path / "student") == TEACHER_FOLDER.name != "digits"
+    quick_trainer(TEACHER_FOLDER, tmp_path / "run", "rdm", **QUICK).save_model(tmp_path / "of-the-digits")
+    assert base_of(tmp_path / "of-the-digits") == "digits"
+
+
 def test_where_an_adapter_is(tmp_path: Path) -> None:
     assert adapter_file("owner/name") == ("owner/name", None)
     assert adapter_file("owner/name/sub/a.safetensors") == ("owner/name", "sub/a.safetensors")
