@@ -29,7 +29,16 @@ def test_draws_saves_and_loads_without_a_hub(name, tmp_path, monkeypatch) -> Non
     without = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3_without_t5" else {}
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved", **without)
     assert type(loaded) is type(pipeline)
+    align_weights(loaded)
     np.testing.assert_array_equal(draw(loaded), image)
+
+
+def align_weights(pipeline) -> None:
+    """Weights that safetensors maps from a file begin anywhere, and on some processors kernels then round otherwise."""
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.clone()
 
 
 @pytest.mark.parametrize("name", TINY)
