@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --models sd15 sdxl            # some of them
     python benchmarks/gpu.py --tiny --output_dir /tmp/out  # the same path with tiny networks, on the CPU as well
 
-What is real: the classes and sizes of denoising network and decoder (rdm_rl.model_sizes), the trainer with all of its
-phases (rollout, fake score, teacher with guidance, a reward's gradient through the decoder, policy), adapters,
+What is real: the classes and sizes of denoising network and decoder (rdm_rl.cli.plan.model_sizes), the trainer with all
+of its phases (rollout, fake score, teacher with guidance, a reward's gradient through the decoder, policy), adapters,
 optimisers, the average, activation checkpointing, saving, and loading with stock diffusers. What is not: the weights
 are random, so images and losses mean nothing; there are no text encoders, and each prompt is a random embedding of the
 right shape (in a real run they are in the prompt cache); the reward is the mean brightness, so no reward model takes
@@ -29,15 +29,15 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.data_types import Conditioning
+from rdm_rl.cli.plan.activations import LiveBytes, conditioning_of, cuda_autocast
+from rdm_rl.cli.plan.memory import GIB
+from rdm_rl.cli.plan.model_sizes import MODELS
+from rdm_rl.cli.plan.report import make_plan
+from rdm_rl.cli.plan.skeleton import make_skeleton
+from rdm_rl.cli.train import TrainArguments
 from rdm_rl.families import FAMILIES, load_family, register_family
-from rdm_rl.model_sizes import MODELS
-from rdm_rl.plan.activations import LiveBytes, conditioning_of, cuda_autocast
-from rdm_rl.plan.memory import GIB
-from rdm_rl.plan.report import make_plan
-from rdm_rl.plan.skeleton import make_skeleton
+from rdm_rl.records import Conditioning
 from rdm_rl.rewards.registry import register_reward
-from rdm_rl.train import TrainArguments
 
 # Older transformers know the second name only.
 CHECKPOINTING = (

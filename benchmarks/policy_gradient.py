@@ -25,9 +25,9 @@ from peft import LoraConfig
 from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.digits import TEACHER_FOLDER, balanced_prompts
+from rdm_rl.demo.data import TEACHER_FOLDER, balanced_prompts
+from rdm_rl.demo.rewards import DigitLogProb, ink, symmetry
 from rdm_rl.demo.run import COMMON_SETTINGS, Evaluation, training_prompts
-from rdm_rl.rewards.digits import DigitLogProb, ink, symmetry
 from rdm_rl.trainers.rdm_config import method_settings
 
 START_UPDATES, UPDATES, LOOK_EVERY = 15, 45, 15

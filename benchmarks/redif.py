@@ -29,11 +29,11 @@ from torch.nn.functional import cosine_similarity
 from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl import RDMConfig, RDMTrainer, ReDiFConfig, ReDiFTrainer
-from rdm_rl.demo.digits import TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
+from rdm_rl.demo.data import TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
+from rdm_rl.demo.judge import judge
+from rdm_rl.demo.recognisers import digit_features
 from rdm_rl.demo.run import TEACHER_STEPS, load_teacher, training_prompts
-from rdm_rl.evaluation.features import digit_features
-from rdm_rl.evaluation.metrics import judge
-from rdm_rl.networks import Networks
+from rdm_rl.networks.roles import Networks
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.rewards.teacher_match import TeacherHistogram, TeacherMSE
 

@@ -34,9 +34,9 @@ from digits import SEEDS, StopAtOnce, mean_and_spread
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.digits import TEACHER_FOLDER, load_digits
+from rdm_rl.demo.data import TEACHER_FOLDER, load_digits
+from rdm_rl.demo.judge import judge
 from rdm_rl.demo.run import COMMON_SETTINGS, LORA_RANK, Evaluation, training_prompts
-from rdm_rl.evaluation.metrics import judge
 from rdm_rl.trainers.rdm_config import method_settings
 
 LEARNING_RATE = 2e-4

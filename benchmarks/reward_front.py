@@ -25,9 +25,9 @@ from digits import benchmark_command, mean_and_spread
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.digits import TEACHER_FOLDER
+from rdm_rl.demo.data import TEACHER_FOLDER
+from rdm_rl.demo.rewards import DigitLogProb, ink, named_digit, symmetry
 from rdm_rl.demo.run import COMMON_SETTINGS, Evaluation, draw_teacher, training_prompts
-from rdm_rl.rewards.digits import DigitLogProb, ink, named_digit, symmetry
 from rdm_rl.trainers.rdm_config import method_settings
 
 START_UPDATES, UPDATES = 40, 40

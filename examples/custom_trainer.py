@@ -29,10 +29,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.cli import run_script
-from rdm_rl.data_types import DenseAdvantage, Rollout
-from rdm_rl.settings_parser import SettingsParser
-from rdm_rl.train import TrainArguments, make_trainer
+from rdm_rl.cli.main import run_script
+from rdm_rl.cli.parser import SettingsParser
+from rdm_rl.cli.train import TrainArguments, make_trainer
+from rdm_rl.records import DenseAdvantage, Rollout
 
 
 class TargetTrainer(RDMTrainer):
@@ -52,7 +52,7 @@ class TargetTrainer(RDMTrainer):
 
 @dataclass
 class TargetArguments(TrainArguments):
-    """What is trained on what; see :class:`~rdm_rl.train.TrainArguments`.
+    """What is trained on what; see :class:`~rdm_rl.cli.train.TrainArguments`.
 
     Args:
         reward_targets: What is enough, by reward: a mapping in YAML, JSON as a flag.

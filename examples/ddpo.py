@@ -44,13 +44,13 @@ import torch
 from torch import Tensor
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.cli import run_script
-from rdm_rl.data_types import PromptBatch
+from rdm_rl.cli.main import run_script
+from rdm_rl.cli.parser import SettingsParser
+from rdm_rl.cli.train import TrainArguments, load_prompts, make_trainer
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators
-from rdm_rl.rewards.adapters import PlainRewardAdapter
-from rdm_rl.settings_parser import SettingsParser
-from rdm_rl.train import TrainArguments, load_prompts, make_trainer
+from rdm_rl.records import PromptBatch
+from rdm_rl.rewards.kinds import PlainRewardAdapter
 
 # Common animals, as in the paper's experiments; the choice is ours.
 ANIMALS = (

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import ProgressCallback
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.digits import TEACHER_FOLDER
+from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.demo.run import TEACHER_STEPS, Evaluation, load_teacher, training_prompts
 from rdm_rl.evaluation import format_table, write_report
 from rdm_rl.evaluation.report import Report
 from rdm_rl.rewards import get_reward
-from rdm_rl.rewards.scoring import read_answer
+from rdm_rl.rewards.calling import read_answer
 from rdm_rl.trainers.callbacks import QuietProgressCallback
 
 REWARDS = ("digit_logprob", "ink", "symmetry")

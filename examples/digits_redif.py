@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rdm_rl import ReDiFConfig, ReDiFTrainer
-from rdm_rl.demo.digits import TEACHER_FOLDER
+from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.demo.run import load_teacher, training_prompts
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators

@@ -23,14 +23,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rdm_rl import ReDiFConfig, ReDiFTrainer
-from rdm_rl.cli import run_script
-from rdm_rl.settings_parser import SettingsParser
-from rdm_rl.train import TrainArguments, load_prompts, make_trainer
+from rdm_rl.cli.main import run_script
+from rdm_rl.cli.parser import SettingsParser
+from rdm_rl.cli.train import TrainArguments, load_prompts, make_trainer
 
 
 @dataclass
 class ReDiFArguments(TrainArguments):
-    """What is trained on what; see :class:`~rdm_rl.train.TrainArguments`.
+    """What is trained on what; see :class:`~rdm_rl.cli.train.TrainArguments`.
 
     Args:
         held_out: So many rows at the end of the data set are kept from training and measure the alignment.

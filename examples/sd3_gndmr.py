@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rdm_rl import RDMConfig
-from rdm_rl.cli import run_script
-from rdm_rl.settings_parser import SettingsParser
-from rdm_rl.train import TrainArguments, make_trainer
+from rdm_rl.cli.main import run_script
+from rdm_rl.cli.parser import SettingsParser
+from rdm_rl.cli.train import TrainArguments, make_trainer
 
 
 def main(words: Sequence[str] | None = None) -> None:

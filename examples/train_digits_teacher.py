@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rdm_rl.demo.digits import (
+from rdm_rl.demo.data import (
     DIGIT_WORDS,
     PROMPT_TEMPLATES,
     Digits,
@@ -41,9 +41,9 @@ from rdm_rl.demo.digits import (
     digit_prompts,
     load_digits,
 )
+from rdm_rl.demo.recognisers import WIDTHS, DigitNetwork, digit_accuracy, digit_features
+from rdm_rl.demo.rewards import REWARD_NETWORK_WIDTH
 from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
-from rdm_rl.evaluation.features import WIDTHS, DigitNetwork, digit_accuracy, digit_features
-from rdm_rl.rewards.digits import REWARD_NETWORK_WIDTH
 
 HELD_OUT_PER_DIGIT = 50
 PROMPT_LENGTH = 16

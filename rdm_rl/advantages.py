@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rdm_rl.noise_schedule import append_dims
-from rdm_rl.samplers import Transition
+from rdm_rl.records import Transition
 
 Normalization = Literal["sample", "group", "group_rms", "none"]
 Group = Literal["prompt", "renoise", "prompt_renoise"]

@@ -7,8 +7,18 @@ Step k takes the state :math:`x_k` at time :math:`t_k` to
     x_{k+1} = \alpha_{k+1} \hat x_0 + \sigma_{k+1} \epsilon
     \;\;\Rightarrow\;\; \pi_\theta(x_{k+1} \mid x_k) = N(\alpha_{k+1} \hat x_0,\ \sigma_{k+1}^2 I),
 
-the re-noising sampler of consistency models (:mod:`rdm_rl.samplers` has others). The last step has no noise: its
-prediction is the sample. Stock ``LCMScheduler`` walks the same chain (see ``rdm_rl.families``), bit for bit on the CPU.
+the re-noising sampler of consistency models. Every sampler is a Gaussian whose mean is linear in the prediction,
+:math:`N(a\, \hat x_0 + b\, x_k,\ s^2 I)`, and the last step has no noise: its prediction is the
+sample. Stock ``LCMScheduler`` walks the same chain (see ``rdm_rl.families``), bit for bit on the CPU.
+
+========================  ============================================================================
+sampler                   for
+========================  ============================================================================
+:func:`renoise`             few-step students: forget the state, renoise the prediction; any schedule
+:func:`ddim`                many-step policies of variance-preserving models, with ``eta`` in [0, 1]
+:func:`flow_sde`            flow models: the SDE with the marginals of the flow
+:func:`cps`                 flow models: coefficients-preserving sampling, whose noise level is exact
+========================  ============================================================================
 
 A Gaussian's likelihood is known in closed form, so that of a recorded step needs one prediction and no autograd:
 
@@ -29,21 +39,27 @@ References:
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rdm_rl.data_types import Conditioning, PromptBatch, Rollout
-from rdm_rl.noise_schedule import NoiseSchedule, append_dims
+from rdm_rl.noise_schedule import FlowMatching, NoiseSchedule, append_dims
 from rdm_rl.randomness import Generators, normal, seeded_generator
-from rdm_rl.samplers import Sampler, Transition, renoise
+from rdm_rl.records import Conditioning, PromptBatch, Rollout, Transition
 
 # A network wrapped to predict x_0: (x_t of shape (N, C, H, W), t of shape (N,), conditioning) -> shape (N, C, H, W).
 X0Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
 Level = Literal["dimension", "sample"]
 # Standard normal noise: (shape, generator, device) -> a tensor of the shape.
 StepNoise = Callable[[Sequence[int], Generators, torch.device], Tensor]
+SamplerName = Literal["renoise", "ddim", "flow_sde", "cps"]
+
+# How random each sampler is when the user does not say: as in DDPO, Flow-GRPO and RTDMD.
+DEFAULT_ETA: dict[SamplerName, float] = {"ddim": 1.0, "flow_sde": 0.7, "cps": 0.9}
+Sampler = Callable[[NoiseSchedule, Tensor, Tensor], Transition]
 
 
 def student_times(num_inference_steps: int) -> Tensor:
@@ -65,6 +81,139 @@ def student_times(num_inference_steps: int) -> Tensor:
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}, but a student needs at least one step.")
     return torch.arange(num_inference_steps, 0, -1, dtype=torch.float32) / num_inference_steps
+
+
+def renoise(schedule: NoiseSchedule, t: Tensor, next_t: Tensor) -> Transition:
+    r"""Renoise the prediction: :math:`x' = \alpha' \hat x_0 + \sigma' \epsilon`.
+
+    References:
+        | Consistency Models (Song et al., 2023), algorithm 1
+        | https://arxiv.org/abs/2303.01469
+
+    Args:
+        schedule: The noise schedule.
+        t: Time of the state, shape (); not used.
+        next_t: Time of the next state, shape ().
+
+    Returns:
+        The transition.
+    """
+    alpha = schedule.alpha(next_t)
+    return Transition(x_0_scale=alpha, state_scale=torch.zeros_like(alpha), std=schedule.sigma(next_t))
+
+
+def ddim(schedule: NoiseSchedule, t: Tensor, next_t: Tensor, *, eta: float) -> Transition:
+    r"""DDIM: keep a part of the noise that the state holds, and replace the rest.
+
+    .. math::
+        s = \eta \frac{\sigma'}{\sigma} \sqrt{1 - \alpha^2 / \alpha'^2}, \qquad
+        x' = \alpha' \hat x_0 + \sqrt{\sigma'^2 - s^2}\,\hat\epsilon + s\,\epsilon, \qquad
+        \hat\epsilon = (x - \alpha \hat x_0)/\sigma
+
+    References:
+        | Denoising Diffusion Implicit Models (Song et al., 2020), eq. 12 and 16
+        | https://arxiv.org/abs/2010.02502
+
+    Args:
+        schedule: A variance-preserving schedule.
+        t: Time of the state, shape ().
+        next_t: Time of the next state, shape ().
+        eta: 0 is the deterministic sampler, 1 is DDPM's ancestral one.
+
+    Returns:
+        The transition.
+    """
+    ratio = (schedule.alpha(t) / schedule.alpha(next_t)).square()
+    std = eta * schedule.sigma(next_t) / schedule.sigma(t) * (1 - ratio).clamp_min(0).sqrt()
+    return _keep_noise(schedule, t, next_t, std)
+
+
+def cps(schedule: NoiseSchedule, t: Tensor, next_t: Tensor, *, eta: float) -> Transition:
+    r"""Coefficients-preserving sampling: DDIM's step with :math:`s = \sigma' \sin(\eta \pi / 2)`.
+
+    The next state has exactly the signal and the noise level of its time, whatever eta; at 1 it is :func:`renoise`.
+
+    References:
+        | Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching (Wang and Yu, 2025)
+        | https://arxiv.org/abs/2509.05952
+
+    Args:
+        schedule: The noise schedule.
+        t: Time of the state, shape ().
+        next_t: Time of the next state, shape ().
+        eta: The share of new noise, in [0, 1], as an angle.
+
+    Returns:
+        The transition.
+    """
+    return _keep_noise(schedule, t, next_t, schedule.sigma(next_t) * math.sin(eta * math.pi / 2))
+
+
+def _keep_noise(schedule: NoiseSchedule, t: Tensor, next_t: Tensor, std: Tensor) -> Transition:
+    kept = (schedule.sigma(next_t).square() - std.square()).clamp_min(0).sqrt() / schedule.sigma(t)
+    return Transition(x_0_scale=schedule.alpha(next_t) - kept * schedule.alpha(t), state_scale=kept, std=std)
+
+
+def flow_sde(schedule: NoiseSchedule, t: Tensor, next_t: Tensor, *, eta: float) -> Transition:
+    r"""One Euler-Maruyama step of the SDE that has the marginals of a flow.
+
+    .. math::
+        x' = x + \Big[v + \frac{g^2}{2t} \hat\epsilon\Big] (t' - t) + g \sqrt{t - t'}\, \epsilon, \qquad
+        v = \frac{x - \hat x_0}{t}, \quad \hat\epsilon = \frac{x - (1 - t) \hat x_0}{t}, \quad
+        g = \eta \sqrt{\frac{t}{1 - t}}
+
+    At t = 1 the 1 - t under the root is taken at t' instead. Unlike in Flow-GRPO the last step has no noise.
+
+    References:
+        | Flow-GRPO: Training Flow Matching Models via Online RL (Liu et al., 2025)
+        | https://arxiv.org/abs/2505.05470
+
+    Args:
+        schedule: A flow-matching schedule.
+        t: Time of the state, shape ().
+        next_t: Time of the next state, shape ().
+        eta: The noise level, positive.
+
+    Returns:
+        The transition.
+    """
+    t, next_t = t.float(), next_t.float()
+    step = t - next_t
+    variance = eta**2 * t / (1 - torch.where(t < 1, t, next_t))
+    x_0_scale = step / t * (1 + variance * (1 - t) / (2 * t))
+    state_scale = 1 - step / t - variance * step / (2 * t.square())
+    return Transition(x_0_scale=x_0_scale, state_scale=state_scale, std=(variance * step).sqrt())
+
+
+def make_sampler(name: SamplerName, eta: float | None = None) -> Sampler:
+    """A sampler by name.
+
+    Args:
+        name: Its name.
+        eta: How random it is, see each sampler; None is :data:`DEFAULT_ETA`.
+
+    Returns:
+        A function from the schedule, a time and the next time to the :class:`Transition` between them.
+
+    Example:
+        >>> sampler = make_sampler("cps", 0.5)
+        >>> round(sampler(FlowMatching(), torch.tensor(0.5), torch.tensor(0.25)).std.item(), 4)
+        0.1768
+    """
+    if name == "renoise":
+        return renoise
+    functions: dict[str, Callable[..., Transition]] = {"ddim": ddim, "flow_sde": flow_sde, "cps": cps}
+    return partial(functions[name], eta=DEFAULT_ETA[name] if eta is None else eta)
+
+
+def suits(name: SamplerName, schedule: NoiseSchedule) -> bool:
+    """Whether a sampler is made for a schedule.
+
+    Example:
+        >>> suits("ddim", FlowMatching()), suits("cps", FlowMatching())
+        (False, True)
+    """
+    return name == "renoise" or (name in ("flow_sde", "cps")) == isinstance(schedule, FlowMatching)
 
 
 @torch.no_grad()
@@ -119,6 +268,39 @@ def rollout(
         x_0=torch.stack(predictions),
         transitions=tuple(transitions),
     )
+
+
+@torch.no_grad()
+def ode_solution(
+    network: X0Predictor, x_t: Tensor, t: float, conditioning: Conditioning, schedule: NoiseSchedule, steps: int
+) -> Tensor:
+    r"""The end of the deterministic sampler that starts at a state.
+
+    Each step goes along the straight line in :math:`(\hat x_0, \hat\epsilon)`, that is DDIM with :math:`\eta = 0` for a
+    variance-preserving schedule and an Euler step for flow matching.
+
+    References:
+        | Denoising Diffusion Implicit Models (Song et al., 2020), eq. 12
+        | https://arxiv.org/abs/2010.02502
+
+    Args:
+        network: The teacher, guidance included.
+        x_t: States, shape (N, C, H, W).
+        t: Their common time, in (0, 1].
+        conditioning: Encoded prompts, N rows.
+        schedule: The noise schedule.
+        steps: Steps from noise, that is from t = 1; a start at lower noise takes proportionally fewer.
+
+    Returns:
+        The solutions, shape (N, C, H, W).
+    """
+    count = max(1, math.ceil(steps * t - 1e-6))
+    times = schedule.descent(t, count).to(x_t.device)
+    for now, then in pairwise(times):
+        x_0 = network(x_t, now.expand(len(x_t)), conditioning)
+        noise = (x_t - schedule.alpha(now) * x_0) / schedule.sigma(now)
+        x_t = schedule.alpha(then) * x_0 + schedule.sigma(then) * noise
+    return x_t
 
 
 def over_dimensions(values: Tensor, level: Level) -> Tensor:

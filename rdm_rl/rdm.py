@@ -10,8 +10,8 @@ policy's own samples), all wrapped to predict x_0:
     3. k = one recorded step, the same for every sample
        for each reward: a direction A_j in which it wants xhat_0 of step k to move
            distribution matching: re-noise xhat_0 to x_t, A = (mu_real(x_t) - mu_fake(x_t)) / s
-           differentiable reward r: A = grad r(decode(xhat_0)) at xhat_0            (rdm_rl.rewards.adapters)
-           black-box reward r: A = normalised r times the score of the step's noise  (rdm_rl.replay)
+           differentiable reward r: A = grad r(decode(xhat_0)) at xhat_0            (rdm_rl.rewards.kinds)
+           black-box reward r: A = normalised r times the score of the step's noise  (rdm_rl.ratio)
        A = sum_j lambda_j A_j                                                     (rdm_rl.weighting)
     4. policy: replay step k with gradients and move xhat_0 along A                policy_loss
        (again on the same rollout, with A weighted by how likely it still is, if num_iterations > 1)
@@ -30,11 +30,10 @@ import torch
 from torch import Tensor
 
 from rdm_rl.advantages import Group, Normalization, distribution_matching_directions
-from rdm_rl.data_types import Conditioning, DenseAdvantage, LossOutput
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, append_dims, denoising_weight
 from rdm_rl.policy import Level, X0Predictor
-from rdm_rl.replay import ReweightedDirection
-from rdm_rl.samplers import Transition
+from rdm_rl.ratio import ReweightedDirection
+from rdm_rl.records import Conditioning, DenseAdvantage, LossOutput, Transition
 
 
 def fake_score_loss(

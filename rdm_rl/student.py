@@ -11,11 +11,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from huggingface_hub import ModelCard, ModelCardData
 
 from rdm_rl import __version__
-from rdm_rl.demo.digits import TEACHER_FOLDER
 from rdm_rl.families.hub import mismatch
 from rdm_rl.families.loading import load_pipeline
-from rdm_rl.networks import AdapterNetworks, Networks
-from rdm_rl.samplers import SamplerName
+from rdm_rl.networks.roles import AdapterNetworks, Networks
+from rdm_rl.policy import SamplerName
 
 _CARD = """# {name}
 
@@ -129,9 +128,7 @@ def save_student(
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     if lora:
-        # Not the folder's name, which a user's may have too.
-        called = "digits" if Path(base) == TEACHER_FOLDER else public_name(base)
-        (folder / _BASE_FILE).write_text(json.dumps({"base": called}), encoding="utf-8")
+        (folder / _BASE_FILE).write_text(json.dumps({"base": public_name(base)}), encoding="utf-8")
     kind, name = type(scheduler).__name__, name or folder.name
     base = public_name(base)
     text = _CARD.format(
@@ -158,11 +155,16 @@ def save_student(
 def public_name(source: str) -> str:
     """What a model is called on a card: a card is published, and a machine's paths are not.
 
+    A folder is called what its own card says (``model_name`` of its ``README.md``), else by its name.
+
     Example:
         >>> public_name("/models/mine"), public_name("owner/name")
         ('mine', 'owner/name')
     """
     path = Path(source)
+    if (path / "README.md").is_file():
+        named = getattr(ModelCard.load(path / "README.md", ignore_metadata_errors=True).data, "model_name", None)
+        return str(named or path.resolve().name)
     return path.name if path.is_absolute() or path.is_dir() else source
 
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from rdm_rl.advantages import remove_opposition
-from rdm_rl.data_types import DenseAdvantage
 from rdm_rl.noise_schedule import append_dims
+from rdm_rl.records import DenseAdvantage
 
 Reference = Literal["cold_start", "online"]
 RDM = "rdm"  # The reward whose force the others are measured by.

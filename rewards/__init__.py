@@ -15,16 +15,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from rdm_rl.rewards.errors import RewardError
-    from rdm_rl.rewards.info import RewardInfo
     from rdm_rl.rewards.model import RewardModel
+    from rdm_rl.rewards.protocol import RewardError, RewardInfo
     from rdm_rl.rewards.registry import get_reward, list_rewards, register_reward, unregister_reward
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "RewardError": "rdm_rl.rewards.errors",
-            "RewardInfo": "rdm_rl.rewards.info",
+            "RewardError": "rdm_rl.rewards.protocol",
+            "RewardInfo": "rdm_rl.rewards.protocol",
             "RewardModel": "rdm_rl.rewards.model",
             "get_reward": "rdm_rl.rewards.registry",
             "list_rewards": "rdm_rl.rewards.registry",

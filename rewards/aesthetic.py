@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel
 
-from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.preprocessing import Preprocessing
+from rdm_rl.rewards.protocol import RewardInfo
 
 # Where the predictor's linear layers are in its file; the dropout between them is not needed.
 _LAYERS = (0, 2, 4, 6, 7)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
-from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.open_clip import VIT_H_14, load_open_clip
 from rdm_rl.rewards.preprocessing import Preprocessing, fit_square
+from rdm_rl.rewards.protocol import RewardInfo
 
 _VIT_H_MEMORY = "3.9 GB in float32, half in bfloat16: computed from 986 M parameters"
 

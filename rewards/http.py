@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from rdm_rl.rewards.info import RewardInfo
+from rdm_rl.rewards.protocol import RewardInfo
 
 logger = logging.getLogger(__name__)
 

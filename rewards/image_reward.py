@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.preprocessing import Preprocessing
+from rdm_rl.rewards.protocol import RewardInfo
 
 # The published standardisation, and the length that prompts are cut to.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

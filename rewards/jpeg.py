@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rdm_rl.rewards.info import RewardInfo
+from rdm_rl.rewards.protocol import RewardInfo
 
 _PAPER = "Training Diffusion Models with Reinforcement Learning (Black et al., 2023), https://arxiv.org/abs/2305.13301"
 _RANGE = (

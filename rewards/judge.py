@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rdm_rl.rewards.http import BadAnswer, Connection, encode_png, finite_number, to_pixels, wanted_columns
-from rdm_rl.rewards.info import RewardInfo
+from rdm_rl.rewards.protocol import RewardInfo
 
 ResponseFormat = Literal["json_object", "json_schema"]
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rdm_rl.rewards.info import RewardInfo
+from rdm_rl.rewards.protocol import RewardInfo
 
 
 class RewardModel(ABC):

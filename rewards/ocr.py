@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GotOcr2ForConditionalGeneration, GotOcr2Processor
 
-from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.jpeg import to_pil
 from rdm_rl.rewards.model import RewardModel
+from rdm_rl.rewards.protocol import RewardInfo
 
 Recogniser = Callable[[Tensor], Sequence[str]]
 

@@ -2,12 +2,11 @@
 
 import torch
 
-from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.rdm import distribution_matching
+from rdm_rl.records import DenseAdvantage, Rollout
 from rdm_rl.renoise import anneal_progress, group_times
-from rdm_rl.rewards.info import RewardInfo
-from rdm_rl.rewards.registry import RewardContext
+from rdm_rl.rewards.protocol import RewardContext, RewardInfo
 
 
 class DistributionMatchingReward:

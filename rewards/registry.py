@@ -1,7 +1,7 @@
 """The registry of rewards: one dictionary from a name to a reward, of either kind.
 
 A *plain* reward is a callable ``(images, prompts, **columns)`` that returns a value for each image; see
-:mod:`rdm_rl.rewards.scoring` for the contract. A reward that says itself where samples should move is an object with a
+:mod:`rdm_rl.rewards.calling` for the contract. A reward that says itself where samples should move is an object with a
 ``direction`` method, such as ``rdm``. If an object also has a ``bind`` method, the trainer calls it once, before
 training, with the networks and the settings.
 
@@ -13,85 +13,17 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 from zlib import crc32
 
-from torch import Tensor
-
-from rdm_rl.data_types import DenseAdvantage, Rollout
-from rdm_rl.randomness import Generators
-
-if TYPE_CHECKING:
-    from rdm_rl.decoding import ImageDecoder
-    from rdm_rl.networks import Networks
-    from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.rewards.protocol import DirectionReward
 
 ENTRY_POINTS = "rdm_rl.rewards"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardContext:
-    """What a reward that needs the run is given, once, before training.
-
-    Args:
-        networks: The policy, the teacher and the fake score.
-        args: The run's settings.
-        teacher_guidance_scale: Guidance of the teacher: the setting, or the family's published value.
-        global_step: Gives the number of policy updates made so far.
-        decoder: Makes images of latents.
-        teacher_images: Gives the teacher's images from the noise and the prompts of a rollout, (N, 3, H', W').
-        last_checkpoint: Gives the folder of the last checkpoint, or None.
-    """
-
-    networks: "Networks"
-    args: "RDMConfig"
-    teacher_guidance_scale: float
-    global_step: Callable[[], int]
-    decoder: "ImageDecoder"
-    teacher_images: Callable[[Rollout], Tensor]
-    last_checkpoint: Callable[[], Path | None]
-
-
-@runtime_checkable
-class DirectionReward(Protocol):
-    """A reward that gives its own direction."""
-
-    def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
-        """Where the prediction of x_0 at a recorded step should move.
-
-        Args:
-            rollout: The recorded chains of N samples.
-            step: Index of the step that will be replayed with gradients.
-            generator: The reward's randomness: one generator, or one for each sample.
-
-        Returns:
-            The direction, shape (N, C, H, W).
-        """
-        ...
-
-
-@runtime_checkable
-class BindableReward(Protocol):
-    """A reward that needs the run."""
-
-    def bind(self, context: RewardContext) -> None:
-        """Take what the trainer gives before training."""
-        ...
-
-
-@runtime_checkable
-class PrefetchingReward(Protocol):
-    """A reward that can begin its work before its direction is asked for."""
-
-    def prefetch(self, rollout: Rollout, step: int) -> None:
-        """Begin, if the step's direction needs it; the direction of that step is asked for next."""
-        ...
 
 
 Reward = TypeVar("Reward", bound=Callable[..., Any])
@@ -116,9 +48,9 @@ _BUILT_IN = {
     "teacher_histogram": "rdm_rl.rewards.teacher_match:TeacherHistogram",
     "vlm_judge": "rdm_rl.rewards.judge:VLMJudge",
     "http": "rdm_rl.rewards.http:HTTPReward",
-    "digit_logprob": "rdm_rl.rewards.digits:DigitLogProb",
-    "ink": "rdm_rl.rewards.digits:ink",
-    "symmetry": "rdm_rl.rewards.digits:symmetry",
+    "digit_logprob": "rdm_rl.demo.rewards:DigitLogProb",
+    "ink": "rdm_rl.demo.rewards:ink",
+    "symmetry": "rdm_rl.demo.rewards:symmetry",
 }
 _REGISTERED: dict[str, Callable[..., Any]] = {}
 
@@ -131,7 +63,7 @@ def register_reward(name: str, **declarations: Any) -> Callable[[Reward], Reward
 
     Args:
         name: The name to use in ``reward_funcs``.
-        declarations: Attributes to set on it, such as ``differentiable=True`` (see :mod:`rdm_rl.rewards.scoring`).
+        declarations: Attributes to set on it, such as ``differentiable=True`` (see :mod:`rdm_rl.rewards.calling`).
 
     Returns:
         The decorator; it returns what it decorates.
@@ -380,8 +312,8 @@ def as_directions(
     Raises:
         ValueError: If a column is missing.
     """
-    from rdm_rl.rewards.adapters import PathwiseReward, PolicyGradientReward, WatchedReward
-    from rdm_rl.rewards.scoring import check_columns
+    from rdm_rl.rewards.calling import check_columns
+    from rdm_rl.rewards.kinds import PathwiseReward, PolicyGradientReward, WatchedReward
 
     directions: dict[str, DirectionReward] = {}
     for name, reward in rewards.items():

@@ -1,7 +1,7 @@
 r"""Rewards that compare the student's image with the teacher's: the same prompt and the same initial noise.
 
 This is how ReDiF rewards: a sample is good if it is what the teacher would have made of its noise. The library hands
-over the teacher's images as ``teacher_images``, in the order of the student's (see :mod:`rdm_rl.rewards.scoring`).
+over the teacher's images as ``teacher_images``, in the order of the student's (see :mod:`rdm_rl.rewards.calling`).
 
 ======================  ================================================================  =====
 reward                  value                                                             equal
@@ -32,9 +32,9 @@ from torch.nn import functional
 from transformers import AutoModel
 
 from rdm_rl.rewards.clip import embedding
-from rdm_rl.rewards.info import RewardInfo
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.preprocessing import Preprocessing
+from rdm_rl.rewards.protocol import RewardInfo
 
 _REDIF = "ReDiF (Tighkhorshid et al., 2025), https://arxiv.org/abs/2512.22802"
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, TrainerCallback
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.data_types import Conditioning, DenseAdvantage, PromptBatch, Rollout
-from rdm_rl.networks import Networks
+from rdm_rl.networks.roles import Networks
+from rdm_rl.records import Conditioning, DenseAdvantage, PromptBatch, Rollout
 
 # Its old name alone is known to older transformers, and warns in newer ones.
 CHECKPOINTING = next(

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from rdm_rl import RDMTrainer
-from rdm_rl.data_types import Rollout
-from rdm_rl.decoding import ImageDecoder
-from rdm_rl.sharding import gather, holds_shards, local
-from rdm_rl.teacher_images import TeacherCache, TeacherImages
+from rdm_rl.networks.sharding import gather, holds_shards, local
+from rdm_rl.records import Rollout
+from rdm_rl.rewards.images import ImageDecoder
+from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
 from tests.helpers import CHECKPOINTING, brightness, log_numbers, one_rollout, tiny_trainer, trained_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_rl.advantages import distribution_matching_advantage, group_mean, normalize_rewards, remove_opposition
-from rdm_rl.data_types import DenseAdvantage
 from rdm_rl.rdm import policy_loss
+from rdm_rl.records import DenseAdvantage
 from tests.helpers import latents
 
 NORMALIZATIONS = ["sample", "group", "group_rms", "none"]

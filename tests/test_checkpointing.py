@@ -7,8 +7,14 @@ import torch
 from transformers.trainer_callback import TrainerState
 
 from rdm_rl import RDMTrainer
-from rdm_rl.checkpointing import checkpoints, find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
-from rdm_rl.data_types import DenseAdvantage
+from rdm_rl.records import DenseAdvantage
+from rdm_rl.trainers.checkpointing import (
+    checkpoints,
+    find_checkpoint,
+    read_checkpoint,
+    rotate_checkpoints,
+    write_checkpoint,
+)
 from rdm_rl.weighting import Weighting
 from tests.helpers import CHECKPOINTING, StopAfter, changed, log_numbers, same, tiny_trainer
 

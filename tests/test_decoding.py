@@ -10,8 +10,8 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from rdm_rl import RDMTrainer
-from rdm_rl.decoding import ImageDecoder, load_tiny_decoder
 from rdm_rl.families import load_family
+from rdm_rl.rewards.images import ImageDecoder, load_tiny_decoder
 from tests.helpers import QUICK, StepAway, latents, one_rollout, quick_trainer, snapshot
 
 

@@ -6,15 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rdm_rl.demo.digits import (
+from rdm_rl.demo.data import (
     TEACHER_FOLDER,
     balanced_prompts,
     digit_prompts,
     load_digits,
     mixed_prompts,
 )
+from rdm_rl.demo.recognisers import digit_accuracy, digit_features
 from rdm_rl.demo.run import Evaluation, demo_config, load_teacher, run_demo, stock_schedulers, training_prompts
-from rdm_rl.evaluation import digit_accuracy, digit_features, frechet_distance, read_rows
+from rdm_rl.evaluation import frechet_distance, read_rows
 
 SETS = 5  # Generated sets over which the teacher's figures are averaged.
 
@@ -46,7 +47,7 @@ def test_prompts_name_the_digits_that_answer_them() -> None:
 def test_the_teacher_is_a_small_plain_pipeline() -> None:
     files = [file for file in TEACHER_FOLDER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 8_000_000
-    assert {file.suffix for file in files} <= {".json", ".txt", ".safetensors"}
+    assert {file.suffix for file in files} <= {".json", ".md", ".txt", ".safetensors"}
     assert (TEACHER_FOLDER / "tokenizer" / "vocab.json").is_file()
     assert (TEACHER_FOLDER / "tokenizer" / "merges.txt").is_file()
     teacher = load_teacher()

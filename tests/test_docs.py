@@ -14,10 +14,11 @@ from types import CodeType
 
 import pytest
 
-from rdm_rl import RDMConfig, cli
+from rdm_rl import RDMConfig
+from rdm_rl.cli import main as cli
+from rdm_rl.cli.train import TrainArguments
 from rdm_rl.evaluation.metrics import SamplerMetrics
 from rdm_rl.rewards import registry
-from rdm_rl.train import TrainArguments
 from rdm_rl.trainers.rdm_config import HONOURED, METHODS
 from tests.helpers import tiny_trainer
 

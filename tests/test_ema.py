@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rdm_rl.ema import PolicyAverage
+from rdm_rl.trainers.optimization import PolicyAverage
 
 
 def test_average_of_a_known_sequence() -> None:

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 import rdm_rl.evaluation as evaluation
-from rdm_rl.demo.digits import load_digits
+from rdm_rl.demo.data import load_digits
+from rdm_rl.demo.judge import judge
 from rdm_rl.evaluation import (
     Report,
     SamplerMetrics,
     first_of_each,
     format_table,
     image_grid,
-    judge,
     read_rows,
     training_curves,
     write_report,

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from rdm_rl.demo.digits import load_digits
+from rdm_rl.demo.data import load_digits
 from rdm_rl.rewards import registry
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -168,7 +168,7 @@ def test_hub_names_pass_the_check(bases: Callable[..., Path]) -> None:
 def test_saved_lora_reads_back(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model_state_dict
 
-    from rdm_rl.networks import AdapterNetworks
+    from rdm_rl.networks.roles import AdapterNetworks
     from tests.helpers import randomize, same
 
     networks = AdapterNetworks(load_family(tiny_sd(tmp_path / "a")), LoraConfig(r=2), torch.Generator())

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rdm_rl.families import Family, FlowFamily, load_family
-from rdm_rl.networks import AdapterNetworks
+from rdm_rl.networks.roles import AdapterNetworks
 from rdm_rl.policy import rollout
 from rdm_rl.student import load_student
 from tests.helpers import QUICK, changed, latents, prompt_batch, quick_trainer, randomize, snapshot

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.advantages import normalize_rewards
-from rdm_rl.checkpointing import read_checkpoint
-from rdm_rl.data_types import DenseAdvantage, Rollout
-from rdm_rl.rewards.registry import RewardContext
+from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.rewards.protocol import RewardContext
+from rdm_rl.trainers.checkpointing import read_checkpoint
 from rdm_rl.trainers.rdm_config import method_settings
 from rdm_rl.weighting import DirectionStatistics, FixedWeighting, Weighting
 from tests.helpers import (

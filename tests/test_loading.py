@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from rdm_rl.cli import main
+from rdm_rl.cli.main import main
 from rdm_rl.families import load_family, register_family
 from rdm_rl.families.hub import adapter_file
 from tests.helpers import QUICK, quick_trainer, tiny_sd
@@ -183,7 +183,7 @@ def test_what_is_registered_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_folder_called_teacher_is_not_the_embedded_one(base: Path, tmp_path: Path) -> None:
-    from rdm_rl.demo.digits import TEACHER_FOLDER
+    from rdm_rl.demo.data import TEACHER_FOLDER
     from rdm_rl.student import base_of
 
     (tmp_path / TEACHER_FOLDER.name).symlink_to(base)

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from rdm_rl.data_types import Conditioning
 from rdm_rl.families import load_family
-from rdm_rl.networks import AdapterNetworks, Networks, SeparateNetworks
+from rdm_rl.networks.roles import AdapterNetworks, Networks, SeparateNetworks
+from rdm_rl.records import Conditioning
 from tests.helpers import changed, latents, randomize, same, snapshot, tiny_sd
 
 T = torch.tensor([1.0, 0.5])

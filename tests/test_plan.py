@@ -15,15 +15,15 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 
+from rdm_rl.cli.plan.activations import LiveBytes, Rehearsal, conditioning_of, cuda_autocast
+from rdm_rl.cli.plan.memory import CARDS, GIB, Phase, Settings, Sizes, fits, kept, phases
+from rdm_rl.cli.plan.model_sizes import MODELS
+from rdm_rl.cli.plan.report import _rehearse, format_plan, make_plan, plan_command
+from rdm_rl.cli.plan.skeleton import make_skeleton, read_blueprint
+from rdm_rl.cli.train import TrainArguments
 from rdm_rl.families import FAMILIES, load_family
-from rdm_rl.model_sizes import MODELS
-from rdm_rl.networks import make_networks
-from rdm_rl.plan.activations import LiveBytes, Rehearsal, conditioning_of, cuda_autocast
-from rdm_rl.plan.memory import CARDS, GIB, Phase, Settings, Sizes, fits, kept, phases
-from rdm_rl.plan.report import _rehearse, format_plan, make_plan, plan_command
-from rdm_rl.plan.skeleton import make_skeleton, read_blueprint
+from rdm_rl.networks.roles import make_networks
 from rdm_rl.rewards.registry import unregister_reward
-from rdm_rl.train import TrainArguments
 from tests.helpers import latents, tiny_config, tiny_sd, tiny_trainer
 from tests.tiny_pipelines import TINY
 
@@ -112,7 +112,7 @@ def test_of_a_hub_model_only_configurations_are_fetched(tmp_path, monkeypatch) -
                 shutil.copy(file, tmp_path / "hub" / path)
         return tmp_path / "hub"
 
-    monkeypatch.setattr("rdm_rl.plan.skeleton.snapshot_download", fetch)
+    monkeypatch.setattr("rdm_rl.cli.plan.skeleton.snapshot_download", fetch)
     assert read_blueprint("owner/name") == read_blueprint(tmp_path / "saved")
     assert not [*(tmp_path / "hub").rglob("*.safetensors")]
 
@@ -474,7 +474,7 @@ def test_mistakes_get_one_clear_line(words, message) -> None:
 
 def test_the_command_line_knows_the_command(folder) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "rdm_rl.cli", "plan", "--model", str(folder), "--reward_funcs", "rdm"],
+        [sys.executable, "-m", "rdm_rl.cli.main", "plan", "--model", str(folder), "--reward_funcs", "rdm"],
         capture_output=True,
         text=True,
         check=False,

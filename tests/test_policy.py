@@ -5,10 +5,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from rdm_rl.data_types import Conditioning, Rollout
 from rdm_rl.noise_schedule import FlowMatching, NoiseSchedule, VariancePreserving, append_dims
 from rdm_rl.policy import rollout, student_times
 from rdm_rl.randomness import Generators, seeded_generators
+from rdm_rl.records import Conditioning, Rollout
 from tests.helpers import prompt_batch
 
 VP = VariancePreserving(DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod)

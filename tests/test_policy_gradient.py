@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.noise_schedule import FlowMatching
-from rdm_rl.policy import student_times
-from rdm_rl.rewards.adapters import PathwiseReward, PolicyGradientReward, WatchedReward
-from rdm_rl.rewards.scoring import RewardError
-from rdm_rl.samplers import make_sampler
+from rdm_rl.policy import make_sampler, student_times
+from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.rewards.calling import RewardError
+from rdm_rl.rewards.kinds import PathwiseReward, PolicyGradientReward, WatchedReward
 from rdm_rl.trainers.rdm_config import METHODS
 from tests.helpers import (
     CHECKPOINTING,

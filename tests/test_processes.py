@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from torch import Tensor
 
 from rdm_rl import RDMConfig
-from rdm_rl.launch import check_processes, processes_asked_for
+from rdm_rl.trainers.processes import check_processes, processes_asked_for
 from tests.helpers import same
 from tests.processes_worker import ROOT, gndmr, launch, state_of
 
@@ -124,7 +124,7 @@ SCRIPTS = {
     "trainer.py": """
 import warnings
 from rdm_rl import RDMConfig
-from rdm_rl.trainers.training_loop import TrainingLoop
+from rdm_rl.trainers.loop import TrainingLoop
 TrainingLoop.__abstractmethods__ = frozenset()
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
@@ -134,7 +134,7 @@ print("\\n".join(str(one.message) for one in seen))
 """,
     "short.py": """
 import warnings
-from rdm_rl.launch import check_processes
+from rdm_rl.trainers.processes import check_processes
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     check_processes(1)

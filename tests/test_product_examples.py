@@ -15,10 +15,10 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from rdm_rl import RDMConfig
+from rdm_rl.cli.parser import SettingsParser
+from rdm_rl.cli.train import TrainArguments, load_prompts
 from rdm_rl.rewards.registry import find_reward
-from rdm_rl.settings_parser import SettingsParser
 from rdm_rl.student import load_student
-from rdm_rl.train import TrainArguments, load_prompts
 from rdm_rl.trainers.rdm_config import method_settings
 from tests import tiny_pipelines
 from tests.helpers import WITHOUT_RDM, brightness, one_rollout, quick_trainer, tiny_sd

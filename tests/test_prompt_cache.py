@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rdm_rl.families import load_family
-from rdm_rl.prompt_cache import PromptCache
+from rdm_rl.families.encoding import PromptCache
 from tests.helpers import QUICK, quick_trainer, same, tiny_sd, trained_weights
 from tests.tiny_pipelines import tiny_sd3, tiny_sdxl
 
@@ -71,7 +71,7 @@ def test_the_encoders_wait_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)) or encoder)
     family.to(torch.device("cpu"))
     assert moves == []  # The encoder is left where it is.
-    monkeypatch.setattr("rdm_rl.families.base._device", lambda network: torch.device("meta"))
+    monkeypatch.setattr("rdm_rl.families.encoding.device_of", lambda network: torch.device("meta"))
     family.encode(["a cat"])
     assert moves == ["cpu", "cpu"]  # To the network's device, and back.
     family.prompt_cache = PromptCache(tmp_path / "cache", "key")

@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from rdm_rl.prompts import PromptSource, other_columns
+from rdm_rl.trainers.prompts import PromptSource, other_columns
 
 ROWS = [{"prompt": letter, "digit": index} for index, letter in enumerate("abcdefg")]
 

@@ -6,10 +6,10 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from rdm_rl.advantages import distribution_matching_advantage
-from rdm_rl.data_types import Conditioning, DenseAdvantage
 from rdm_rl.noise_schedule import FlowMatching, NoiseSchedule, VariancePreserving, append_dims
 from rdm_rl.policy import rollout, student_times
 from rdm_rl.rdm import distribution_matching, fake_score_loss, policy_loss
+from rdm_rl.records import Conditioning, DenseAdvantage
 from rdm_rl.renoise import group_times, renoise_times
 from tests.helpers import latents, prompt_batch
 

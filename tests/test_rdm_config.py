@@ -179,7 +179,7 @@ def test_every_own_field_is_documented() -> None:
 def test_the_launch_s_precision_counts_unless_a_setting_does(
     asked: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rdm_rl.launch.LAUNCHED_PRECISION", asked)
+    monkeypatch.setattr("rdm_rl.trainers.processes.LAUNCHED_PRECISION", asked)
     config = tiny_config(tmp_path)
     assert (config.bf16, config.fp16) == (expected == "bf16", expected == "fp16")
     config = tiny_config(tmp_path, bf16=True)

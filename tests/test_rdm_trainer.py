@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from rdm_rl import RDMTrainer
-from rdm_rl.data_types import DenseAdvantage, LossOutput, Rollout
+from rdm_rl.records import DenseAdvantage, LossOutput, Rollout
 from rdm_rl.rewards import register_reward
 from rdm_rl.rewards.registry import unregister_reward
 from rdm_rl.weighting import Weighting

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rdm_rl import RDMConfig, ReDiFConfig, ReDiFTrainer
-from rdm_rl.data_types import PromptBatch, Rollout
-from rdm_rl.networks import Networks
-from rdm_rl.rewards.scoring import PlainReward
+from rdm_rl.networks.roles import Networks
+from rdm_rl.records import PromptBatch, Rollout
+from rdm_rl.rewards.calling import PlainReward
 from rdm_rl.rewards.teacher_match import TeacherMSE
 from rdm_rl.student import load_student
 from rdm_rl.trainers.rdm_config import method_settings

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from rdm_rl.advantages import normalize_rewards, policy_gradient_advantage
-from rdm_rl.data_types import DenseAdvantage, Replayed
 from rdm_rl.noise_schedule import append_dims
 from rdm_rl.policy import kl_divergence, log_probability, log_ratio
-from rdm_rl.rdm import policy_loss
-from rdm_rl.replay import (
+from rdm_rl.ratio import (
     RATIO_TOLERANCE,
     PolicyGradientDirection,
     ReweightedDirection,
@@ -20,7 +18,8 @@ from rdm_rl.replay import (
     replay_metrics,
     with_advantage,
 )
-from rdm_rl.samplers import Transition
+from rdm_rl.rdm import policy_loss
+from rdm_rl.records import DenseAdvantage, Replayed, Transition
 from tests.helpers import latents
 
 SHAPE = (2, 3, 3)

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rdm_rl import RDMTrainer
-from rdm_rl.checkpointing import read_checkpoint
+from rdm_rl.ratio import PolicyGradientDirection, ReweightedDirection
 from rdm_rl.rdm import policy_loss
-from rdm_rl.replay import PolicyGradientDirection, ReweightedDirection
+from rdm_rl.trainers.checkpointing import read_checkpoint
 from rdm_rl.weighting import measure
 from tests.helpers import (
     QUICK,

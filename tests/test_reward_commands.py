@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rdm_rl.cli import main
-from rdm_rl.reward_commands import read_image, reward_info, rewards_as_markdown
+from rdm_rl.cli.main import main
+from rdm_rl.cli.rewards import read_image, reward_info, rewards_as_markdown
+from rdm_rl.cli.train import make_rewards
 from rdm_rl.rewards.registry import list_rewards, register_reward, unregister_reward
-from rdm_rl.train import make_rewards
 
 PAGE = Path(__file__).parent.parent / "docs" / "rewards.md"
 
@@ -85,7 +85,7 @@ def test_a_reward_is_tried_on_images(image: Path, capsys: pytest.CaptureFixture)
         (["ink", "--prompt", "a", "--option", "device"], "is not of the form key=value"),
         (["no_such_module:reward", "--prompt", "a"], "there is no module 'no_such_module'"),
         (["nowhere.py:reward", "--prompt", "a"], "'nowhere.py' does not exist"),
-        (["rdm_rl.rewards.digits:inc", "--prompt", "a"], "has no 'inc'. Did you mean 'ink'"),
+        (["rdm_rl.demo.rewards:inc", "--prompt", "a"], "has no 'inc'. Did you mean 'ink'"),
     ],
 )
 def test_mistakes_are_explained_in_a_line(

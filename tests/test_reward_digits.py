@@ -10,11 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rdm_rl.demo.digits import NETWORKS_FILE, Digits, digit_prompts, load_digits
-from rdm_rl.demo.run import training_prompts
-from rdm_rl.evaluation import digit_features
-from rdm_rl.evaluation.features import WIDTHS, load_network
-from rdm_rl.rewards.digits import (
+from rdm_rl.demo.data import NETWORKS_FILE, Digits, digit_prompts, load_digits
+from rdm_rl.demo.recognisers import WIDTHS, digit_features, load_network
+from rdm_rl.demo.rewards import (
     REWARD_NETWORK_FILE,
     REWARD_NETWORK_WIDTH,
     DigitLogProb,
@@ -22,7 +20,8 @@ from rdm_rl.rewards.digits import (
     named_digit,
     symmetry,
 )
-from rdm_rl.rewards.info import RewardInfo
+from rdm_rl.demo.run import training_prompts
+from rdm_rl.rewards.protocol import RewardInfo
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_digits_teacher.py"
 TRAIN = load_digits("train")

@@ -12,8 +12,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from rdm_rl import RDMTrainer
-from rdm_rl.data_types import DenseAdvantage, Rollout
-from rdm_rl.rewards.adapters import PathwiseReward, WatchedReward
+from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.rewards.kinds import PathwiseReward, WatchedReward
 from tests.helpers import (
     CHECKPOINTING,
     QUICK,

@@ -28,10 +28,10 @@ from transformers import (
     ViTModel,
 )
 
-from rdm_rl.data_types import Conditioning, PromptBatch
+from rdm_rl.records import Conditioning, PromptBatch
+from rdm_rl.rewards.calling import PlainReward, RewardOutput, check_columns
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.preprocessing import resize
-from rdm_rl.rewards.scoring import PlainReward, RewardOutput, check_columns
 from rdm_rl.rewards.teacher_match import (
     TeacherCLIP,
     TeacherDINO,

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdm_rl.data_types import DenseAdvantage, Rollout
 from rdm_rl.randomness import normal, seeded_generators
 from rdm_rl.rdm import distribution_matching
+from rdm_rl.records import DenseAdvantage, Rollout
 from rdm_rl.renoise import group_times
 from rdm_rl.rewards import get_reward, list_rewards, register_reward
-from rdm_rl.rewards.adapters import PathwiseReward, PolicyGradientReward, WatchedReward
-from rdm_rl.rewards.info import RewardInfo
+from rdm_rl.rewards.calling import needs
 from rdm_rl.rewards.jpeg import JpegCompressibility
+from rdm_rl.rewards.kinds import PathwiseReward, PolicyGradientReward, WatchedReward
 from rdm_rl.rewards.model import RewardModel
+from rdm_rl.rewards.protocol import RewardInfo
 from rdm_rl.rewards.rdm import DistributionMatchingReward
 from rdm_rl.rewards.registry import (
     as_directions,
@@ -28,7 +29,6 @@ from rdm_rl.rewards.registry import (
     reward_weights,
     unregister_reward,
 )
-from rdm_rl.rewards.scoring import needs
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 from rdm_rl.weighting import FixedWeighting
 from tests.helpers import StepAway, randomize, tiny_trainer

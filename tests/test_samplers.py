@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from rdm_rl.noise_schedule import FlowMatching, NoiseSchedule, VariancePreserving, x_0_from_output
-from rdm_rl.policy import rollout, student_times
-from rdm_rl.samplers import DEFAULT_ETA, Sampler, Transition, ddim, flow_sde, make_sampler, renoise, suits
+from rdm_rl.policy import DEFAULT_ETA, Sampler, ddim, flow_sde, make_sampler, renoise, rollout, student_times, suits
+from rdm_rl.records import Transition
 from rdm_rl.student import load_student
 from tests.helpers import WITHOUT_RDM, brightness, latents, prompt_batch, quick_trainer, randomize
 

@@ -8,9 +8,10 @@ import torch
 from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from rdm_rl import RDMTrainer, sharding
-from rdm_rl.offload import OffloadedNetwork
-from rdm_rl.sharding import blocks, check_sharding
+from rdm_rl import RDMTrainer
+from rdm_rl.networks import sharding
+from rdm_rl.networks.offload import OffloadedNetwork
+from rdm_rl.networks.sharding import blocks, check_sharding
 from rdm_rl.student import load_student
 from tests.helpers import one_rollout, same, tiny_trainer
 from tests.processes_worker import SHARDED, launch, sharded_case, state_of

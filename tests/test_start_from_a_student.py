@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rdm_rl import RDMTrainer
-from rdm_rl.families.base import fingerprint
 from rdm_rl.families.hub import adapter_file
+from rdm_rl.files import fingerprint
 from rdm_rl.student import load_student
 from tests.helpers import PROMPTS, QUICK, brightness, changed, latents, quick_trainer, randomize, snapshot, tiny_sd
 from tests.tiny_pipelines import tiny_dit, tiny_sd3, tiny_sdxl
@@ -266,7 +266,7 @@ def test_a_distilled_student_survives_more_training(tmp_path: Path) -> None:
     The embedded digits, a four-step student of a short run, ten more updates for a reward: with ``rdm`` beside the
     reward the student's images move far less than with the reward alone at the same rate.
     """
-    from rdm_rl.demo.digits import TEACHER_FOLDER
+    from rdm_rl.demo.data import TEACHER_FOLDER
 
     config = LoraConfig(r=8, lora_alpha=8)
     rows = PROMPTS

@@ -20,9 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from rdm_rl import RDMTrainer
-from rdm_rl.data_types import Rollout
-from rdm_rl.decoding import ImageDecoder
-from rdm_rl.teacher_images import TeacherCache, TeacherImages
+from rdm_rl.records import Rollout
+from rdm_rl.rewards.images import ImageDecoder
+from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
 from tests.helpers import QUICK, StepAway, one_rollout, quick_trainer
 from tests.test_decoding import batches_of
 
@@ -222,7 +222,7 @@ def test_only_images_are_kept(shape: tuple[int, ...], tmp_path: Path) -> None:
 # Writes one image after the other until it is killed.
 ENDLESS_WRITER = """
 import sys, torch
-from rdm_rl.teacher_images import TeacherCache
+from rdm_rl.rewards.teacher_images import TeacherCache
 cache = TeacherCache(sys.argv[1], "key")
 for seed in range(100_000):
     generator = torch.Generator().manual_seed(seed)
@@ -232,7 +232,7 @@ for seed in range(100_000):
 # Four processes that write and read at the same time; exit codes and warnings tell how it went.
 FOUR_WRITERS = """
 import os, sys, torch
-from rdm_rl.teacher_images import TeacherCache
+from rdm_rl.rewards.teacher_images import TeacherCache
 folder, size_limit, same = sys.argv[1], float(sys.argv[2]), sys.argv[3] == "True"
 images = [torch.full((3, 16, 16), number / 255) for number in range(4)]
 for image in images:

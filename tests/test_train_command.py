@@ -12,10 +12,11 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from rdm_rl import RDMConfig, RDMTrainer, ReDiFConfig, cli
-from rdm_rl.demo.digits import TEACHER_FOLDER
-from rdm_rl.settings_parser import GROUPS, HELP, OWN_GROUP, WITHOUT_EFFECT, SettingsParser
-from rdm_rl.train import TrainArguments, load_prompts, make_trainer
+from rdm_rl import RDMConfig, RDMTrainer, ReDiFConfig
+from rdm_rl.cli import main as cli
+from rdm_rl.cli.parser import GROUPS, HELP, OWN_GROUP, WITHOUT_EFFECT, SettingsParser
+from rdm_rl.cli.train import TrainArguments, load_prompts, make_trainer
+from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.trainers.rdm_config import HONOURED
 
 DIGITS = "--model_name_or_path digits --dataset digits --use_cpu".split()
@@ -125,7 +126,7 @@ def test_a_file_of_its_own_is_read_unless_another_is_named(tmp_path: Path) -> No
 
 
 def test_a_newer_name_reaches_an_older_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rdm_rl.settings_parser.OLD_NAMES", {"newer": "lora_r", "max_steps": "seed"})
+    monkeypatch.setattr("rdm_rl.cli.parser.OLD_NAMES", {"newer": "lora_r", "max_steps": "seed"})
     for words in (["--newer", "5"], ["--newer=5"]):
         arguments, args = parser().parse([*DIGITS, *words, "--max_steps", "7"])
         assert (arguments.lora_r, args.max_steps, args.seed) == (5, 7, 42)  # One that exists stays as it is.

@@ -9,11 +9,12 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from rdm_rl.data_types import Conditioning
 from rdm_rl.families import load_family
-from rdm_rl.families.base import fingerprint
+from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import FlowMatching, VariancePreserving, append_dims
-from rdm_rl.warm_start import OdePairs, collect_pairs, ode_solution
+from rdm_rl.policy import ode_solution
+from rdm_rl.records import Conditioning
+from rdm_rl.trainers.warm_start import OdePairs, collect_pairs
 from tests.helpers import changed, latents, tiny_sd, tiny_trainer
 
 VP = VariancePreserving(DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
@@ -172,7 +173,7 @@ def test_fingerprint_tells_teachers_and_settings_apart(tmp_path: Path) -> None:
 def test_adapters_do_not_change_the_fingerprint(tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    from rdm_rl.networks import AdapterNetworks
+    from rdm_rl.networks.roles import AdapterNetworks
 
     family = load_family(tiny_sd(tmp_path))
     name = fingerprint(family.network)

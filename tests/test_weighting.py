@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rdm_rl.data_types import DenseAdvantage
+from rdm_rl.records import DenseAdvantage
 from rdm_rl.weighting import (
     AdaptiveWeighting,
     BudgetedWeighting,

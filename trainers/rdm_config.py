@@ -8,11 +8,10 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from rdm_rl import launch
 from rdm_rl.advantages import Group, Normalization, RewardBaseline, RewardScale
-from rdm_rl.policy import Level
+from rdm_rl.policy import Level, SamplerName
 from rdm_rl.renoise import RenoiseDistribution
-from rdm_rl.samplers import SamplerName
+from rdm_rl.trainers import processes
 from rdm_rl.weighting import Reference
 
 MOST_NOISES = 2**24  # In a pool.
@@ -167,7 +166,7 @@ class RDMConfig(TrainingArguments):
         importance_weight_clip: When a rollout is used again, distribution matching's direction is weighted by the
             likelihood ratio, clipped to 1 plus and minus this; 0 leaves the ratio out.
         sampler: How the policy goes from step to step: ``renoise``, ``ddim``, or, for flow models, ``flow_sde`` or
-            ``cps`` (see :mod:`rdm_rl.samplers`).
+            ``cps`` (see :mod:`rdm_rl.policy`).
         eta: How random ``ddim``, ``flow_sde`` and ``cps`` are in training; None is 1, 0.7 and 0.9.
         guidance_scale: Guidance of the policy itself, in rollouts and updates alike. The saved student needs it too.
         group_noise: Whether each generation starts from its ``own`` noise, or those of one prompt from a ``shared``
@@ -337,8 +336,8 @@ class RDMConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded, and settle defaults that depend on others."""
-        launch.refuse_foreign_sharding()
-        launched = launch.LAUNCHED_PRECISION  # As in transformers' trainer it counts, unless a setting does.
+        processes.refuse_foreign_sharding()
+        launched = processes.LAUNCHED_PRECISION  # As in transformers' trainer it counts, unless a setting does.
         if launched in ("bf16", "fp16") and not (bool(self.bf16) or bool(self.fp16)):
             setattr(self, launched, True)
         self.warm_start = self.warm_start or "none"

@@ -16,36 +16,34 @@ from tqdm import trange
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from rdm_rl.advantages import normalize_rewards
-from rdm_rl.checkpointing import check_settings, find_checkpoint, read_checkpoint, rotate_checkpoints, write_checkpoint
-from rdm_rl.data_types import DenseAdvantage, Experience, LossOutput, PromptBatch, Rollout
-from rdm_rl.ema import PolicyAverage
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family
-from rdm_rl.families.base import fingerprint
-from rdm_rl.metric_window import reward_metrics
-from rdm_rl.networks import Role
-from rdm_rl.optimization import OptimizerFactory, RoleOptimizer, make_optimizer, make_scheduler
-from rdm_rl.policy import kl_divergence, rollout
-from rdm_rl.prompt_cache import EMPTY_PROMPT
-from rdm_rl.prompts import PromptSource, other_columns
+from rdm_rl.families.encoding import EMPTY_PROMPT
+from rdm_rl.files import fingerprint
+from rdm_rl.networks.roles import Role
+from rdm_rl.networks.sharding import gather
+from rdm_rl.policy import kl_divergence, make_sampler, rollout
 from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
+from rdm_rl.ratio import check_unmoved, replay_metrics, with_advantage
 from rdm_rl.rdm import fake_score_loss, policy_loss
+from rdm_rl.records import DenseAdvantage, Experience, LossOutput, PromptBatch, Rollout
 from rdm_rl.renoise import anneal_progress, renoise_times
-from rdm_rl.replay import check_unmoved, replay_metrics, with_advantage
-from rdm_rl.rewards.adapters import PolicyGradientReward
-from rdm_rl.rewards.registry import (
-    BindableReward,
-    PrefetchingReward,
-    RewardSpec,
-    as_directions,
-    load_rewards,
-    reward_weights,
-)
-from rdm_rl.samplers import make_sampler
-from rdm_rl.sharding import gather
+from rdm_rl.rewards.kinds import PolicyGradientReward
+from rdm_rl.rewards.protocol import BindableReward, PrefetchingReward
+from rdm_rl.rewards.registry import RewardSpec, as_directions, load_rewards, reward_weights
 from rdm_rl.student import public_name, save_student
 from rdm_rl.trainers.callbacks import log_image
-from rdm_rl.trainers.model_setup import check_models, load_networks
+from rdm_rl.trainers.checkpointing import (
+    check_settings,
+    find_checkpoint,
+    read_checkpoint,
+    rotate_checkpoints,
+    write_checkpoint,
+)
+from rdm_rl.trainers.loop import TrainingLoop
+from rdm_rl.trainers.metric_window import reward_metrics
+from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer, make_optimizer, make_scheduler
+from rdm_rl.trainers.prompts import PromptSource, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.reward_context import make_reward_context
 from rdm_rl.trainers.reward_settings import (
@@ -53,8 +51,8 @@ from rdm_rl.trainers.reward_settings import (
     check_weighting_settings,
     warn_of_reward_settings,
 )
-from rdm_rl.trainers.training_loop import TrainingLoop
-from rdm_rl.warm_start import OdePairs, collect_pairs, regress
+from rdm_rl.trainers.setup import check_models, load_networks
+from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import RunningMean, Weighting, batch_moments, make_weighting, measure
 
 EVALUATION_SEED = 12345
@@ -664,7 +662,7 @@ class RDMTrainer(TrainingLoop):
         process.wait_for_everyone()
 
     def run_warm_start(self) -> None:
-        """Regress the policy on the teacher's ODE solutions (see :mod:`rdm_rl.warm_start`)."""
+        """Regress the policy on the teacher's ODE solutions (see :mod:`rdm_rl.trainers.warm_start`)."""
         args = self.args
         optimizer = self._role_optimizer(
             "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm, warm_up=False

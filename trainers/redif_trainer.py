@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from rdm_rl.data_types import PromptBatch
+from rdm_rl.policy import SamplerName
 from rdm_rl.randomness import seeded_generators
-from rdm_rl.rewards.adapters import PlainRewardAdapter
+from rdm_rl.records import PromptBatch
+from rdm_rl.rewards.kinds import PlainRewardAdapter
 from rdm_rl.rewards.registry import RewardSpec, find_reward
-from rdm_rl.samplers import SamplerName
 from rdm_rl.trainers.rdm_config import RDMConfig, method_settings
 from rdm_rl.trainers.rdm_trainer import EVALUATION_SEED, RDMTrainer
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rdm_rl.decoding import ImageDecoder, load_tiny_decoder
-from rdm_rl.families.base import fingerprint
-from rdm_rl.networks import Networks
-from rdm_rl.rewards.registry import RewardContext
-from rdm_rl.teacher_images import TeacherCache, TeacherImages
+from rdm_rl.files import fingerprint
+from rdm_rl.networks.roles import Networks
+from rdm_rl.rewards.images import ImageDecoder, load_tiny_decoder
+from rdm_rl.rewards.protocol import RewardContext
+from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
 from rdm_rl.trainers.rdm_config import RDMConfig
 
 

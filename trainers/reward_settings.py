@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from rdm_rl.rewards.adapters import PlainRewardAdapter, PolicyGradientReward
+from rdm_rl.rewards.kinds import PlainRewardAdapter, PolicyGradientReward
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.weighting import AdaptiveWeighting, Weighting
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from rdm_rl.demo.digits import TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
-from rdm_rl.evaluation.metrics import Kind, SamplerMetrics, judge
+from rdm_rl.demo.data import TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
+from rdm_rl.demo.judge import judge
+from rdm_rl.evaluation.metrics import Kind, SamplerMetrics
 from rdm_rl.evaluation.report import Report, write_report
 from rdm_rl.evaluation.tables import format_table
 from rdm_rl.randomness import seeded_generator

@@ -23,9 +23,10 @@ __all__ = [
 
 # A new public name goes into `__all__` and into both branches: type checkers read the first, Python runs the second.
 if TYPE_CHECKING:
+    from rdm_rl.demo.judge import judge
+    from rdm_rl.demo.recognisers import digit_accuracy, digit_features
     from rdm_rl.evaluation.distances import ManifoldMetrics, frechet_distance, manifold_metrics
-    from rdm_rl.evaluation.features import digit_accuracy, digit_features
-    from rdm_rl.evaluation.metrics import SamplerMetrics, judge
+    from rdm_rl.evaluation.metrics import SamplerMetrics
     from rdm_rl.evaluation.pictures import first_of_each, image_grid, training_curves
     from rdm_rl.evaluation.report import Report, read_rows, write_report
     from rdm_rl.evaluation.tables import format_table
@@ -35,14 +36,14 @@ else:
         {
             "ManifoldMetrics": "rdm_rl.evaluation.distances",
             "Report": "rdm_rl.evaluation.report",
-            "SamplerMetrics": "rdm_rl.evaluation.metrics",
-            "digit_accuracy": "rdm_rl.evaluation.features",
-            "digit_features": "rdm_rl.evaluation.features",
+            "SamplerMetrics": "rdm_rl.demo.judge",
+            "digit_accuracy": "rdm_rl.demo.recognisers",
+            "digit_features": "rdm_rl.demo.recognisers",
             "first_of_each": "rdm_rl.evaluation.pictures",
             "format_table": "rdm_rl.evaluation.tables",
             "frechet_distance": "rdm_rl.evaluation.distances",
             "image_grid": "rdm_rl.evaluation.pictures",
-            "judge": "rdm_rl.evaluation.metrics",
+            "judge": "rdm_rl.demo.judge",
             "manifold_metrics": "rdm_rl.evaluation.distances",
             "read_rows": "rdm_rl.evaluation.report",
             "training_curves": "rdm_rl.evaluation.pictures",

@@ -1,17 +1,10 @@
-"""What the judged images of one sampler are worth, and the judge."""
+"""What the judged images of one sampler are worth, and the mean of repetitions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Literal
-
-import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
-
-from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
-from rdm_rl.evaluation.features import digit_features, recognised_digits
 
 Kind = Literal["data", "teacher", "baseline", "student"]
 
@@ -53,110 +46,6 @@ class SamplerMetrics:
     coverage: float = nan
     accuracy: float = nan
     digit_counts: tuple[int, ...] = ()
-
-
-def check_images(name: str, images: Tensor) -> None:
-    """Refuse what the recognisers cannot judge.
-
-    Args:
-        name: What the images are called in the message.
-        images: Images that should be of shape (N, 3, 32, 32), finite and in [0, 1].
-
-    Raises:
-        ValueError: If they are not.
-    """
-    if images.ndim != 4 or images.shape[1:] != (3, 32, 32):
-        raise ValueError(f"{name} must have shape (N, 3, 32, 32); got {tuple(images.shape)}.")
-    if not bool(images.isfinite().all()):
-        raise ValueError(f"{name} hold values that are not finite: look for an overflow in the sampler or the decoder.")
-    low, high = images.min().item(), images.max().item()
-    # Bicubic enlargement and decoders in half precision overshoot a little; images in [-1, 1] go far beyond this.
-    if low < -0.05 or high > 1.05:
-        raise ValueError(f"{name} must be in [0, 1]; got [{low:.3g}, {high:.3g}]. Map [-1, 1] by `images / 2 + 0.5`.")
-
-
-def judge(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    name: str,
-    data_images: Tensor,
-    teacher_images: Tensor | None = None,
-    kind: Kind = "student",
-    num_inference_steps: int | None = None,
-    network_evaluations: int | None = None,
-    seconds_per_image: float = nan,
-    network: Literal["A", "B"] = "B",
-) -> SamplerMetrics:
-    """The measurements of one sampler's images of digits.
-
-    Precision, recall, density and coverage are measured against the real images. Choose settings with network A and
-    report network B, which was trained independently: a student that only pleases the network it was tuned on is
-    found out.
-
-    The teacher's images must be drawn with seeds of their own, which no judged sampler uses, and serve for every row:
-    otherwise the teacher's own row would be at distance 0, and its true value, the distance between two of its draws,
-    is the floor for the students.
-
-    Args:
-        images: The sampler's images, shape (N, 3, 32, 32), in [0, 1].
-        labels: The digit that each prompt asked for, shape (N,), int64, or which digits answer it, shape (N, 10),
-            bool; prompts that every digit answers do not count for the accuracy.
-        name: What the sampler is called in tables.
-        data_images: Held-out real images, shape (M, 3, 32, 32), in [0, 1].
-        teacher_images: The teacher's images of the same kind of prompts from separate seeds, shape (L, 3, 32, 32), in
-            [0, 1], or None to leave that distance out.
-        kind: Who drew the images.
-        num_inference_steps: Steps for each image.
-        network_evaluations: Forward passes of the denoiser for each image.
-        seconds_per_image: Wall-clock time for each image.
-        network: Which shipped recogniser's features the distances are measured in.
-
-    Returns:
-        The measurements. The images are clamped to [0, 1] first.
-
-    Raises:
-        ValueError: If shapes or the range of values do not fit.
-
-    Example:
-        >>> from rdm_rl.demo.digits import load_digits
-        >>> train, held_out = load_digits("train"), load_digits("held_out")
-        >>> row = judge(train.images, train.labels, name="real", kind="data", data_images=held_out.images)
-        >>> row.distance_to_data < 10, row.accuracy
-        (True, 1.0)
-    """
-    sets = {"images": images, "data_images": data_images}
-    for set_name, one in (
-        sets.items() if teacher_images is None else (sets | {"teacher_images": teacher_images}).items()
-    ):
-        check_images(set_name, one)
-    if labels.shape not in (images.shape[:1], (len(images), 10)):
-        count = len(images)
-        raise ValueError(f"{count} images need labels of shape ({count},) or ({count}, 10); got {tuple(labels.shape)}.")
-    wanted = labels.cpu() if labels.ndim == 2 else one_hot(labels.cpu(), 10).bool()
-    asked = ~wanted.all(1)
-    images = images.float().cpu().clamp(0, 1)
-    features, real_features = (digit_features(network, one) for one in (images, data_images))
-    overlap = manifold_metrics(features, real_features)
-    seen = recognised_digits(images)
-    return SamplerMetrics(
-        name=name,
-        kind=kind,
-        num_images=len(images),
-        num_inference_steps=num_inference_steps,
-        network_evaluations=network_evaluations,
-        seconds_per_image=seconds_per_image,
-        distance_to_data=frechet_distance(features, real_features),
-        distance_to_teacher=(
-            nan if teacher_images is None else frechet_distance(features, digit_features(network, teacher_images))
-        ),
-        precision=overlap.precision,
-        recall=overlap.recall,
-        density=overlap.density,
-        coverage=overlap.coverage,
-        accuracy=float(wanted[asked, seen[asked]].double().mean()),
-        digit_counts=tuple(torch.bincount(seen, minlength=10).tolist()),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,30 +1,24 @@
 """What the library asks of a family of diffusion pipelines: the border where foreign models become one interface."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, ClassVar
 
-import diffusers
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from rdm_rl.adapters import sharing_a_base
-from rdm_rl.data_types import Conditioning
-from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors
+from rdm_rl.families.encoding import PromptEncoding, device_of
+from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base
+from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
-from rdm_rl.prompt_cache import EMPTY_PROMPT, PromptCache
+from rdm_rl.policy import SamplerName
 from rdm_rl.randomness import Generators, normal
-from rdm_rl.samplers import SamplerName
-from rdm_rl.sharding import whole
+from rdm_rl.records import Conditioning
 
 
-class Family(ABC):
+class Family(PromptEncoding, ABC):
     """One kind of diffusers pipeline; ``docs/add_a_family.md`` shows how to write one.
 
     Args:
@@ -66,9 +60,7 @@ class Family(ABC):
         """Keep the pipeline and freeze everything in it."""
         self.pipeline = pipeline
         self.resolution = resolution
-        self.prompt_cache: PromptCache | None = None
-        self.offloads_text_encoders = False
-        self._empty: Conditioning | None = None
+        PromptEncoding.__init__(self)
         self._home: torch.device | None = None
         needed = [self.network_name, self.decoder_name, "scheduler"]
         needed += [name for name in self.text_encoder_names if name not in self.optional_components]
@@ -120,13 +112,13 @@ class Family(ABC):
     @property
     def text_encoders(self) -> list[nn.Module]:
         """The encoders of prompts that the pipeline has."""
-        found = (getattr(self.pipeline, name, None) for name in self.text_encoder_names)
-        return [one for one in found if one is not None]
+        encoders = (getattr(self.pipeline, name, None) for name in self.text_encoder_names)
+        return [encoder for encoder in encoders if encoder is not None]
 
     @property
     def device(self) -> torch.device:
         """Where the networks run: what :meth:`to` was given, as an offloaded network may wait elsewhere."""
-        return self._home or _device(self.network)
+        return self._home or device_of(self.network)
 
     def set_precision(self, dtype: torch.dtype) -> None:
         """Give the encoders of prompts a precision; the decoder, which overflows or bands in half, gets float32."""
@@ -175,80 +167,6 @@ class Family(ABC):
             return self.latent_channels, *self.own_latent_size
         size = self.resolution // self.pixels_per_latent
         return self.latent_channels, size, size
-
-    # ----- prompts -----
-
-    @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """The encoded prompts, one row each, on the family's device: what the pipeline's own encoding gives."""
-
-    def encode_empty_prompt(self) -> Conditioning:
-        """What guidance compares with, one row: the encoded empty prompt."""
-        return self.encode_prompts([""])
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The encoded prompts, one row each, on the family's device, without a graph; from the cache if there is one.
-
-        Args:
-            prompts: N prompts.
-
-        Returns:
-            N rows.
-        """
-        if self.prompt_cache is None:
-            with self._encoding():
-                return self.encode_prompts(prompts)
-        self.fill_prompt_cache(prompts, show_progress=False)
-        return self.prompt_cache.read(prompts).to(self.device)
-
-    @torch.no_grad()
-    def empty_prompt(self) -> Conditioning:
-        """What guidance compares with, one row, kept after the first call."""
-        if self._empty is None:
-            if self.prompt_cache is None:
-                with self._encoding():
-                    self._empty = self.encode_empty_prompt()
-            else:
-                self._empty = self.encode([EMPTY_PROMPT])
-        return self._empty
-
-    @torch.no_grad()
-    def fill_prompt_cache(self, prompts: Sequence[str], *, show_progress: bool = True) -> None:
-        """Encode the prompts that the cache does not hold yet, if there is a cache.
-
-        Each is encoded by itself, so that its row does not depend on who stands beside it.
-
-        Args:
-            prompts: The prompts; :data:`~rdm_rl.prompt_cache.EMPTY_PROMPT` is what guidance compares with.
-            show_progress: Show a progress bar.
-        """
-        missing = [] if self.prompt_cache is None else self.prompt_cache.missing(prompts)
-        if self.prompt_cache is None or not missing:
-            return  # The encoders are left where they are.
-        with self._encoding():
-            for prompt in tqdm(missing, desc="encoding prompts", disable=not show_progress):
-                is_empty = prompt == EMPTY_PROMPT
-                row = self.encode_empty_prompt() if is_empty else self.encode_prompts([prompt])
-                self.prompt_cache.write(prompt, row)
-
-    @contextmanager
-    def _encoding(self) -> Iterator[None]:
-        """The encoders on the network's device for the length of the context, outside of any autocast."""
-        asleep = [one for one in self.text_encoders if self.offloads_text_encoders and _device(one) != self.device]
-        for encoder in asleep:
-            encoder.to(self.device)
-        try:
-            with torch.autocast(self.device.type, enabled=False):
-                yield
-        finally:
-            for encoder in asleep:
-                encoder.to("cpu")
-
-    def encoder_fingerprint(self) -> str:
-        """A short name of what makes the encoded prompts: the pipeline's way of encoding, and its encoders."""
-        encoders = [fingerprint(one) for one in self.text_encoders]
-        return fingerprint(None, pipeline=type(self.pipeline).__name__, diffusers=diffusers.__version__, parts=encoders)
 
     def share_components(self, other: "Family") -> None:
         """Use another pipeline's encoders and decoder, which are equal, so that this one's need no memory.
@@ -461,28 +379,3 @@ class Family(ABC):
             without, with_prompt = self.forward(network, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
             output = without + guidance_scale * (with_prompt - without)
         return x_0_from_output(output, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device
-
-
-@torch.no_grad()
-def fingerprint(network: nn.Module | None, **settings: object) -> str:
-    """A short name for a network's weights and some settings: files made with others never mix.
-
-    Args:
-        network: The network, or None; a sample of each of its weights is read, and of a teacher's adapter.
-        settings: Anything that JSON can hold.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, parameter in () if network is None else network.named_parameters():
-        if "lora_" not in name or ".teacher." in name:  # Those of policy and fake score are trained.
-            flat = whole(parameter).flatten()
-            part = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
-            # Adapters wrap a layer as base_layer; the weights are the same.
-            digest.update(name.replace(".base_layer", "").encode() + part.tobytes())
-    return digest.hexdigest()[:16]

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rdm_rl.data_types import Conditioning
 from rdm_rl.families.variance_preserving import VariancePreservingFamily
+from rdm_rl.records import Conditioning
 
 
 class DiTFamily(VariancePreservingFamily):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rdm_rl.families.base import Family
 from rdm_rl.noise_schedule import FlowMatching
-from rdm_rl.samplers import SamplerName
+from rdm_rl.policy import SamplerName
 
 
 class FlowFamily(Family):

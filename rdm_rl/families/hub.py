@@ -1,5 +1,6 @@
 """Names of models and adapters: what is a folder, what is on the hub, and why it cannot be had, in one line."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,3 +106,11 @@ def one_line_errors(setting: str, name: str) -> Iterator[None]:
             f"{setting}={name!r} cannot be loaded: there is no such folder, and without a connection an adapter of the "
             "hub needs the name of its file, 'owner/name/file.safetensors'."
         ) from error
+
+
+@contextmanager
+def sharing_a_base() -> Iterator[None]:
+    """Without PEFT's warning of a second adapter on one model: here roles share their base on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        yield

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from rdm_rl.data_types import Conditioning
 from rdm_rl.families.variance_preserving import VariancePreservingFamily
-from rdm_rl.samplers import SamplerName
+from rdm_rl.policy import SamplerName
+from rdm_rl.records import Conditioning
 
 
 class PixArtFamily(VariancePreservingFamily):

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from rdm_rl.data_types import Conditioning
 from rdm_rl.families.flow import FlowFamily
-from rdm_rl.samplers import SamplerName
+from rdm_rl.policy import SamplerName
+from rdm_rl.records import Conditioning
 
 
 class SanaFamily(FlowFamily):

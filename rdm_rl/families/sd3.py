@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from rdm_rl.data_types import Conditioning
 from rdm_rl.families.flow import FlowFamily
+from rdm_rl.records import Conditioning
 
 
 class StableDiffusion3Family(FlowFamily):

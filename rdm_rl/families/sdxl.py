@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rdm_rl.data_types import Conditioning
 from rdm_rl.families.sd import StableDiffusionFamily
+from rdm_rl.records import Conditioning
 
 
 class StableDiffusionXLFamily(StableDiffusionFamily):

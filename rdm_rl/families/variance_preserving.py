@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rdm_rl.families.base import Family
 from rdm_rl.noise_schedule import VariancePreserving
-from rdm_rl.samplers import SamplerName
+from rdm_rl.policy import SamplerName
 
 
 class VariancePreservingFamily(Family):

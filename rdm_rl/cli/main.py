@@ -1,0 +1,227 @@
+"""The command line: ``rdm-rl demo | train | plan | sample | evaluate | rewards | methods | env``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rdm_rl import __version__
+from rdm_rl.rewards.protocol import RewardError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The words after ``rdm-rl``; None for those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
+    """
+    # Both announce what is no news here: that torchvision is missing, and that an adapter has no text-encoder part.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    return _explained(lambda: _command(words), "rdm-rl", debug=debug)
+
+
+def run_script(function: Callable[[Sequence[str]], None]) -> int:
+    """Run the main function of a script as the commands are run: a mistake in what was asked is explained in one line.
+
+    Args:
+        function: It takes the words after the script's name; ``--debug`` is taken out of them.
+
+    Returns:
+        The exit status: 0, or 2 for such a mistake.
+    """
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    return _explained(lambda: function(words), Path(sys.argv[0]).name, debug="--debug" in sys.argv)
+
+
+def _explained(function: Callable[[], None], name: str, *, debug: bool) -> int:
+    try:
+        function()
+    # The hub's and diffusers' errors of loading are OSErrors; a reward may need a package that is not installed.
+    except (ValueError, OSError, ModuleNotFoundError, RewardError) as error:
+        if debug:
+            raise
+        print(f"{name}: {error} (--debug shows where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _command(words: list[str]) -> None:
+    if words[:1] == ["train"]:  # Its options are the fields of the settings, which another parser reads.
+        from rdm_rl.cli.train import train_command
+
+        train_command(words[1:])
+    elif words[:1] == ["plan"]:
+        from rdm_rl.cli.plan.report import plan_command
+
+        plan_command(words[1:])
+    else:
+        options = _parser().parse_args(words)
+        options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rdm-rl",
+        description="Few-step diffusion distillation as policy optimisation.",
+        epilog="--debug after any command shows the whole traceback of an error.",
+    )
+    parser.add_argument("--version", action="version", version=f"rdm-rl {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="distil the embedded teacher and report how well it went")
+    demo.add_argument("--output_dir", type=Path, default=Path("demo-output"), help="where everything goes")
+    demo.add_argument("--seed", type=int, default=0, help="seed of training and evaluation")
+    demo.set_defaults(run=_demo)
+
+    commands.add_parser("train", help="distil a pipeline; `rdm-rl train --help` lists every setting", add_help=False)
+
+    commands.add_parser("plan", help="how much GPU memory a run would take, without loading weights", add_help=False)
+
+    sample = commands.add_parser("sample", help="draw images with a saved student, through plain diffusers")
+    sample.add_argument("--student", type=Path, required=True, help="folder that save_model wrote")
+    sample.add_argument("--model", help="base pipeline of a LoRA student; default: what its folder names")
+    sample.add_argument("--prompt", action="append", required=True, help="a prompt; repeat for more")
+    sample.add_argument("--num_images", type=int, default=4, help="images of each prompt")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    sample.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    sample.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="precision of the weights"
+    )
+    sample.add_argument("--output_dir", type=Path, default=Path("samples"), help="where the PNG files go")
+    sample.set_defaults(run=_sample)
+
+    evaluate = commands.add_parser("evaluate", help="judge saved students of the embedded teacher")
+    evaluate.add_argument("--student", type=Path, action="append", required=True, help="folder; repeat for more")
+    evaluate.add_argument("--seeds", type=int, nargs="+", default=[0], help="one repetition for each")
+    evaluate.add_argument("--output_dir", type=Path, help="also write a report here")
+    evaluate.set_defaults(run=_evaluate)
+
+    rewards = commands.add_parser("rewards", help="list the rewards, or try one on images")
+    actions = rewards.add_subparsers(title="actions", required=True, metavar="action")
+    listing = actions.add_parser("list", help="list the registered rewards")
+    listing.add_argument("--markdown", action="store_true", help="with papers, units, ranges and licences, as Markdown")
+    listing.set_defaults(run=_list_rewards)
+    trial = actions.add_parser("test", help="print what a reward says of some images")
+    trial.add_argument("name", help="a registered name, module:attribute or path.py:attribute")
+    trial.add_argument("--image", type=Path, action="append", required=True, help="an image file; repeat for more")
+    trial.add_argument("--prompt", action="append", required=True, help="one for all images, or one for each")
+    trial.add_argument("--option", action="append", default=[], help="key=value for the reward, e.g. model=FOLDER")
+    trial.add_argument("--column", action="append", default=[], help="key=value of a column that the reward reads")
+    trial.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    trial.set_defaults(run=_test_reward)
+
+    methods = commands.add_parser("methods", help="list the methods and the settings that make them")
+    methods.set_defaults(run=_methods)
+    env = commands.add_parser("env", help="print versions and devices, for a bug report")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _load_silently() -> None:
+    """Leave the bars to what takes time: loading the embedded teacher does not."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _demo(options: argparse.Namespace) -> None:
+    _load_silently()
+    from rdm_rl.demo.run import run_demo
+
+    run_demo(options.output_dir, seed=options.seed)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import torch
+
+    from rdm_rl.student import load_student
+
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    student = load_student(options.student, options.model or _base_of(options.student), dtype)
+    student.pipeline.to(options.device)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(options.seed)
+    torch.manual_seed(options.seed)  # Stock pipelines of flow models draw their steps' noise from the global generator.
+    for number, prompt in enumerate(options.prompt):
+        images = student.draw([prompt] * options.num_images, generator=generator)
+        for index, image in enumerate(images):
+            file = options.output_dir / f"{number:03d}-{index:02d}.png"
+            image.save(file)
+            print(file)
+
+
+def _base_of(student: Path) -> str:
+    """The model that a student belongs to, as far as its folder says so."""
+    from rdm_rl.demo.data import TEACHER_FOLDER
+    from rdm_rl.student import base_of
+
+    base = base_of(student)
+    if base in (None, "digits"):
+        return str(TEACHER_FOLDER)
+    if not Path(base).is_dir() and base.count("/") != 1:
+        raise ValueError(f"The student {str(student)!r} is an adapter of a model called {base!r}: give its --model.")
+    return base
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _load_silently()
+    from rdm_rl.demo.run import evaluate_students
+
+    evaluate_students(options.student, options.seeds, options.output_dir)
+
+
+def _list_rewards(options: argparse.Namespace) -> None:
+    from rdm_rl.cli.rewards import print_rewards, rewards_as_markdown
+
+    if options.markdown:
+        print(rewards_as_markdown(), end="")
+    else:
+        print_rewards()
+
+
+def _test_reward(options: argparse.Namespace) -> None:
+    from rdm_rl.cli.rewards import parse_pairs, try_reward
+
+    try_reward(
+        options.name,
+        options.image,
+        options.prompt,
+        options=parse_pairs(options.option, "--option"),
+        columns=parse_pairs(options.column, "--column"),
+        device=options.device,
+    )
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from rdm_rl.trainers.rdm_config import METHODS
+
+    print("rdm-rl train --method NAME, or RDMConfig.from_method(NAME):")
+    for name, (description, settings) in METHODS.items():
+        listed = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        print(f"  {name:6} {description}\n         {listed}")
+
+
+def _env(options: argparse.Namespace) -> None:
+    import torch
+
+    from rdm_rl.evaluation.report import library_versions
+
+    for name, version in library_versions().items():
+        print(f"{name:16} {version}")
+    print(f"{'threads':16} {torch.get_num_threads()}")
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"{'GPUs':16} {', '.join(devices) or 'none'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""``rdm-rl train``: a run from flags and a YAML file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from peft import LoraConfig
+
+from rdm_rl.cli.parser import SettingsParser
+from rdm_rl.demo.data import TEACHER_FOLDER
+from rdm_rl.rewards.registry import get_reward
+from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.trainers.rdm_trainer import RDMTrainer
+
+Trainer = TypeVar("Trainer", bound=RDMTrainer)
+
+
+@dataclass
+class TrainArguments:
+    """What is trained on what.
+
+    Args:
+        model_name_or_path: The pipeline: a folder or a hub name; ``digits`` is the embedded teacher.
+        dataset: Prompts: a ``.txt`` file with one a line, a ``.csv``, ``.json`` or ``.jsonl`` file with a ``prompt``
+            column, a folder that ``datasets`` wrote, or the hub name of a data set; ``digits`` are the embedded
+            teacher's prompts.
+        teacher: Another pipeline of the same family as the teacher; None is the model itself.
+        teacher_adapter: A style LoRA that only the teacher has: a folder, a hub name, or
+            ``owner/name/file.safetensors``.
+        policy_init: An already distilled student to start from: a LoRA, a pipeline or a bare network, as a folder or a
+            hub name. With ``warm_start="none"``.
+        dataset_split: Split of a data set that has several.
+        prompt_column: Name of the text column.
+        reward_funcs: Names of rewards, ``module:attribute`` or ``path.py:attribute``.
+        reward_options: What rewards take, by name: ``{hpsv2: {device: "cuda:1"}}`` in YAML, JSON as a flag.
+        full: Train two full copies of the network instead of adapters.
+        lora_r: Rank of the adapters.
+        lora_alpha: Their scale times the rank; None is the rank.
+        lora_target_modules: Modules with adapters; None is the family's default.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Pipeline folder or hub name; 'digits' is the embedded teacher."})
+    dataset: str = field(
+        metadata={"help": "Prompts: .txt, .csv, .json or .jsonl file, folder, hub data set, or 'digits'."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Another pipeline of the same family as the teacher; default: the model."}
+    )
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "Style LoRA that only the teacher has: folder, hub name, or owner/name/file."}
+    )
+    policy_init: str | None = field(
+        default=None, metadata={"help": "Already distilled student to start from: LoRA, pipeline or network."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a data set that has several."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Name of the text column."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["rdm"],
+        metadata={"help": "Names of rewards, module:attribute or path.py:attribute."},
+    )
+    # The order of the union is TrainingArguments': transformers' argument parser does not read another.
+    reward_options: dict | str | None = field(  # type: ignore[type-arg]
+        default=None, metadata={"help": 'What rewards take, by name, as JSON: \'{"hpsv2": {"device": "cuda:1"}}\'.'}
+    )
+    full: bool = field(default=False, metadata={"help": "Train full copies of the network instead of adapters."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapters; default: the rank."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get adapters."})
+
+
+def load_prompts(arguments: TrainArguments) -> Any:
+    """The data set of prompts that the arguments name, with its text column called ``prompt``.
+
+    Args:
+        arguments: The arguments.
+
+    Returns:
+        A ``datasets.Dataset``, or rows.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the text column is missing.
+    """
+    name, path = arguments.dataset, Path(arguments.dataset)
+    if name == "digits":
+        from rdm_rl.demo.run import training_prompts
+
+        return training_prompts()
+    kinds = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+    if path.suffix in kinds:
+        if not path.is_file():
+            raise FileNotFoundError(f"--dataset {name!r} does not exist.")
+        data: Dataset = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        column = "text" if path.suffix == ".txt" else arguments.prompt_column
+    else:
+        column = arguments.prompt_column
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # Written by save_to_disk.
+            found = load_from_disk(name)
+            data = found[arguments.dataset_split] if isinstance(found, DatasetDict) else found
+        else:
+            data = load_dataset(name, split=arguments.dataset_split)
+    if column not in data.column_names:
+        raise ValueError(
+            f"--dataset {name!r} has the columns {data.column_names}, not {column!r}; set --prompt_column."
+        )
+    return data if column == "prompt" else data.rename_column(column, "prompt")
+
+
+def make_rewards(names: Sequence[str], options: dict[str, Any] | str | None) -> list[Any]:
+    """The rewards of a run: names, or objects where the arguments give options.
+
+    Args:
+        names: The rewards' names.
+        options: Options by name, as a dictionary or as JSON.
+
+    Returns:
+        An entry for each name.
+
+    Raises:
+        ValueError: If the options are no JSON object of objects, or belong to a reward that is not used.
+
+    Example:
+        >>> make_rewards(["rdm", "ink"], None)
+        ['rdm', 'ink']
+    """
+    try:
+        given: Any = json.loads(options) if isinstance(options, str) else options or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--reward_options {options!r} is no JSON: {error}.") from None
+    if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
+        raise ValueError(
+            f'--reward_options {options!r} must be options by reward, e.g. {{"hpsv2": {{"device": "cpu"}}}}.'
+        )
+    unused = sorted(given.keys() - {*names})
+    if unused:
+        raise ValueError(f"--reward_options has options for {', '.join(unused)}, but reward_funcs is {list(names)}.")
+    made = []
+    for name in names:
+        if name in given:
+            made.append(get_reward(name, **given[name]))
+        else:
+            made.append(name)
+    return made
+
+
+def lora_config(arguments: TrainArguments) -> LoraConfig | None:
+    """The adapters that the arguments ask for; None for full copies.
+
+    Example:
+        >>> lora_config(TrainArguments(model_name_or_path="digits", dataset="digits", lora_r=8)).lora_alpha
+        8
+    """
+    if arguments.full:
+        return None
+    alpha = arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha
+    return LoraConfig(r=arguments.lora_r, lora_alpha=alpha, target_modules=arguments.lora_target_modules)
+
+
+def make_trainer(
+    arguments: TrainArguments,
+    args: RDMConfig,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    *,
+    trainer_class: type[Trainer] = RDMTrainer,  # type: ignore[assignment]  # The default of a bound type variable.
+) -> Trainer:
+    """The trainer that the arguments and settings ask for.
+
+    Args:
+        arguments: What is trained on what.
+        args: The settings.
+        train_dataset: Rows with a ``prompt``; None for those that the arguments name.
+        eval_dataset: Rows for the sample grids; None for the first of the training set.
+        trainer_class: :class:`~rdm_rl.RDMTrainer`, or a class derived from it.
+
+    Returns:
+        The trainer, with everything loaded.
+    """
+    model = TEACHER_FOLDER if arguments.model_name_or_path == "digits" else arguments.model_name_or_path
+    return trainer_class(
+        str(model),
+        make_rewards(arguments.reward_funcs, arguments.reward_options),
+        args,
+        load_prompts(arguments) if train_dataset is None else train_dataset,
+        eval_dataset,
+        teacher=arguments.teacher,
+        teacher_adapter=arguments.teacher_adapter,
+        policy_init=arguments.policy_init,
+        peft_config=lora_config(arguments),
+    )
+
+
+def train_command(words: Sequence[str]) -> None:
+    """Parse, train and save.
+
+    Args:
+        words: Flags: those of :class:`TrainArguments` and of ``RDMConfig``, ``--config FILE.yaml`` for both, and
+            ``--method NAME`` for a method's settings, which other flags and the file override.
+    """
+    summary = "Distil a pipeline into a few-step student; `rdm-rl methods` lists what a method sets."
+    arguments, args = SettingsParser((TrainArguments, RDMConfig), summary, prog="rdm-rl train").parse(words)
+    trainer: RDMTrainer = make_trainer(arguments, args)
+    trainer.train()
+    trainer.save_model()
+    trainer.accelerator.print(f"The student is in {args.output_dir}")

@@ -1,0 +1,146 @@
+"""The three small recognisers that judge the embedded digits.
+
+A and B give features for Fréchet distances and precision/recall; C names the digit. They were trained independently
+(own seed, own width) on the training images, by ``examples/train_digits_teacher.py``. Settings are chosen on A;
+results are reported on B and C. None of them is ever a reward. Network D, which is one, judges nothing and lives in
+:mod:`rdm_rl.demo.rewards`.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rdm_rl.demo.data import NETWORKS_FILE
+
+WIDTHS = {"A": 16, "B": 20, "C": 24}
+
+
+class DigitNetwork(nn.Module):
+    """A convolutional recogniser of digits with a 32-dimensional feature layer.
+
+    Args:
+        width: Channels of the first convolution.
+    """
+
+    def __init__(self, width: int) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, width, 5, stride=2, padding=2),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * 16, 32),
+        )
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(32, 10))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: Images, shape (N, 3, 32, 32), in [0, 1].
+
+        Returns:
+            Features, shape (N, 32).
+        """
+        features: Tensor = self.trunk(images.mean(1, keepdim=True) * 2 - 1)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of the ten digits, shape (N, 10), for images of shape (N, 3, 32, 32) in [0, 1]."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+@lru_cache(maxsize=3)
+def load_network(name: Literal["A", "B", "C"], file: Path = NETWORKS_FILE) -> DigitNetwork:
+    """One of the shipped recognisers, frozen, in evaluation mode, on the CPU.
+
+    Args:
+        name: Which network.
+        file: A safetensors file with the weights of all of them.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If the name is unknown, as is that of the reward's network D: it must not judge.
+
+    Example:
+        >>> load_network("C")(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    if name not in WIDTHS:
+        raise ValueError(f"network {name!r} is no evaluation network; use one of {', '.join(WIDTHS)}.")
+    network = DigitNetwork(WIDTHS[name])
+    prefix = f"{name}."
+    state = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def digit_features(name: Literal["A", "B", "C"], images: Tensor) -> Tensor:
+    """Features of digit images in one shipped network.
+
+    Args:
+        name: Which network.
+        images: Images, shape (N, 3, 32, 32), in [0, 1], of any floating type and on any device.
+
+    Returns:
+        Features, shape (N, 32), float32, on the CPU.
+
+    Example:
+        >>> digit_features("A", torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 32])
+    """
+    return load_network(name).features(images.float().cpu())
+
+
+@torch.no_grad()
+def recognised_digits(images: Tensor) -> Tensor:
+    """The digit that network C sees in each image.
+
+    Args:
+        images: Images, shape (N, 3, 32, 32), in [0, 1], of any floating type and on any device.
+
+    Returns:
+        The digits, shape (N,), int64 in 0..9, on the CPU.
+
+    Example:
+        >>> recognised_digits(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2])
+    """
+    logits: Tensor = load_network("C")(images.float().cpu())
+    return logits.argmax(1)
+
+
+def digit_accuracy(images: Tensor, labels: Tensor) -> float:
+    """Share of images that network C recognises as the digit they were asked to show.
+
+    Args:
+        images: Images, shape (N, 3, 32, 32), in [0, 1].
+        labels: The prompted digits, shape (N,), int64.
+
+    Returns:
+        The share, in [0, 1].
+
+    Raises:
+        ValueError: If there is not one label for each image.
+
+    Example:
+        >>> from rdm_rl.demo.data import load_digits
+        >>> held_out = load_digits("held_out")
+        >>> digit_accuracy(held_out.images, held_out.labels) > 0.99
+        True
+    """
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels.")
+    return float((recognised_digits(images) == labels.cpu()).double().mean())

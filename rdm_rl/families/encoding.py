@@ -1,0 +1,168 @@
+"""Encoding prompts: from a cache on disk if there is one, and with text encoders that wait off the GPU."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rdm_rl.files import fingerprint, written_whole
+from rdm_rl.records import Conditioning
+
+EMPTY_PROMPT = "\0empty"
+"""Stands for what guidance compares with: no prompt begins with this character."""
+
+
+class PromptCache:
+    """A folder with a file for each encoded prompt.
+
+    Args:
+        folder: Where the files are.
+        key: Name of what encodes: rows of others never mix.
+    """
+
+    def __init__(self, folder: str | Path, key: str) -> None:
+        """Keep the folder."""
+        self.folder = Path(folder) / key
+
+    def file(self, prompt: str) -> Path:
+        """Where a prompt's row is."""
+        name = sha256(prompt.encode()).hexdigest()[:32]
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def missing(self, prompts: Iterable[str]) -> list[str]:
+        """Those of the prompts that are not there yet, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not self.file(prompt).is_file()]
+
+    def write(self, prompt: str, row: Conditioning) -> None:
+        """Keep a row.
+
+        Args:
+            prompt: The prompt.
+            row: Its encoding, one row.
+        """
+        with written_whole(self.file(prompt)) as file:
+            save_file({name: value.cpu().contiguous() for name, value in row.tensors.items()}, file)
+
+    def read(self, prompts: Sequence[str]) -> Conditioning:
+        """The rows of prompts that are there, on the CPU.
+
+        Args:
+            prompts: N prompts.
+
+        Returns:
+            N rows.
+        """
+        rows: dict[str, dict[str, Tensor]] = {prompt: load_file(self.file(prompt)) for prompt in dict.fromkeys(prompts)}
+        names = rows[prompts[0]]
+        return Conditioning(tensors={name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in names})
+
+
+class PromptEncoding(ABC):
+    """A family's encoding of prompts, with a cache and with encoders that are on the GPU only while they encode."""
+
+    pipeline: Any
+
+    def __init__(self) -> None:
+        """No cache, and encoders that stay where they are."""
+        self.prompt_cache: PromptCache | None = None
+        self.offloads_text_encoders = False
+        self._empty: Conditioning | None = None
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> list[nn.Module]:
+        """The encoders of prompts that the pipeline has."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the networks run."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """The encoded prompts, one row each, on the family's device: what the pipeline's own encoding gives."""
+
+    def encode_empty_prompt(self) -> Conditioning:
+        """What guidance compares with, one row: the encoded empty prompt."""
+        return self.encode_prompts([""])
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The encoded prompts, one row each, on the family's device, without a graph; from the cache if there is one.
+
+        Args:
+            prompts: N prompts.
+
+        Returns:
+            N rows.
+        """
+        if self.prompt_cache is None:
+            with self._encoding():
+                return self.encode_prompts(prompts)
+        self.fill_prompt_cache(prompts, show_progress=False)
+        return self.prompt_cache.read(prompts).to(self.device)
+
+    @torch.no_grad()
+    def empty_prompt(self) -> Conditioning:
+        """What guidance compares with, one row, kept after the first call."""
+        if self._empty is None:
+            if self.prompt_cache is None:
+                with self._encoding():
+                    self._empty = self.encode_empty_prompt()
+            else:
+                self._empty = self.encode([EMPTY_PROMPT])
+        return self._empty
+
+    @torch.no_grad()
+    def fill_prompt_cache(self, prompts: Sequence[str], *, show_progress: bool = True) -> None:
+        """Encode the prompts that the cache does not hold yet, if there is a cache.
+
+        Each is encoded by itself, so that its row does not depend on who stands beside it.
+
+        Args:
+            prompts: The prompts; :data:`EMPTY_PROMPT` is what guidance compares with.
+            show_progress: Show a progress bar.
+        """
+        missing = [] if self.prompt_cache is None else self.prompt_cache.missing(prompts)
+        if self.prompt_cache is None or not missing:
+            return  # The encoders are left where they are.
+        with self._encoding():
+            for prompt in tqdm(missing, desc="encoding prompts", disable=not show_progress):
+                is_empty = prompt == EMPTY_PROMPT
+                row = self.encode_empty_prompt() if is_empty else self.encode_prompts([prompt])
+                self.prompt_cache.write(prompt, row)
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """The encoders on the network's device for the length of the context, outside of any autocast."""
+        asleep = [
+            encoder
+            for encoder in self.text_encoders
+            if self.offloads_text_encoders and device_of(encoder) != self.device
+        ]
+        for encoder in asleep:
+            encoder.to(self.device)
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            for encoder in asleep:
+                encoder.to("cpu")
+
+    def encoder_fingerprint(self) -> str:
+        """A short name of what makes the encoded prompts: the pipeline's way of encoding, and its encoders."""
+        encoders = [fingerprint(encoder) for encoder in self.text_encoders]
+        return fingerprint(None, pipeline=type(self.pipeline).__name__, diffusers=diffusers.__version__, parts=encoders)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's weights are."""
+    return next(network.parameters()).device

@@ -1,0 +1,197 @@
+r"""Directions that depend on the current policy, through the likelihood of a random step that an older one took.
+
+=================================  ================================================================================
+record                             direction at the current prediction
+=================================  ================================================================================
+:class:`PolicyGradientDirection`     of a black-box reward: the gradient of the clipped PPO surrogate
+:class:`ReweightedDirection`         of distribution matching on a rollout that is used again: :math:`\rho A_{old}`
+=================================  ================================================================================
+
+A rollout stores what was drawn and under which prediction; the ratio :math:`\rho = \pi_\theta / \pi_{old}` then needs
+the current prediction alone. On unchanged weights it is 1, and :func:`check_unmoved` makes sure of that.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from rdm_rl.advantages import LARGEST_LOG_RATIO, policy_gradient_advantage
+from rdm_rl.noise_schedule import append_dims
+from rdm_rl.policy import Level, log_ratio
+from rdm_rl.records import DenseAdvantage, Replayed, Transition
+
+# How far from 0 the log ratio of unchanged weights may be, by precision and level. Equal batch shapes give exactly 0 on
+# a CPU; other kernels round differently, and the sum over D dimensions adds their errors up.
+RATIO_TOLERANCE: Mapping[tuple[bool, Level], float] = {
+    (True, "dimension"): 1e-4,
+    (True, "sample"): 1e-2,
+    (False, "dimension"): 1e-2,
+    (False, "sample"): 1.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientDirection:
+    r"""A black-box reward's direction on a random step of the sampler (method page, "The policy gradient").
+
+    Args:
+        action: The state that was reached, :math:`x_{k+1}`, shape (N, C, H, W).
+        state: The state it started from, :math:`x_k`, the same shape.
+        x_0: The prediction that the policy made then, the same shape.
+        transition: How the sampler went on from it.
+        level: Level of the ratio.
+        epsilon: The ratio may fall to 1 - epsilon before a bad sample stops pushing.
+        epsilon_high: It may rise to 1 + epsilon_high before a good one does.
+        factor: A number for this step that multiplies the direction.
+        advantage: The normalised reward, shape (N,); None until it is known (see :func:`with_advantage`).
+    """
+
+    action: Tensor
+    state: Tensor
+    x_0: Tensor
+    transition: Transition
+    level: Level
+    epsilon: float
+    epsilon_high: float
+    factor: float = 1.0
+    advantage: Tensor | None = None
+
+    def at(self, x_0: Tensor) -> Replayed:
+        """The direction at a prediction.
+
+        Args:
+            x_0: The current prediction, shape (N, C, H, W), without a graph.
+
+        Returns:
+            The direction; its log ratio has the shape (1, N).
+
+        Raises:
+            ValueError: If the advantage is not known yet.
+        """
+        if self.advantage is None:
+            raise ValueError("The advantage of a policy-gradient direction is missing; with_advantage() fills it in.")
+        log_rho = log_ratio(self.action, x_0, self.x_0, self.transition, self.state, self.level)
+        values, clipped = policy_gradient_advantage(
+            self.action - self.transition.mean(x_0, self.state),
+            self.transition,
+            self.advantage,
+            log_rho,
+            level=self.level,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+        )
+        weight = log_rho.clamp_max(LARGEST_LOG_RATIO).exp()
+        return Replayed(
+            values=self.factor * values, log_ratio=log_rho[None], weight=weight[None], clipped=clipped[None]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReweightedDirection:
+    r"""Distribution matching's direction on a rollout that is used again: :math:`\mathrm{mean}_r\, w_r A_r`.
+
+    The action is the re-noised sample :math:`x_t \sim N(\alpha_t \hat x_0, \sigma_t^2 I)` itself. The score difference
+    there does not depend on the policy, so the stored direction stays exact while teacher and fake score stand still,
+    and the truncated weight :math:`w = \mathrm{clip}(\rho, 1 - c, 1 + c)` accounts for the change of the policy that
+    draws it. (The scale that it was divided by, and the state it started from, are those of the old policy.)
+
+    Args:
+        values: The directions :math:`A_r` of R re-noisings, shape (R, N, C, H, W).
+        action: The re-noised samples, the same shape.
+        x_0: The prediction that was re-noised, shape (N, C, H, W).
+        transition: :math:`\alpha_t`, 0 and :math:`\sigma_t`, each of shape (R, N).
+        level: Level of the ratio.
+        clip: The c above; 0 uses the direction without the ratio.
+    """
+
+    values: Tensor
+    action: Tensor
+    x_0: Tensor
+    transition: Transition
+    level: Level
+    clip: float
+
+    def at(self, x_0: Tensor) -> Replayed:
+        """The direction at a prediction.
+
+        Args:
+            x_0: The current prediction, shape (N, C, H, W), without a graph.
+
+        Returns:
+            The direction; its log ratio has the shape (R, N).
+        """
+        log_rho = log_ratio(self.action, x_0, self.x_0, self.transition, level=self.level)
+        ratio = log_rho.exp()
+        weight = ratio.clamp(1 - self.clip, 1 + self.clip)
+        values = (append_dims(weight, self.values) * self.values).mean(0)
+        return Replayed(values=values, log_ratio=log_rho, weight=weight, clipped=weight != ratio)
+
+
+def with_advantage(direction: DenseAdvantage, advantage: Tensor, clip: float) -> DenseAdvantage:
+    """A direction whose reward has been normalised.
+
+    Args:
+        direction: The direction.
+        advantage: Its normalised rewards, shape (N,).
+        clip: What a policy gradient clips them to, on both sides.
+
+    Returns:
+        The direction with its ``advantage``, and with its values, if it is a policy gradient.
+    """
+    if not isinstance(direction.replay, PolicyGradientDirection):
+        return replace(direction, advantage=advantage)
+    made = replace(direction.replay, advantage=advantage.clamp(-clip, clip))
+    return replace(direction, advantage=advantage, replay=made, values=made.at(made.x_0).values)
+
+
+def replay_metrics(replayed: Replayed) -> dict[str, float]:
+    """What the log says of the ratios of one direction.
+
+    Args:
+        replayed: The direction at the current prediction.
+
+    Returns:
+        Mean, lowest and highest log ratio, the share of samples on which the clip acted, and the effective sample size
+        of the weights as a share of their number.
+
+    Example:
+        >>> import torch
+        >>> ratio = torch.tensor([[1.0, 3.0]])
+        >>> seen = Replayed(values=torch.zeros(2), log_ratio=ratio.log(), weight=ratio, clipped=ratio > 2)
+        >>> replay_metrics(seen)["clip_fraction"], round(replay_metrics(seen)["effective_sample_size"], 3)
+        (0.5, 0.8)
+    """
+    weight = replayed.weight.double() if replayed.weight.device.type != "mps" else replayed.weight
+    return {
+        "log_ratio_mean": replayed.log_ratio.mean().item(),
+        "log_ratio_min": replayed.log_ratio.min().item(),
+        "log_ratio_max": replayed.log_ratio.max().item(),
+        "clip_fraction": replayed.clipped.float().mean().item(),
+        "effective_sample_size": (
+            weight.sum().square() / (weight.numel() * weight.square().sum()).clamp_min(1e-30)
+        ).item(),
+    }
+
+
+def check_unmoved(name: str, log_ratio: Tensor, level: Level, *, exact: bool) -> None:
+    """Check that a policy that has not been updated since the rollout agrees with it.
+
+    Args:
+        name: The reward, for the message.
+        log_ratio: Log ratios before the first update on a rollout, any shape.
+        level: Their level.
+        exact: Whether networks run in float32, rather than in half precision.
+
+    Raises:
+        RuntimeError: If one is further from 0 than rounding explains.
+    """
+    worst, tolerance = log_ratio.abs().max().item(), RATIO_TOLERANCE[exact, level]
+    if not worst <= tolerance:
+        raise RuntimeError(
+            f"The policy has not been updated since the rollout, and yet the log ratio of reward {name!r} reaches "
+            f"{worst:.3g} (tolerance {tolerance:g} at importance_sampling_level={level!r}). The policy that is "
+            "replayed is not the one that made the samples. Usual causes: guidance in only one of the two (override "
+            "generate_rollout and replay_step alike, or set guidance_scale), dropout or train() mode, a change of "
+            "dtype or autocast, another batch shape, or weights changed between them."
+        )

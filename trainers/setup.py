@@ -1,0 +1,206 @@
+"""From names of models to the three roles of a run, on its device."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+
+from rdm_rl.families import Family, check_model_name, load_family, load_policy_init
+from rdm_rl.families.encoding import PromptCache
+from rdm_rl.families.hub import adapter_file, check_hub_name
+from rdm_rl.networks.roles import Networks, make_networks
+from rdm_rl.policy import suits
+from rdm_rl.randomness import seeded_generator
+from rdm_rl.trainers.rdm_config import RDMConfig
+
+Model: TypeAlias = str | Path | DiffusionPipeline
+
+
+class LoadedModels(NamedTuple):
+    """The roles of a run, and where they come from.
+
+    Args:
+        networks: The roles.
+        name: Name of the model that the policy started from.
+        is_pipeline: Whether that is a pipeline which a saved adapter can belong to.
+        sources: Other models that went into it, for the model card.
+    """
+
+    networks: Networks
+    name: str
+    is_pipeline: bool
+    sources: dict[str, str]
+
+
+def check_models(
+    args: RDMConfig,
+    model: Model,
+    teacher: Model | None,
+    teacher_adapter: str | Path | None,
+    policy_init: str | Path | None,
+    peft_config: LoraConfig | None,
+) -> None:
+    """Raise where a model's name or what is asked of it can be seen not to work, before anything is loaded.
+
+    Args:
+        args: The settings.
+        model: The pipeline.
+        teacher: A separate teacher.
+        teacher_adapter: An adapter that only the teacher has.
+        policy_init: What the policy starts from.
+        peft_config: The adapters; None trains full copies.
+
+    Raises:
+        ValueError: If settings cannot work together.
+        FileNotFoundError: If a folder does not exist.
+    """
+    for one in (model, teacher):
+        if isinstance(one, str | Path):
+            check_model_name(str(one))
+    for setting, source in (("teacher_adapter", teacher_adapter), ("policy_init", policy_init)):
+        if source is None or Path(source).is_file():
+            continue
+        folder = Path(source)
+        if not folder.is_dir():
+            check_hub_name(setting, adapter_file(str(source))[0])
+        elif not any((folder / name).is_file() for name in ("model_index.json", "config.json")):
+            try:
+                adapter_file(str(source))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{setting}={error}") from None
+    if policy_init is not None and args.warm_start != "none":
+        raise ValueError(
+            f"policy_init={str(policy_init)!r} starts the policy from a student that is already distilled, but "
+            "warm_start='ode' would teach it anew. Set warm_start='none'."
+        )
+    if "teacher" in args.offload and peft_config is not None:
+        raise ValueError(
+            "offload has 'teacher', but with adapters the teacher is the network that policy or fake score run on: "
+            "there is nothing to move. Leave it out, or train full copies with peft_config=None."
+        )
+    if "teacher" in args.offload and args.shard:
+        raise ValueError(
+            "offload has 'teacher', but with shard=True each process holds only its part of the teacher. Leave one out."
+        )
+
+
+def load_networks(
+    args: RDMConfig,
+    model: Model,
+    teacher: Model | None,
+    teacher_adapter: str | Path | None,
+    policy_init: str | Path | None,
+    peft_config: LoraConfig | None,
+    *,
+    matches_distributions: bool,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> LoadedModels:
+    """Load the models of a run and make its roles.
+
+    Args:
+        args: The settings.
+        model: The pipeline.
+        teacher: A separate teacher, or None.
+        teacher_adapter: An adapter that only the teacher has, or None.
+        policy_init: What the policy starts from, or None.
+        peft_config: The adapters; None trains full copies.
+        matches_distributions: Whether ``"rdm"`` is among the rewards.
+        device: Where everything goes.
+        autocast: Makes the context in which networks run.
+
+    Returns:
+        The networks, and where they come from.
+
+    Raises:
+        ValueError: If the models and settings cannot work together.
+        OSError: If a model cannot be loaded.
+    """
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    # Full copies are trained in float32, so they are read in it.
+    options: dict[str, Any] = {"dtype": dtype if peft_config else torch.float32, "resolution": args.resolution}
+    family = load_family(model, **options)
+    teacher_family = None if teacher is None else load_family(teacher, **options)
+    name, adapter = _name(model), policy_init
+    student = None if policy_init is None else load_policy_init(str(policy_init), family, options["dtype"])
+    if student is not None:
+        family, teacher_family = student, teacher_family or family
+        name, adapter = str(policy_init), None
+    families = [one for one in (family, teacher_family) if one is not None]
+    check_family_settings(args, families, matches_distributions=matches_distributions)
+    for one in families:
+        one.offloads_text_encoders = "text_encoders" in args.offload or args.prompt_cache_dir is not None
+    networks = make_networks(
+        family,
+        teacher_family,
+        peft_config,
+        device=device,
+        dtype=dtype,
+        generator=seeded_generator(args.seed, "adapters"),
+        autocast=autocast,
+        policy_init=None if adapter is None else str(adapter),
+        teacher_adapter=None if teacher_adapter is None else str(teacher_adapter),
+        sharded=args.shard,
+    )
+    if "teacher" in args.offload:
+        networks.offload_teacher(device)
+    for one in families:
+        if args.prompt_cache_dir is not None and one.text_encoders:
+            one.prompt_cache = PromptCache(args.prompt_cache_dir, one.encoder_fingerprint())
+    if args.gradient_checkpointing:
+        networks.enable_activation_checkpointing()
+        family.enable_decoder_checkpointing()
+    given = {"teacher": teacher, "teacher_adapter": teacher_adapter, "policy_init": adapter}
+    if student is not None and teacher is None:
+        given["teacher"] = model
+    sources = {setting: _name(one) for setting, one in given.items() if one is not None}
+    return LoadedModels(networks, name, is_pipeline=student is None, sources=sources)
+
+
+def _name(source: Model) -> str:
+    """What a model is called."""
+    return str(source) if isinstance(source, str | Path) else str(source.name_or_path or "the base model")
+
+
+def check_family_settings(args: RDMConfig, families: list[Family], *, matches_distributions: bool) -> None:
+    """Raise where a setting is not made for a family.
+
+    Args:
+        args: The settings.
+        families: The student's, and the teacher's if it is another.
+        matches_distributions: Whether ``"rdm"`` is among the rewards.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    family, teacher = families[0], families[-1]
+    if not suits(args.sampler, family.schedule):
+        raise ValueError(
+            f"sampler={args.sampler!r} is not made for this model's noise schedule. Use 'renoise' with any model, "
+            "'ddim' with a variance-preserving one, 'flow_sde' or 'cps' with a flow."
+        )
+    for setting, scale, one in (
+        ("guidance_scale", args.guidance_scale, family),
+        ("teacher_guidance_scale", args.teacher_guidance_scale, teacher),
+    ):
+        if scale not in (None, 1.0) and not one.has_guidance:
+            raise ValueError(
+                f"{setting}={scale} is set, but a {type(one.pipeline).__name__} of this kind has no guidance. Set 1, "
+                "or leave it out."
+            )
+    if args.guidance_scale == 1 or family.embeds_guidance(family.network):
+        return
+    if matches_distributions:
+        raise ValueError(
+            f"guidance_scale={args.guidance_scale} gives the policy guidance of its own, but with 'rdm' it takes over "
+            "the teacher's (teacher_guidance_scale). Set guidance_scale=1, or leave out 'rdm'."
+        )
+    if args.warm_start == "ode":
+        raise ValueError(
+            f"guidance_scale={args.guidance_scale} asks the policy with guidance, but the warm start teaches it to "
+            "do without. Set guidance_scale=1, or warm_start='none'."
+        )

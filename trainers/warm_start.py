@@ -1,0 +1,182 @@
+r"""The warm start: regression of the student on the teacher's own ODE solutions.
+
+A few-step student that starts from the teacher's weights is far from any sensible sampler, and distribution matching
+alone improves it slowly and unevenly. So it is first shown, for states :math:`x_k` of each of its K steps, where the
+teacher's deterministic sampler would end: pure noise for the first step, and the teacher's own samples re-noised to
+:math:`t_k` for the others. The loss is L1 on x_0.
+
+Solutions are kept on disk in one file for each student time and chunk, so an interrupted collection continues where
+it stopped, and students with other numbers of steps share what they have in common.
+
+References:
+    | Improved Distribution Matching Distillation for Fast Image Synthesis (Yin et al., 2024) initialises its one-step
+    | SDXL student by regression on 10,000 teacher pairs (appendix); states at lower noise are our addition.
+    | https://arxiv.org/abs/2405.14867
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm, trange
+
+from rdm_rl.files import written_whole
+from rdm_rl.noise_schedule import NoiseSchedule
+from rdm_rl.policy import X0Predictor, ode_solution
+from rdm_rl.randomness import normal, seeded_generator
+from rdm_rl.records import Conditioning
+from rdm_rl.trainers.optimization import RoleOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdePairs:
+    """States of the student's steps and where the teacher's ODE takes them.
+
+    Args:
+        states: The states, shape (M, C, H, W).
+        solutions: The teacher's solutions from them, the same shape.
+        times: Time of each state, shape (M,).
+        prompts: Prompt of each state, length M.
+
+    Raises:
+        ValueError: If the lengths differ.
+    """
+
+    states: Tensor
+    solutions: Tensor
+    times: Tensor
+    prompts: Sequence[str]
+
+    def __post_init__(self) -> None:
+        """Check the lengths."""
+        if self.states.shape != self.solutions.shape or not len(self.states) == len(self.times) == len(self.prompts):
+            raise ValueError("states, solutions, times and prompts must have one entry for each pair.")
+
+
+def collect_pairs(
+    teacher: X0Predictor,
+    encode: Callable[[Sequence[str]], Conditioning],
+    schedule: NoiseSchedule,
+    *,
+    prompts: Sequence[str],
+    times: Sequence[float],
+    shape: Sequence[int],
+    ode_steps: int,
+    batch_size: int,
+    seed: int,
+    folder: Path,
+    first: int = 0,
+    device: torch.device,
+    show_progress: bool = True,
+    anywhere: Callable[[bool], bool] = bool,
+) -> OdePairs:
+    """The teacher's solutions for every prompt at every student time, read from disk where they exist.
+
+    Args:
+        teacher: The teacher, guidance included.
+        encode: Encodes prompts.
+        schedule: The noise schedule.
+        prompts: One prompt for each state.
+        times: The student's times, the first being the one it starts from.
+        shape: The latent shape (C, H, W).
+        ode_steps: Teacher steps of a solution from noise.
+        batch_size: States solved together.
+        seed: Seed of the noise.
+        folder: Where the files are; it must be a folder of its own for each teacher and setting.
+        first: Number of the first prompt over all processes, so that each draws noise of its own.
+        device: Where the networks are.
+        show_progress: Show a progress bar.
+        anywhere: Whether a condition holds on any process: a sharded teacher runs on all of them or on none.
+
+    Returns:
+        The pairs of all times, on the CPU: len(prompts) * len(times) of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(prompts), batch_size)
+    pieces = []
+    bar = tqdm(total=len(starts) * len(times), desc="warm start: teacher solutions", disable=not show_progress)
+    for start in starts:
+        chunk = list(prompts[start : start + batch_size])
+        first_solution = torch.empty(0)
+        name = crc32("\n".join(chunk).encode())  # Other prompts make other files.
+        for index, t in enumerate(times):
+            file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}-{name:08x}.safetensors"
+            if anywhere(not file.exists()):
+                generator = seeded_generator(seed, "warm_start", first + start, round(t * 10000))
+                noise = normal((len(chunk), *shape), generator, device)
+                # The first time is noise; the others start from the teacher's own samples.
+                state = noise if index == 0 else schedule.perturb(first_solution, noise, torch.tensor(t, device=device))
+                solution = ode_solution(teacher, state, t, encode(chunk), schedule, ode_steps)
+                pair = {"states": state.cpu().contiguous(), "solutions": solution.cpu().contiguous()}
+                with written_whole(file) as partial:
+                    save_file(pair, partial, {"prompts": json.dumps(chunk)})
+            states, solutions = _read(file, chunk)
+            first_solution = solutions.to(device) if index == 0 else first_solution
+            pieces.append((states, solutions, torch.full((len(chunk),), t), chunk))
+            bar.update()
+    bar.close()
+    return OdePairs(
+        states=torch.cat([piece[0] for piece in pieces]),
+        solutions=torch.cat([piece[1] for piece in pieces]),
+        times=torch.cat([piece[2] for piece in pieces]),
+        prompts=[prompt for piece in pieces for prompt in piece[3]],
+    )
+
+
+def regress(
+    policy: X0Predictor,
+    pairs: OdePairs,
+    optimizer: RoleOptimizer,
+    *,
+    encode: Callable[[Sequence[str]], Conditioning],
+    steps: int,
+    batch_size: int,
+    seed: tuple[int, int],
+    device: torch.device,
+    show_progress: bool = True,
+) -> list[float]:
+    """Train the policy to jump from each state to the teacher's solution, with an L1 loss on x_0.
+
+    Args:
+        policy: The student.
+        pairs: What to learn.
+        optimizer: Updates the student.
+        encode: Encodes prompts.
+        steps: Updates.
+        batch_size: Pairs in an update, drawn with replacement.
+        seed: Seed of the draws, and the process's number.
+        device: Where the networks are.
+        show_progress: Show a progress bar.
+
+    Returns:
+        The loss of each update.
+    """
+    losses = []
+    bar = trange(steps, desc="warm start: regression", disable=not show_progress)
+    for update in bar:
+        generator = seeded_generator(seed[0], "warm_start/batch", update, seed[1])
+        rows = torch.randint(len(pairs.states), (batch_size,), generator=generator)
+        conditioning = encode([pairs.prompts[row] for row in rows.tolist()])
+        x_0 = policy(pairs.states[rows].to(device), pairs.times[rows].to(device), conditioning)
+        loss = (x_0 - pairs.solutions[rows].to(device)).abs().mean()
+        optimizer.backward(loss, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+    return losses
+
+
+def _read(file: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """States and solutions of a file, after checking that they belong to the prompts."""
+    with safe_open(file, framework="pt") as content:
+        if json.loads(content.metadata()["prompts"]) != list(prompts):
+            raise ValueError(
+                f"{file} holds solutions of other prompts. Delete the folder, or set another warm_start_cache_dir."
+            )
+        return content.get_tensor("states"), content.get_tensor("solutions")
