@@ -32,7 +32,7 @@ from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.cli.train import TrainArguments, make_trainer
-from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.records import Direction, Rollout
 
 
 class TargetTrainer(RDMTrainer):
@@ -40,7 +40,7 @@ class TargetTrainer(RDMTrainer):
 
     reward_targets: Mapping[str, float] = {}
 
-    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
+    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
         """Every reward's direction; "not applicable" where the sample has enough of it."""
         directions = super().compute_rewards(rollout, step)
         for name, target in self.reward_targets.items():

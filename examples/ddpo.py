@@ -50,7 +50,7 @@ from rdm_rl.cli.train import TrainArguments, load_prompts, make_trainer
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.records import PromptBatch
-from rdm_rl.rewards.kinds import PlainRewardAdapter
+from rdm_rl.rewards.kinds import AskedReward
 
 # Common animals, as in the paper's experiments; the choice is ours.
 ANIMALS = (
@@ -124,7 +124,7 @@ def look(trainer: RDMTrainer, rows: Sequence[dict[str, Any]]) -> tuple[dict[str,
         chains = trainer.sample_student(batch, generator=seeded_generators(0, "ddpo/look", 0, numbers))
         images.append(trainer.family.decode(chains.sample).cpu())
         for name, reward in trainer.rewards.items():
-            if isinstance(reward, PlainRewardAdapter):
+            if isinstance(reward, AskedReward):
                 values.setdefault(name, []).append(reward.start(chains, -1, gradient=False)().values.cpu())
     return {name: torch.cat(found).nanmean().item() for name, found in values.items()}, torch.cat(images)
 

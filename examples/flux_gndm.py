@@ -9,7 +9,7 @@ Whether you may use the model's weights is for its licence to say: accept it on 
 The student is a LoRA and a scheduler, which plain diffusers loads: the README.md beside it has the lines.
 
 **An experiment.** SenseFlow (arXiv 2506.00523) reports that plain DMD does not converge on this model, and adds two
-techniques of its own to make it. Whether GNDM does is not known: watch ``fake_score/lag`` and ``rdm/gap``
+techniques of its own to make it. Whether GNDM does is not known: watch ``fake_score/lag`` and ``rewards/rdm/gap``
 (docs/metrics.md).
 
 ========  ============================================================================================================

@@ -1,25 +1,25 @@
 r"""Directions that depend on the current policy, through the likelihood of a random step that an older one took.
 
-=================================  ================================================================================
-record                             direction at the current prediction
-=================================  ================================================================================
-:class:`PolicyGradientDirection`     of a black-box reward: the gradient of the clipped PPO surrogate
-:class:`ReweightedDirection`         of distribution matching on a rollout that is used again: :math:`\rho A_{old}`
-=================================  ================================================================================
+===================================  ==============================================================================
+record                               direction at the current prediction
+===================================  ==============================================================================
+:class:`RecordedPolicyGradient`        of a black-box reward: the gradient of the clipped PPO surrogate
+:class:`RecordedDistributionMatching`  of distribution matching on a rollout that is used again: :math:`\rho A_{old}`
+===================================  ==============================================================================
 
 A rollout stores what was drawn and under which prediction; the ratio :math:`\rho = \pi_\theta / \pi_{old}` then needs
 the current prediction alone. On unchanged weights it is 1, and :func:`check_unmoved` makes sure of that.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from rdm_rl.advantages import LARGEST_LOG_RATIO, policy_gradient_advantage
 from rdm_rl.noise_schedule import append_dims
 from rdm_rl.policy import Level, log_ratio
-from rdm_rl.records import DenseAdvantage, Replayed, Transition
+from rdm_rl.rdm import LARGEST_LOG_RATIO, policy_gradient
+from rdm_rl.records import Direction, Reweighted, Transition
 
 # How far from 0 the log ratio of unchanged weights may be, by precision and level. Equal batch shapes give exactly 0 on
 # a CPU; other kernels round differently, and the sum over D dimensions adds their errors up.
@@ -32,7 +32,7 @@ RATIO_TOLERANCE: Mapping[tuple[bool, Level], float] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradientDirection:
+class RecordedPolicyGradient:
     r"""A black-box reward's direction on a random step of the sampler (method page, "The policy gradient").
 
     Args:
@@ -43,8 +43,8 @@ class PolicyGradientDirection:
         level: Level of the ratio.
         epsilon: The ratio may fall to 1 - epsilon before a bad sample stops pushing.
         epsilon_high: It may rise to 1 + epsilon_high before a good one does.
+        advantages: The normalised rewards, shape (N,).
         factor: A number for this step that multiplies the direction.
-        advantage: The normalised reward, shape (N,); None until it is known (see :func:`with_advantage`).
     """
 
     action: Tensor
@@ -54,10 +54,10 @@ class PolicyGradientDirection:
     level: Level
     epsilon: float
     epsilon_high: float
+    advantages: Tensor
     factor: float = 1.0
-    advantage: Tensor | None = None
 
-    def at(self, x_0: Tensor) -> Replayed:
+    def at(self, x_0: Tensor) -> Reweighted:
         """The direction at a prediction.
 
         Args:
@@ -65,30 +65,25 @@ class PolicyGradientDirection:
 
         Returns:
             The direction; its log ratio has the shape (1, N).
-
-        Raises:
-            ValueError: If the advantage is not known yet.
         """
-        if self.advantage is None:
-            raise ValueError("The advantage of a policy-gradient direction is missing; with_advantage() fills it in.")
         log_rho = log_ratio(self.action, x_0, self.x_0, self.transition, self.state, self.level)
-        values, clipped = policy_gradient_advantage(
+        values, clipped = policy_gradient(
             self.action - self.transition.mean(x_0, self.state),
             self.transition,
-            self.advantage,
+            self.advantages,
             log_rho,
             level=self.level,
             epsilon=self.epsilon,
             epsilon_high=self.epsilon_high,
         )
         weight = log_rho.clamp_max(LARGEST_LOG_RATIO).exp()
-        return Replayed(
+        return Reweighted(
             values=self.factor * values, log_ratio=log_rho[None], weight=weight[None], clipped=clipped[None]
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReweightedDirection:
+class RecordedDistributionMatching:
     r"""Distribution matching's direction on a rollout that is used again: :math:`\mathrm{mean}_r\, w_r A_r`.
 
     The action is the re-noised sample :math:`x_t \sim N(\alpha_t \hat x_0, \sigma_t^2 I)` itself. The score difference
@@ -112,7 +107,7 @@ class ReweightedDirection:
     level: Level
     clip: float
 
-    def at(self, x_0: Tensor) -> Replayed:
+    def at(self, x_0: Tensor) -> Reweighted:
         """The direction at a prediction.
 
         Args:
@@ -125,31 +120,27 @@ class ReweightedDirection:
         ratio = log_rho.exp()
         weight = ratio.clamp(1 - self.clip, 1 + self.clip)
         values = (append_dims(weight, self.values) * self.values).mean(0)
-        return Replayed(values=values, log_ratio=log_rho, weight=weight, clipped=weight != ratio)
+        return Reweighted(values=values, log_ratio=log_rho, weight=weight, clipped=weight != ratio)
 
 
-def with_advantage(direction: DenseAdvantage, advantage: Tensor, clip: float) -> DenseAdvantage:
-    """A direction whose reward has been normalised.
+def at_recorded(signal: RecordedPolicyGradient, applicable: Tensor) -> Direction:
+    """The direction of a black box at the prediction that the policy made then.
 
     Args:
-        direction: The direction.
-        advantage: Its normalised rewards, shape (N,).
-        clip: What a policy gradient clips them to, on both sides.
+        signal: What was recorded.
+        applicable: Where the reward has a value, shape (N,), bool.
 
     Returns:
-        The direction with its ``advantage``, and with its values, if it is a policy gradient.
+        The direction, which also says what it is at any other prediction.
     """
-    if not isinstance(direction.replay, PolicyGradientDirection):
-        return replace(direction, advantage=advantage)
-    made = replace(direction.replay, advantage=advantage.clamp(-clip, clip))
-    return replace(direction, advantage=advantage, replay=made, values=made.at(made.x_0).values)
+    return Direction(values=signal.at(signal.x_0).values, applicable=applicable, recorded=signal)
 
 
-def replay_metrics(replayed: Replayed) -> dict[str, float]:
+def ratio_metrics(reweighted: Reweighted) -> dict[str, float]:
     """What the log says of the ratios of one direction.
 
     Args:
-        replayed: The direction at the current prediction.
+        reweighted: The direction at the current prediction.
 
     Returns:
         Mean, lowest and highest log ratio, the share of samples on which the clip acted, and the effective sample size
@@ -158,16 +149,16 @@ def replay_metrics(replayed: Replayed) -> dict[str, float]:
     Example:
         >>> import torch
         >>> ratio = torch.tensor([[1.0, 3.0]])
-        >>> seen = Replayed(values=torch.zeros(2), log_ratio=ratio.log(), weight=ratio, clipped=ratio > 2)
-        >>> replay_metrics(seen)["clip_fraction"], round(replay_metrics(seen)["effective_sample_size"], 3)
+        >>> seen = Reweighted(values=torch.zeros(2), log_ratio=ratio.log(), weight=ratio, clipped=ratio > 2)
+        >>> ratio_metrics(seen)["clip_fraction"], round(ratio_metrics(seen)["effective_sample_size"], 3)
         (0.5, 0.8)
     """
-    weight = replayed.weight.double() if replayed.weight.device.type != "mps" else replayed.weight
+    weight = reweighted.weight.double() if reweighted.weight.device.type != "mps" else reweighted.weight
     return {
-        "log_ratio_mean": replayed.log_ratio.mean().item(),
-        "log_ratio_min": replayed.log_ratio.min().item(),
-        "log_ratio_max": replayed.log_ratio.max().item(),
-        "clip_fraction": replayed.clipped.float().mean().item(),
+        "log_ratio_mean": reweighted.log_ratio.mean().item(),
+        "log_ratio_min": reweighted.log_ratio.min().item(),
+        "log_ratio_max": reweighted.log_ratio.max().item(),
+        "clip_fraction": reweighted.clipped.float().mean().item(),
         "effective_sample_size": (
             weight.sum().square() / (weight.numel() * weight.square().sum()).clamp_min(1e-30)
         ).item(),

@@ -184,7 +184,7 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replayed:
+class Reweighted:
     r"""A direction at the current prediction, and how far the policy has moved since the rollout.
 
     Args:
@@ -200,28 +200,26 @@ class Replayed:
     clipped: Tensor
 
 
-class Replay(Protocol):
-    """A direction that depends on the current prediction."""
+class RecordedSignal(Protocol):
+    """What makes a direction anew for another prediction, through the likelihood of a recorded step."""
 
-    def at(self, x_0: Tensor) -> Replayed:
+    def at(self, x_0: Tensor) -> Reweighted:
         """The direction at a prediction, shape (N, C, H, W), without a graph."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseAdvantage:
-    r"""The direction in which one reward wants each sample's :math:`\hat x_0` to move.
+class Direction:
+    r"""Where one reward, or all of them together, want each sample's :math:`\hat x_0` to move.
 
     Args:
-        values: The direction, shape (N, C, H, W).
-        applicable: Whether the reward has an opinion on the sample, shape (N,), bool. Where it is False the direction
-            counts as absent, whatever ``values`` holds.
-        reward: The reward itself for the log, shape (N,), NaN where it has no value, or None.
-        advantage: The reward normalised as ``scale_rewards`` says, shape (N,), or None; the trainer fills it in.
-        faults: Samples on which the reward failed and was skipped.
+        values: A vector field over :math:`\hat x_0`, shape (N, C, H, W).
+        applicable: Whether there is an opinion on the sample, shape (N,), bool. Where it is False the direction counts
+            as absent, whatever ``values`` holds.
+        rewards: The reward itself for the log, shape (N,), NaN where it has no value, or None.
         metrics: Further numbers for the log.
-        replay: For a direction that depends on the current prediction, through the likelihood of a recorded step: what
-            makes it anew (see :mod:`rdm_rl.ratio`). ``values`` is then its value at the recorded prediction.
+        recorded: For a direction that depends on the current prediction: what makes it anew (see :mod:`rdm_rl.ratio`).
+            ``values`` is its value at the recorded prediction.
 
     Raises:
         ValueError: If the shapes differ, or an applicable direction is not finite.
@@ -229,11 +227,9 @@ class DenseAdvantage:
 
     values: Tensor
     applicable: Tensor
-    reward: Tensor | None = None
-    advantage: Tensor | None = None
-    faults: int = 0
+    rewards: Tensor | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    replay: "Replay | None" = None
+    recorded: RecordedSignal | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes and that the direction is finite."""
@@ -249,6 +245,29 @@ class DenseAdvantage:
                 f"The direction of sample(s) {rows[:8]} is not finite. Non-finite values are a fault, never 'not "
                 "applicable': look for a network output or a reward gradient that overflowed (fp16?)."
             )
+
+    @classmethod
+    def nowhere(cls, x_0: Tensor) -> "Direction":
+        """The direction of a reward that has no opinion on any of the samples, shape (N, C, H, W)."""
+        return cls(values=torch.zeros_like(x_0), applicable=torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What one reward says of the samples at a recorded step.
+
+    Args:
+        rewards: Its values, shape (N,), NaN where it does not apply; None for a reward that gives no values.
+        direction: Where it wants the samples to move, if that came with the values, as a gradient does; None for a
+            black box, whose direction needs the advantages of all samples first.
+        faults: Samples on which it failed and was skipped.
+        metrics: Further numbers for the log.
+    """
+
+    rewards: Tensor | None
+    direction: Direction | None
+    faults: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,4 +295,4 @@ class Experience:
 
     rollout: Rollout
     step: int
-    directions: Mapping[str, DenseAdvantage]
+    directions: Mapping[str, Direction]

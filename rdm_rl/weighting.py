@@ -8,9 +8,9 @@ object                    weight :math:`\lambda_j` of reward j
 :class:`BudgetedWeighting`  the adaptive one times a factor that keeps a fidelity signal within a budget
 ========================  =================================================================================
 
-Once per update the trainer measures the directions of all samples (:func:`measure`, pure), shows the weighting what it
-found (``update``), and then combines the directions of each micro-batch (``combine``). So the weights do not depend on
-how a batch is cut, nor on the number of processes.
+For each rollout the trainer measures the rewards and the directions of all samples (:func:`measure_rewards` and
+:func:`measure_directions`, pure), shows the weighting what it found (``update``), and then combines the directions of
+each micro-batch (``combine``). So the weights do not depend on how a batch is cut, nor on the number of processes.
 
 References:
     | R_dm: Re-conceptualizing Distribution Matching as a Reward for Diffusion Distillation (Fan et al., 2026) joins
@@ -21,16 +21,16 @@ References:
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rdm_rl.advantages import remove_opposition
 from rdm_rl.noise_schedule import append_dims
-from rdm_rl.records import DenseAdvantage
+from rdm_rl.rdm import combine
+from rdm_rl.records import Direction, Judgement
 
 Reference = Literal["cold_start", "online"]
 RDM = "rdm"  # The reward whose force the others are measured by.
@@ -39,25 +39,25 @@ NO_DIRECTION = 1e-12  # A root mean square below this is no direction: a constan
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStatistics:
-    """What one reward's directions and values look like in one update, over all of its samples.
+    """What one reward's values and directions look like in one update, over all of its samples.
 
     Args:
-        rms: Root mean square of the direction over the samples it applied to; None if there were none.
-        cosine: Mean cosine of the direction to that of ``rdm``, over the samples that have both; None without any.
         mean: Mean of the reward's values; None without any.
         std: Standard deviation of the values; None without any.
         applicable: Share of the samples that have a value; None for a reward that gives no values.
         frac_zero_std: Share of the groups whose values are all equal; None without values.
         faults: Samples on which the reward failed and was skipped.
+        rms: Root mean square of the direction over the samples it applied to; None if there were none.
+        cosine: Mean cosine of the direction to that of ``rdm``, over the samples that have both; None without any.
     """
 
-    rms: float | None = None
-    cosine: float | None = None
     mean: float | None = None
     std: float | None = None
     applicable: float | None = None
     frac_zero_std: float | None = None
     faults: int = 0
+    rms: float | None = None
+    cosine: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class DirectionStatistics:
 
     Args:
         rewards: The statistics of each reward, by name.
-        gap: The mean of ``rdm``'s metric ``gap`` (see :func:`rdm_rl.rdm.distribution_matching`), or None without it.
+        gap: The mean of ``rdm``'s metric ``gap`` (see :func:`rdm_rl.rewards.rdm.gap`), or None without it.
     """
 
     rewards: Mapping[str, RewardStatistics]
@@ -77,15 +77,15 @@ class DirectionStatistics:
         return self.rewards[name].rms if name in self.rewards else None
 
 
-def measure(
-    directions: Sequence[Mapping[str, DenseAdvantage]],
+def measure_rewards(
+    judgements: Sequence[Mapping[str, Judgement]],
     group_ids: Sequence[Tensor],
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> DirectionStatistics:
-    """The statistics of one update.
+    """The statistics of the values of one update; those of the directions are still missing.
 
     Args:
-        directions: The directions by reward name, for each micro-batch of this process.
+        judgements: What each reward says, by name, for each micro-batch of this process.
         group_ids: The samples' groups, each of shape (N,), for each micro-batch.
         total: Sums a tensor over the processes.
 
@@ -94,111 +94,102 @@ def measure(
         micro-batches of a ratio.
 
     Example:
-        >>> away = DenseAdvantage(values=torch.full((2, 1, 1, 4), 3.0), applicable=torch.tensor([True, False]))
-        >>> measure([{"away": away}], [torch.tensor([0, 0])]).rms("away")
-        3.0
+        >>> seen = Judgement(rewards=torch.tensor([1.0, 3.0, float("nan")]), direction=None)
+        >>> statistics = measure_rewards([{"clarity": seen}], [torch.tensor([0, 0, 1])]).rewards["clarity"]
+        >>> statistics.mean, statistics.std, statistics.faults
+        (2.0, 1.0, 0)
     """
-    names = list(directions[0])
-    sums = torch.zeros(len(names), 11, dtype=torch.float64)
-    gaps = torch.zeros(2, dtype=torch.float64)
-    for micro_batch, groups in zip(directions, group_ids, strict=True):
-        rdm = micro_batch.get(RDM)
-        if rdm is not None and "gap" in rdm.metrics:
-            gaps += torch.tensor([rdm.metrics["gap"], 1.0], dtype=torch.float64)
-        for row, name in zip(sums, names, strict=True):
-            one = micro_batch[name]
-            row += torch.tensor(
-                [*_direction_sums(one, None if name == RDM else rdm), *_value_sums(one, groups)], dtype=torch.float64
-            )
-    sums, gaps = total(sums), total(gaps)
+    sums = {
+        name: _sum(_value_sums(judged[name], groups) for judged, groups in zip(judgements, group_ids, strict=True))
+        for name in judgements[0]
+    }
+    gaps = [judged[RDM].metrics["gap"] for judged in judgements if RDM in judged and "gap" in judged[RDM].metrics]
+    every = total(
+        torch.stack([*sums.values(), torch.tensor([sum(gaps), len(gaps), 0, 0, 0, 0, 0], dtype=torch.float64)])
+    )
+    *rows, (gap, count, *_) = every.tolist()
     return DirectionStatistics(
-        rewards={name: _statistics(*row) for name, row in zip(names, sums.tolist(), strict=True)},
-        gap=(gaps[0] / gaps[1]).item() if gaps[1] else None,
+        rewards={name: _value_statistics(*row) for name, row in zip(sums, rows, strict=True)},
+        gap=gap / count if count else None,
     )
 
 
-def batch_moments(
-    directions: Sequence[Mapping[str, DenseAdvantage]], total: Callable[[Tensor], Tensor] = lambda sums: sums
-) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each reward's values in one update, for rewards that have any.
+def measure_directions(
+    statistics: DirectionStatistics,
+    directions: Sequence[Mapping[str, Direction]],
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> DirectionStatistics:
+    """The statistics of one update, with those of the directions.
 
     Args:
-        directions: The directions by reward name, for each micro-batch of this process.
+        statistics: What :func:`measure_rewards` found.
+        directions: The direction of each reward, by name, for each micro-batch of this process.
         total: Sums a tensor over the processes.
 
     Returns:
-        The two numbers by name, equal in all processes.
+        The statistics, equal in all processes and however the batch is cut.
 
     Example:
-        >>> values = torch.tensor([1.0, 3.0, float("nan")])
-        >>> seen = DenseAdvantage(values=torch.zeros(3, 1, 1, 1), applicable=~values.isnan(), reward=values)
-        >>> batch_moments([{"clarity": seen}])
-        {'clarity': (2.0, 1.0)}
+        >>> away = Direction(values=torch.full((2, 1, 1, 4), 3.0), applicable=torch.tensor([True, False]))
+        >>> seen = DirectionStatistics(rewards={"away": RewardStatistics()})
+        >>> measure_directions(seen, [{"away": away}]).rms("away")
+        3.0
     """
     names = list(directions[0])
-    sums = torch.zeros(len(names), 3, dtype=torch.float64)
-    for micro_batch in directions:
-        for row, name in zip(sums, names, strict=True):
-            values = micro_batch[name].reward
-            if values is not None:
-                known = values[~values.isnan()].cpu().double()
-                row += torch.stack([known.sum(), known.square().sum(), known.new_tensor(len(known))])
-    sums = total(sums)
-    return {name: _mean_and_std(*row) for name, row in zip(names, sums.tolist(), strict=True) if row[2]}
+    sums = {
+        name: _sum(_direction_sums(one[name], None if name == RDM else one.get(RDM)) for one in directions)
+        for name in names
+    }
+    rows = total(torch.stack([*sums.values()])).tolist()
+    rewards = dict(statistics.rewards)
+    for name, (squares, numbers, cosines, count) in zip(names, rows, strict=True):
+        rewards[name] = replace(
+            rewards.get(name, RewardStatistics()),
+            rms=math.sqrt(squares / numbers) if numbers else None,
+            cosine=cosines / count if count else None,
+        )
+    return replace(statistics, rewards=rewards)
 
 
-def _mean_and_std(values: float, squares: float, count: float) -> tuple[float, float]:
-    """Mean and standard deviation from a sum, a sum of squares and a positive number."""
-    mean = values / count
-    return mean, math.sqrt(max(0.0, squares / count - mean**2))
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return sum(parts, torch.zeros(()))
 
 
-def _direction_sums(one: DenseAdvantage, rdm: DenseAdvantage | None) -> tuple[float, float, float, float]:
-    """Sum and number of squares, sum and number of cosines to ``rdm``."""
-    values = one.values[one.applicable].cpu().double().flatten(1)  # Not every accelerator has float64.
-    cosines = torch.zeros(0)
-    if rdm is not None:
-        both = one.applicable & rdm.applicable
-        first, second = (each.values[both].cpu().double().flatten(1) for each in (one, rdm))
-        lengths = first.norm(dim=1) * second.norm(dim=1)
-        cosines = ((first * second).sum(1) / lengths)[lengths > 0]
-    return values.square().sum().item(), values.numel(), cosines.sum().item(), len(cosines)
-
-
-def _value_sums(one: DenseAdvantage, groups: Tensor) -> tuple[float, ...]:
+def _value_sums(judged: Judgement, groups: Tensor) -> Tensor:
     """Values: their sum, that of their squares, their number; samples; flat groups; groups; faults."""
-    if one.reward is None:
-        return (*[0.0] * 6, one.faults)
-    known = ~one.reward.isnan()
-    values, own = one.reward[known].cpu().double(), groups[known].cpu()
+    if judged.rewards is None:
+        return torch.tensor([0.0] * 6 + [judged.faults], dtype=torch.float64)
+    known = ~judged.rewards.isnan()
+    values, own = judged.rewards[known].cpu().double(), groups[known].cpu()
     flat = [bool((values[own == group] == values[own == group][0]).all()) for group in own.unique()]
-    squares = values.square().sum().item()
-    return values.sum().item(), squares, len(values), len(known), sum(flat), len(flat), one.faults
+    sums = [values.sum().item(), values.square().sum().item(), len(values), len(known), sum(flat), len(flat)]
+    return torch.tensor([*sums, judged.faults], dtype=torch.float64)
 
 
-def _statistics(
-    squares: float,
-    numbers: float,
-    cosines: float,
-    cosine_count: float,
-    values: float,
-    value_squares: float,
-    value_count: float,
-    samples: float,
-    flat: float,
-    groups: float,
-    faults: float,
+def _value_statistics(
+    values: float, squares: float, count: float, samples: float, flat: float, groups: float, faults: float
 ) -> RewardStatistics:
-    mean, std = _mean_and_std(values, value_squares, value_count) if value_count else (None, None)
+    mean = values / count if count else None
     return RewardStatistics(
-        rms=math.sqrt(squares / numbers) if numbers else None,
-        cosine=cosines / cosine_count if cosine_count else None,
         mean=mean,
-        std=std,
-        applicable=value_count / samples if samples else None,
+        std=None if mean is None else math.sqrt(max(0.0, squares / count - mean**2)),
+        applicable=count / samples if samples else None,
         frac_zero_std=flat / groups if groups else None,
         faults=int(faults),
     )
+
+
+def _direction_sums(direction: Direction, rdm: Direction | None) -> Tensor:
+    """Sum and number of squares, sum and number of cosines to ``rdm``."""
+    values = direction.values[direction.applicable].cpu().double().flatten(1)  # Not every accelerator has float64.
+    cosines = torch.zeros(0)
+    if rdm is not None:
+        both = direction.applicable & rdm.applicable
+        first, second = (each.values[both].cpu().double().flatten(1) for each in (direction, rdm))
+        lengths = first.norm(dim=1) * second.norm(dim=1)
+        cosines = ((first * second).sum(1) / lengths)[lengths > 0]
+    sums = [values.square().sum().item(), values.numel(), cosines.sum().item(), len(cosines)]
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 @dataclass
@@ -238,6 +229,33 @@ class RunningMean:
         self.total, self.weight = state or (0.0, 0.0)
 
 
+def remove_opposition(values: Tensor, reference: Tensor) -> Tensor:
+    r"""A direction without the part that opposes another one, sample by sample.
+
+    Where the inner product with the reference is negative, the component along it is taken out; elsewhere nothing
+    changes.
+
+    References:
+        | Gradient Surgery for Multi-Task Learning (Yu et al., 2020), algorithm 1, with the reference itself unchanged
+        | https://arxiv.org/abs/2001.06782
+
+    Args:
+        values: Directions, shape (N, C, H, W).
+        reference: Directions they must not oppose, the same shape.
+
+    Returns:
+        The projected directions, shape (N, C, H, W).
+
+    Example:
+        >>> remove_opposition(torch.tensor([[[[-1.0, 2.0]]]]), torch.tensor([[[[1.0, 0.0]]]])).flatten()
+        tensor([0., 2.])
+    """
+    product = (values * reference).flatten(1).sum(1)
+    length = reference.square().flatten(1).sum(1)
+    share = torch.where((product < 0) & (length > 0), product / length.clamp_min(1e-30), 0.0)
+    return values - share[:, None, None, None] * reference
+
+
 class Weighting:
     """What the trainer asks of a weighting. One of your own derives from it and overrides ``combine``.
 
@@ -260,7 +278,7 @@ class Weighting:
             step: Number of the update, from 0.
         """
 
-    def combine(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
+    def combine(self, directions: Mapping[str, Direction]) -> Direction:
         """One direction from those of the rewards.
 
         Args:
@@ -290,7 +308,7 @@ class FixedWeighting(Weighting):
             sample.
 
     Example:
-        >>> one = DenseAdvantage(values=torch.ones(1, 1, 1, 1), applicable=torch.tensor([True]))
+        >>> one = Direction(values=torch.ones(1, 1, 1, 1), applicable=torch.tensor([True]))
         >>> FixedWeighting({"rdm": 0.5}).combine({"rdm": one}).values.item()
         0.5
     """
@@ -338,7 +356,7 @@ class FixedWeighting(Weighting):
             name: weight if name == RDM else weight * ramp * self.scale(name) for name, weight in self.weights.items()
         }
 
-    def combine(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
+    def combine(self, directions: Mapping[str, Direction]) -> Direction:
         """The weighted sum of the directions, over the rewards that apply to a sample.
 
         Args:
@@ -350,15 +368,16 @@ class FixedWeighting(Weighting):
         Raises:
             KeyError: If a reward has no weight.
         """
-        masked = {
-            name: torch.where(append_dims(one.applicable, one.values), one.values, 0.0)
-            for name, one in directions.items()
+        if self.conflict == "keep" or RDM not in directions:
+            return combine(directions, self.lambdas)
+        rdm = directions[RDM]
+        reference = torch.where(append_dims(rdm.applicable, rdm.values), rdm.values, 0.0)
+        scaled = {name: replace(one, values=self.lambdas[name] * one.values) for name, one in directions.items()}
+        kept = {
+            name: one if name == RDM else replace(one, values=remove_opposition(one.values, reference))
+            for name, one in scaled.items()
         }
-        terms = {name: self.lambdas[name] * values for name, values in masked.items()}
-        if self.conflict == "project" and RDM in terms:
-            terms |= {name: remove_opposition(terms[name], masked[RDM]) for name in terms if name != RDM}
-        applicable = torch.stack([one.applicable for one in directions.values()]).any(0)
-        return DenseAdvantage(values=torch.stack(list(terms.values())).sum(0), applicable=applicable)
+        return combine(kept, dict.fromkeys(kept, 1.0))
 
 
 class AdaptiveWeighting(FixedWeighting):

@@ -1,7 +1,13 @@
-r"""Plain rewards as directions: what turns a callable into what the trainer asks for.
+r"""The four ways in which a reward acts, behind one interface: the trainer knows no kind.
 
-A differentiable reward wants :math:`\hat x_0` to move along its gradient (ReFL, DRaFT, AlignProp); a black box acts
-through the likelihood of the policy's random steps (DDPO, GRPO); a reward that is only watched has no direction.
+============================  ==========================================================================================
+kind                          direction
+============================  ==========================================================================================
+:class:`DirectedReward`         its own: ``rdm``, and any object with a ``direction`` method
+:class:`PathwiseReward`         the gradient of the reward through the decoder (ReFL, DRaFT)
+:class:`PolicyGradientReward`   of a black box: through the likelihood of the policy's random steps (DDPO, GRPO)
+:class:`WatchedReward`          none: a reward with the weight 0 is evaluated and logged
+============================  ==========================================================================================
 
 References:
     | ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation (Xu et al., 2023), ReFL
@@ -12,21 +18,109 @@ References:
     | https://arxiv.org/abs/2305.13301
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from rdm_rl.randomness import Generators
-from rdm_rl.ratio import PolicyGradientDirection
-from rdm_rl.records import DenseAdvantage, Rollout
-from rdm_rl.rewards.calling import PlainReward, RewardOutput
+from rdm_rl.ratio import RecordedPolicyGradient, at_recorded
+from rdm_rl.records import Direction, Judgement, Rollout
+from rdm_rl.rewards.calling import PlainReward, RewardOutput, check_columns
 from rdm_rl.rewards.model import RewardModel
-from rdm_rl.rewards.protocol import RewardContext
+from rdm_rl.rewards.protocol import BindableReward, DirectionReward, RewardContext
 
 
-class PlainRewardAdapter:
-    """What the two adapters share: binding, and asking the reward.
+class TrainingReward(ABC):
+    """A reward as the trainer uses it: it judges samples first, and has a direction then."""
+
+    needs_likelihood: ClassVar[bool] = False
+    """Whether it acts through the likelihood of random steps."""
+
+    needs_fake_score: ClassVar[bool] = False
+    """Whether it may use the networks, and with them the fake score."""
+
+    wants_teacher_images: bool = False
+    """Whether it compares with the teacher's images."""
+
+    begins_early: ClassVar[bool] = False
+    """Whether :meth:`begin` starts anything: then its answer is waited for last."""
+
+    @abstractmethod
+    def bind(self, context: RewardContext) -> None:
+        """Take what the trainer gives before training."""
+
+    def acts_on(self, step: int, rollout: Rollout) -> bool:
+        """Whether the reward has a direction on a step."""
+        return True
+
+    def begin(self, rollout: Rollout, step: int) -> None:  # noqa: B027  # Most have nothing to begin.
+        """Begin to ask, so that other rewards work while it does; the judgement of that step is asked for next."""
+
+    @abstractmethod
+    def judge(self, rollout: Rollout, step: int, *, generator: Generators) -> Judgement:
+        """What the reward says of the samples at a recorded step.
+
+        Args:
+            rollout: The recorded chains of N samples.
+            step: Index of the step that will be replayed.
+            generator: The reward's randomness: one generator, or one for each sample.
+
+        Returns:
+            The judgement, with a direction unless that needs advantages.
+
+        Raises:
+            RewardError: If the reward fails and that is not to be skipped.
+        """
+
+    def direction(self, rollout: Rollout, step: int, judgement: Judgement, advantages: Tensor) -> Direction:
+        """Where the samples should move, for a reward whose judgement does not say it.
+
+        Args:
+            rollout: The recorded chains of N samples.
+            step: Index of the step.
+            judgement: What the reward said of it.
+            advantages: Its normalised rewards, shape (N,).
+
+        Returns:
+            The direction, shape (N, C, H, W).
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives its direction with its judgement.")
+
+
+class DirectedReward(TrainingReward):
+    """A reward that knows its direction: ``rdm``, or an object of the user's.
+
+    Args:
+        reward: The object.
+    """
+
+    needs_fake_score = True
+
+    def __init__(self, reward: DirectionReward) -> None:
+        """Keep the object."""
+        self.reward = reward
+
+    def bind(self, context: RewardContext) -> None:
+        """Hand on what the trainer gives."""
+        if isinstance(self.reward, BindableReward):
+            self.reward.bind(context)
+
+    def acts_on(self, step: int, rollout: Rollout) -> bool:
+        """Whether it acts on a step; an object that does not say acts on every one."""
+        return not hasattr(self.reward, "acts_on") or bool(self.reward.acts_on(step, rollout))
+
+    def judge(self, rollout: Rollout, step: int, *, generator: Generators) -> Judgement:
+        """The direction, and the values that came with it."""
+        direction = self.reward.direction(rollout, step, generator=generator)
+        return Judgement(rewards=direction.rewards, direction=direction, metrics=direction.metrics)
+
+
+class AskedReward(TrainingReward):
+    """A reward that is a callable: binding, and asking it.
 
     Args:
         name: The reward's name.
@@ -37,6 +131,7 @@ class PlainRewardAdapter:
         """Read the reward's declarations."""
         self.name = name
         self.reward = PlainReward(name, function)
+        self.wants_teacher_images = self.reward.wants_teacher_images
         self._context: RewardContext | None = None
 
     def bind(self, context: RewardContext) -> None:
@@ -53,11 +148,6 @@ class PlainRewardAdapter:
             self.reward.function.offload = True
         if hasattr(self.reward.function, "prepare"):
             self.reward.function.prepare()
-
-    @property
-    def wants_teacher_images(self) -> bool:
-        """Whether the reward compares with the teacher's images."""
-        return self.reward.wants_teacher_images
 
     @property
     def context(self) -> RewardContext:
@@ -82,7 +172,7 @@ class PlainRewardAdapter:
         return self.reward.start(inputs, rollout.batch, gradient=gradient, teacher_images=teacher_images)
 
 
-class PathwiseReward(PlainRewardAdapter):
+class PathwiseReward(AskedReward):
     r"""A differentiable reward: the direction is :math:`\nabla_{\hat x_0} r(\mathrm{decode}(\hat x_0), c)`.
 
     It acts on the last step, whose prediction is the sample that the reward is meant for, or on any step if
@@ -93,24 +183,11 @@ class PathwiseReward(PlainRewardAdapter):
         """Whether the reward has a direction on a step."""
         return self.context.args.pathwise_steps == "any" or step == len(rollout.times) - 1
 
-    def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
-        """The gradient of the reward at the predictions of a step.
-
-        Args:
-            rollout: The recorded chains of N samples.
-            step: Index of the step that will be replayed.
-            generator: Not used: a reward draws nothing.
-
-        Returns:
-            The direction, shape (N, C, H, W); not applicable where the reward is not, or the step is not its.
-
-        Raises:
-            RewardError: If the reward fails and that is not to be skipped.
-        """
+    def judge(self, rollout: Rollout, step: int, *, generator: Generators) -> Judgement:
+        """The values at the predictions of a step and their gradient, which is the direction."""
         x_0 = rollout.x_0[step]
         if not self.acts_on(step, rollout):
-            nowhere = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
-            return DenseAdvantage(values=torch.zeros_like(x_0), applicable=nowhere)
+            return Judgement(rewards=None, direction=Direction.nowhere(x_0))
         output = self.start(rollout, step, gradient=True)()
         values = torch.zeros_like(x_0) if output.gradient is None else output.gradient
         applicable, faults = output.applicable, output.faults
@@ -119,20 +196,17 @@ class PathwiseReward(PlainRewardAdapter):
             overflown = applicable & ~values.flatten(1).isfinite().all(1)
             if bool(overflown.any()):
                 prompts = [rollout.batch.prompts[place] for place in overflown.nonzero().flatten().tolist()]
-                faults += self.reward.fault(
-                    prompts, ValueError("its gradient overflows on the way through the decoder")
-                )
+                error = ValueError("its gradient overflows on the way through the decoder")
+                faults += self.reward.fault(prompts, error)
                 applicable = applicable & ~overflown
-        return DenseAdvantage(
-            values=values,
-            applicable=applicable,
-            reward=output.values.masked_fill(~applicable, torch.nan),
-            faults=faults,
-        )
+        rewards = output.values.masked_fill(~applicable, torch.nan)
+        return Judgement(rewards=rewards, direction=Direction(values=values, applicable=applicable), faults=faults)
 
 
-class FinalImageReward(PlainRewardAdapter):
-    """What the adapters share that judge the finished samples alone: the reward is asked once for each rollout."""
+class FinalImageReward(AskedReward):
+    """A reward that judges the finished samples alone: it is asked once for each rollout."""
+
+    begins_early = True
 
     def __init__(self, name: str, function: Callable[..., object]) -> None:
         """Nothing is being waited for yet."""
@@ -140,28 +214,13 @@ class FinalImageReward(PlainRewardAdapter):
         self._waiting: tuple[Rollout, Callable[[], RewardOutput]] | None = None
         self._known: tuple[Rollout, RewardOutput] | None = None
 
-    def prefetch(self, rollout: Rollout, step: int) -> None:
-        """Begin to ask the reward, so that other rewards work while it does.
-
-        Args:
-            rollout: The recorded chains.
-            step: The step whose direction will be asked for.
-        """
+    def begin(self, rollout: Rollout, step: int) -> None:
+        """Ask in a thread of its own, unless the answer is known."""
         if self._known is None or self._known[0] is not rollout:
             self._waiting = rollout, self.start(rollout, -1, gradient=False)
 
-    def values(self, rollout: Rollout) -> RewardOutput:
-        """The reward of the finished samples.
-
-        Args:
-            rollout: The recorded chains of N samples.
-
-        Returns:
-            The values. Faults are counted when they are first asked for.
-
-        Raises:
-            RewardError: If the reward fails and that is not to be skipped.
-        """
+    def output(self, rollout: Rollout) -> RewardOutput:
+        """The values of the finished samples; faults are counted when they are first asked for."""
         if self._known is not None and self._known[0] is rollout:
             return replace(self._known[1], faults=0)
         waiting, self._waiting = self._waiting, None
@@ -179,84 +238,100 @@ class WatchedReward(FinalImageReward):
         """It never has a direction."""
         return False
 
-    def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
-        """The reward of the finished samples, and no direction.
-
-        Args:
-            rollout: The recorded chains of N samples.
-            step: Not used: the finished samples are judged.
-            generator: Not used.
-
-        Returns:
-            A direction that applies nowhere, with the values as its reward.
-
-        Raises:
-            RewardError: If the reward fails and that is not to be skipped.
-        """
-        output, x_0 = self.values(rollout), rollout.x_0[step]
-        return DenseAdvantage(
-            values=torch.zeros_like(x_0),
-            applicable=torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device),
-            reward=output.values,
-            faults=output.faults,
-        )
+    def judge(self, rollout: Rollout, step: int, *, generator: Generators) -> Judgement:
+        """The values of the finished samples, and no direction."""
+        output = self.output(rollout)
+        return Judgement(rewards=output.values, direction=Direction.nowhere(rollout.x_0[step]), faults=output.faults)
 
 
 class PolicyGradientReward(FinalImageReward):
     r"""A black box: the finished sample's reward, credited to the noise that a random step drew.
 
     On step k the direction is :math:`\hat A_i \rho_i \nabla_{\hat x_0} \log \pi_\theta(x_{k+1} | x_k)` (see
-    :func:`rdm_rl.advantages.policy_gradient_advantage`). The reward comes first and its normalisation
-    :math:`\hat A` later, when the rewards of all samples are known.
+    :func:`rdm_rl.rdm.policy_gradient`), whose advantages :math:`\hat A` need the rewards of all samples first.
     """
+
+    needs_likelihood = True
 
     def acts_on(self, step: int, rollout: Rollout) -> bool:
         """Whether the step is random: a likelihood is needed."""
         return rollout.is_random(step)
 
-    def prefetch(self, rollout: Rollout, step: int) -> None:
+    def begin(self, rollout: Rollout, step: int) -> None:
         """Begin to ask the reward, if it acts on the step."""
         if self.acts_on(step, rollout):
-            super().prefetch(rollout, step)
+            super().begin(rollout, step)
 
-    def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
-        """The reward of the finished samples, with what makes a direction of its advantage.
+    def judge(self, rollout: Rollout, step: int, *, generator: Generators) -> Judgement:
+        """The values of the finished samples, if the step is random."""
+        if not self.acts_on(step, rollout):
+            return Judgement(rewards=None, direction=Direction.nowhere(rollout.x_0[step]))
+        output = self.output(rollout)
+        return Judgement(rewards=output.values, direction=None, faults=output.faults)
+
+    def direction(self, rollout: Rollout, step: int, judgement: Judgement, advantages: Tensor) -> Direction:
+        """The gradient of the clipped surrogate, at the recorded prediction and at any other.
 
         Args:
             rollout: The recorded chains of N samples.
-            step: Index of the step that will be replayed.
-            generator: Not used.
+            step: Index of a random step.
+            judgement: The values.
+            advantages: The normalised values, shape (N,); they are clipped to ``advantage_clip`` on both sides.
 
         Returns:
-            A direction that is 0 until :func:`rdm_rl.ratio.with_advantage` fills it in; not applicable where the
-            reward is not, or on a step that is not random.
+            The direction, shape (N, C, H, W).
 
         Raises:
-            RewardError: If the reward fails and that is not to be skipped.
+            ValueError: If the judgement has no values.
         """
-        x_0, args = rollout.x_0[step], self.context.args
-        if not self.acts_on(step, rollout):
-            nowhere = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
-            return DenseAdvantage(values=torch.zeros_like(x_0), applicable=nowhere)
-        output = self.values(rollout)
-        factor, transition = 1.0, rollout.transitions[step]
+        if judgement.rewards is None:
+            raise ValueError(f"The reward {self.name!r} is a black box: without values it has no direction.")
+        args, transition, factor = self.context.args, rollout.transitions[step], 1.0
         if args.step_weighting == "std":
             spreads = torch.stack([one.std for one in rollout.transitions if one.std > 0])
             factor = (transition.std / spreads.mean()).item()
         low, high = args.clip_range
-        return DenseAdvantage(
-            values=torch.zeros_like(x_0),
-            applicable=output.applicable,
-            reward=output.values,
-            faults=output.faults,
-            replay=PolicyGradientDirection(
-                action=rollout.states[step + 1],
-                state=rollout.states[step],
-                x_0=x_0,
-                transition=transition,
-                level=args.importance_sampling_level,
-                epsilon=low,
-                epsilon_high=high,
-                factor=factor,
-            ),
+        signal = RecordedPolicyGradient(
+            action=rollout.states[step + 1],
+            state=rollout.states[step],
+            x_0=rollout.x_0[step],
+            transition=transition,
+            level=args.importance_sampling_level,
+            epsilon=low,
+            epsilon_high=high,
+            advantages=advantages.clamp(-args.advantage_clip, args.advantage_clip),
+            factor=factor,
         )
+        return at_recorded(signal, ~judgement.rewards.isnan())
+
+
+def as_training_rewards(
+    rewards: Mapping[str, Any], weights: Mapping[str, float], columns: Sequence[str], *, pathwise: bool = True
+) -> dict[str, TrainingReward]:
+    """Rewards of any kind as the trainer uses them.
+
+    Args:
+        rewards: The rewards by name.
+        weights: Their weights. A plain reward with the weight 0 is only watched.
+        columns: The data set's columns beside the prompt.
+        pathwise: Whether differentiable rewards act by their gradient; else they are black boxes, too.
+
+    Returns:
+        The rewards by name.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+    made: dict[str, TrainingReward] = {}
+    for name, reward in rewards.items():
+        if isinstance(reward, DirectionReward):
+            made[name] = DirectedReward(reward)
+            continue
+        check_columns(name, reward, columns)
+        if weights[name] == 0:
+            made[name] = WatchedReward(name, reward)
+        elif pathwise and getattr(reward, "differentiable", False):
+            made[name] = PathwiseReward(name, reward)
+        else:
+            made[name] = PolicyGradientReward(name, reward)
+    return made

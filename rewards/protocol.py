@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import Tensor
 
 from rdm_rl.randomness import Generators
-from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.records import Direction, Rollout
 
 if TYPE_CHECKING:
     from rdm_rl.networks.roles import Networks
@@ -61,6 +61,8 @@ class RewardContext:
         decoder: Makes images of latents.
         teacher_images: Gives the teacher's images from the noise and the prompts of a rollout, (N, 3, H', W').
         last_checkpoint: Gives the folder of the last checkpoint, or None.
+        distribution_matching: Makes R_dm's direction of the predictions of policy, teacher and fake score (see
+            :meth:`rdm_rl.RDMTrainer.compute_distribution_matching`).
     """
 
     networks: "Networks"
@@ -70,13 +72,14 @@ class RewardContext:
     decoder: "ImageDecoder"
     teacher_images: Callable[[Rollout], Tensor]
     last_checkpoint: Callable[[], Path | None]
+    distribution_matching: Callable[..., Tensor]
 
 
 @runtime_checkable
 class DirectionReward(Protocol):
     """A reward that gives its own direction."""
 
-    def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
+    def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> Direction:
         """Where the prediction of x_0 at a recorded step should move.
 
         Args:
@@ -96,13 +99,4 @@ class BindableReward(Protocol):
 
     def bind(self, context: RewardContext) -> None:
         """Take what the trainer gives before training."""
-        ...
-
-
-@runtime_checkable
-class PrefetchingReward(Protocol):
-    """A reward that can begin its work before its direction is asked for."""
-
-    def prefetch(self, rollout: Rollout, step: int) -> None:
-        """Begin, if the step's direction needs it; the direction of that step is asked for next."""
         ...

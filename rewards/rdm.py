@@ -1,19 +1,21 @@
 """Distribution matching as a reward: ``"rdm"`` in ``reward_funcs``."""
 
 import torch
+from torch import Tensor
 
 from rdm_rl.randomness import Generators, normal
-from rdm_rl.rdm import distribution_matching
-from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.ratio import RecordedDistributionMatching
+from rdm_rl.records import Direction, Rollout, Transition
 from rdm_rl.renoise import anneal_progress, group_times
 from rdm_rl.rewards.protocol import RewardContext, RewardInfo
 
 
 class DistributionMatchingReward:
-    """R_dm, with the settings of the run (``dm_*``, ``renoise_*``, ``num_renoise``, ``teacher_guidance_scale``).
+    r"""R_dm, with the settings of the run (``dm_*``, ``renoise_*``, ``num_renoise``, ``teacher_guidance_scale``).
 
-    The mathematics is :func:`rdm_rl.rdm.distribution_matching`; this object draws the re-noisings and asks the
-    networks.
+    The mathematics is :func:`rdm_rl.rdm.distribution_matching`, which the trainer's hook of a similar name calls; this
+    object draws the re-noisings and asks the networks. The value is :math:`-\mathrm{mean}_{CHW}(\mu_{real} -
+    \mu_{fake})^2`, the integrand of a Fisher divergence: 0 when the student's distribution is the teacher's.
     """
 
     name = "rdm"
@@ -37,7 +39,7 @@ class DistributionMatchingReward:
         """
         self._context = context
 
-    def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> DenseAdvantage:
+    def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> Direction:
         """Where the teacher would rather see the predictions of a step than the fake score does.
 
         Args:
@@ -46,39 +48,66 @@ class DistributionMatchingReward:
             generator: One generator, or one for each sample.
 
         Returns:
-            The direction, shape (N, C, H, W).
+            The direction, shape (N, C, H, W), applicable everywhere, with the metric :func:`gap`.
 
         Raises:
             RuntimeError: If the reward was not bound to networks.
         """
         if self._context is None:
             raise RuntimeError("The reward 'rdm' needs the networks: RDMTrainer calls bind() before training.")
-        args, networks = self._context.args, self._context.networks
-        x_0, groups = rollout.x_0[step], rollout.batch.group_ids
+        args, networks, schedule = self._context.args, self._context.networks, self._context.networks.family.schedule
+        x_0, conditioning, groups = rollout.x_0[step], rollout.batch.conditioning, rollout.batch.group_ids
         progress = anneal_progress(self._context.global_step(), args.renoise_anneal_steps)
-        times, noises = [], []
+        teacher = networks.predictor("teacher", self._context.teacher_guidance_scale)
+        fake_score = networks.predictor("fake_score")
+        times, noisy = [], []
         for _ in range(args.num_renoise):
-            times.append(
-                group_times(
-                    groups,
-                    generator,
-                    distribution=args.renoise_distribution,
-                    interval=args.renoise_range,
-                    progress=progress,
-                )
+            t = group_times(
+                groups,
+                generator,
+                distribution=args.renoise_distribution,
+                interval=args.renoise_range,
+                progress=progress,
             )
-            noises.append(normal(x_0.shape, generator, x_0.device))
-        return distribution_matching(
-            x_0,
-            rollout.batch.conditioning,
-            groups,
-            teacher=networks.predictor("teacher", self._context.teacher_guidance_scale),
-            fake_score=networks.predictor("fake_score"),
-            schedule=networks.family.schedule,
-            t=torch.stack(times),
-            noise=torch.stack(noises),
-            normalization=args.dm_normalization,
-            group=args.dm_group,
-            scale_floor=args.dm_scale_floor,
-            reuse=(args.importance_sampling_level, args.importance_weight_clip) if args.num_iterations > 1 else None,
+            times.append(t)
+            noisy.append(schedule.perturb(x_0, normal(x_0.shape, generator, x_0.device), t))
+        with torch.no_grad():
+            pairs = list(zip(noisy, times, strict=True))
+            teacher_x_0 = torch.stack([teacher(x_t, t, conditioning) for x_t, t in pairs])
+            fake_x_0 = torch.stack([fake_score(x_t, t, conditioning) for x_t, t in pairs])
+        t = torch.stack(times)
+        directions = self._context.distribution_matching(x_0, teacher_x_0, fake_x_0, t, groups)
+        recorded = None
+        if args.num_iterations > 1:  # The rollout is used again.
+            recorded = RecordedDistributionMatching(
+                values=directions,
+                action=torch.stack(noisy),
+                x_0=x_0,
+                transition=Transition(
+                    x_0_scale=schedule.alpha(t), state_scale=torch.zeros_like(t), std=schedule.sigma(t)
+                ),
+                level=args.importance_sampling_level,
+                clip=args.importance_weight_clip,
+            )
+        return Direction(
+            values=directions.mean(0),
+            applicable=torch.ones(len(x_0), dtype=torch.bool, device=x_0.device),
+            rewards=-(teacher_x_0 - fake_x_0).square().flatten(2).mean((0, 2)),
+            metrics={"gap": gap(x_0, teacher_x_0, fake_x_0)},
+            recorded=recorded,
         )
+
+
+def gap(x_0: Tensor, teacher_x_0: Tensor, fake_x_0: Tensor) -> float:
+    r"""How far the fake score is from the teacher: the rms of :math:`\mu_{real} - \mu_{fake}` over that of the error.
+
+    Args:
+        x_0: The policy's predictions, shape (N, C, H, W).
+        teacher_x_0: The teacher's predictions at R re-noisings of them, shape (R, N, C, H, W).
+        fake_x_0: The fake score's there.
+
+    Returns:
+        The ratio to the root mean square of :math:`\hat x_0 - \mu_{real}`.
+    """
+    difference = (teacher_x_0 - fake_x_0).square().mean()
+    return (difference / (x_0 - teacher_x_0).square().mean().clamp_min(1e-24)).sqrt().item()

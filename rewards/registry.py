@@ -12,7 +12,7 @@ Names come from :func:`register_reward`, from the library, and from packages wit
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -293,41 +293,6 @@ def load_rewards(reward_funcs: RewardSpec | Sequence[RewardSpec]) -> dict[str, A
             raise ValueError(f"reward_funcs names {name!r} twice. Set the attribute `name` of one of them.")
         rewards[name] = reward
     return rewards
-
-
-def as_directions(
-    rewards: Mapping[str, Any], weights: Mapping[str, float], columns: Sequence[str], *, pathwise: bool = True
-) -> dict[str, DirectionReward]:
-    """Rewards of either kind as objects with a direction.
-
-    Args:
-        rewards: The rewards by name.
-        weights: Their weights. A plain reward with the weight 0 is only watched.
-        columns: The data set's columns beside the prompt.
-        pathwise: Whether differentiable rewards act by their gradient; else they are black boxes, too.
-
-    Returns:
-        The objects by name.
-
-    Raises:
-        ValueError: If a column is missing.
-    """
-    from rdm_rl.rewards.calling import check_columns
-    from rdm_rl.rewards.kinds import PathwiseReward, PolicyGradientReward, WatchedReward
-
-    directions: dict[str, DirectionReward] = {}
-    for name, reward in rewards.items():
-        if isinstance(reward, DirectionReward):
-            directions[name] = reward
-            continue
-        check_columns(name, reward, columns)
-        if weights[name] == 0:
-            directions[name] = WatchedReward(name, reward)
-        elif pathwise and getattr(reward, "differentiable", False):
-            directions[name] = PathwiseReward(name, reward)
-        else:
-            directions[name] = PolicyGradientReward(name, reward)
-    return directions
 
 
 def reward_weights(

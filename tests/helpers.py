@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, TrainerCa
 
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.networks.roles import Networks
-from rdm_rl.records import Conditioning, DenseAdvantage, PromptBatch, Rollout
+from rdm_rl.records import Conditioning, Direction, PromptBatch, Rollout
 
 # Its old name alone is known to older transformers, and warns in newer ones.
 CHECKPOINTING = next(
@@ -149,9 +149,9 @@ class StepAway:
     def __init__(self, amount: float = 1.0, name: str = "away") -> None:
         self.amount, self.name = amount, name
 
-    def direction(self, rollout, step, *, generator) -> DenseAdvantage:
+    def direction(self, rollout, step, *, generator) -> Direction:
         x_0 = rollout.x_0[step]
-        return DenseAdvantage(
+        return Direction(
             values=torch.full_like(x_0, self.amount),
             applicable=torch.ones(len(x_0), dtype=torch.bool),
             reward=x_0.flatten(1).mean(1),

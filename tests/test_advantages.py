@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rdm_rl.advantages import distribution_matching_advantage, group_mean, normalize_rewards, remove_opposition
 from rdm_rl.rdm import policy_loss
-from rdm_rl.records import DenseAdvantage
+from rdm_rl.records import Direction
 from tests.helpers import latents
 
 NORMALIZATIONS = ["sample", "group", "group_rms", "none"]
@@ -38,7 +38,7 @@ def test_sample_normalization_is_the_released_dmd() -> None:
     x_0, teacher, fake = networks_disagree()
     ours, theirs = x_0.clone().requires_grad_(), x_0.clone().requires_grad_()
     values = distribution_matching_advantage(x_0, teacher, fake, GROUP_IDS, "sample")
-    loss = policy_loss(ours, DenseAdvantage(values=values, applicable=torch.ones(6, dtype=torch.bool))).loss
+    loss = policy_loss(ours, Direction(values=values, applicable=torch.ones(6, dtype=torch.bool))).loss
     expected = released_dmd_loss(theirs, teacher, fake)
     loss.backward()
     expected.backward()

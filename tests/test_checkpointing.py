@@ -7,7 +7,7 @@ import torch
 from transformers.trainer_callback import TrainerState
 
 from rdm_rl import RDMTrainer
-from rdm_rl.records import DenseAdvantage
+from rdm_rl.records import Direction
 from rdm_rl.trainers.checkpointing import (
     checkpoints,
     find_checkpoint,
@@ -28,9 +28,9 @@ class CountingWeighting(Weighting):
         super().__init__()
         self.calls = 0
 
-    def combine(self, directions: dict) -> DenseAdvantage:
+    def combine(self, directions: dict) -> Direction:
         self.calls += 1
-        return DenseAdvantage(values=self.calls * directions["rdm"].values, applicable=directions["rdm"].applicable)
+        return Direction(values=self.calls * directions["rdm"].values, applicable=directions["rdm"].applicable)
 
     def state_dict(self) -> dict:
         return {"calls": self.calls}

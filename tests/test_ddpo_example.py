@@ -71,7 +71,7 @@ def test_it_runs_as_it_is_launched(base: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())
     assert [entry["step"] for entry in result["log"]] == [1, 2]
-    assert all(entry["policy/jpeg_compressibility/log_ratio_max"] == 0 for entry in result["log"])
+    assert all(entry["rewards/jpeg_compressibility/log_ratio_max"] == 0 for entry in result["log"])
     assert (run / "before_after.png").is_file()
     assert (run / "checkpoint-2" / "trainer_state.json").is_file()
     weights = load_file(run / "pytorch_lora_weights.safetensors")

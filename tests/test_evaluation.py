@@ -42,8 +42,8 @@ COUNT = 400
 HISTORY = [
     {
         "step": step,
-        "rdm/gap": 1 / step,
-        "rewards/rdm/advantage_rms": 0.5,
+        "rewards/rdm/gap": 1 / step,
+        "rewards/rdm/direction_rms": 0.5,
         "rewards/rdm/mean": -1 / step,
         "rewards/hpsv2/mean": 0.2,
         "policy/grad_norm": nan if step == 3 else 1.0,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.advantages import normalize_rewards
-from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.records import Direction, Rollout
 from rdm_rl.rewards.protocol import RewardContext
 from rdm_rl.trainers.checkpointing import read_checkpoint
 from rdm_rl.trainers.rdm_config import method_settings
@@ -38,11 +38,11 @@ class Pushing(RDMTrainer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self.pushes: list[dict[str, Tensor]] = []
-        self.directions: list[dict[str, DenseAdvantage]] = []
+        self.directions: list[dict[str, Direction]] = []
         self.lambdas: list[dict[str, float]] = []
         super().__init__(*arguments, **named)
 
-    def compute_advantages(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
+    def compute_advantages(self, directions: Mapping[str, Direction]) -> Direction:
         self.directions.append(dict(directions))
         self.lambdas.append(dict(self.weighting.lambdas))
         self.pushes.append({name: self.lambdas[-1].get(name, 0) * one.values for name, one in directions.items()})
@@ -91,7 +91,7 @@ def test_the_push_of_a_reward_is_its_weight_times_the_reference_force(base: Path
     assert torch.equal(push["rdm"], 2 * trainer.directions[0]["rdm"].values)
     assert row["rewards/rdm/lambda"] == 2
     assert row["rewards/brightness/lambda"] == pytest.approx(trainer.lambdas[0]["brightness"])
-    assert row["rewards/rdm/advantage_rms"] == pytest.approx(force, rel=1e-5)
+    assert row["rewards/rdm/direction_rms"] == pytest.approx(force, rel=1e-5)
     cosine = torch.nn.functional.cosine_similarity(push["brightness"].flatten(1), push["rdm"].flatten(1)).mean()
     assert row["rewards/brightness/cosine_to_rdm"] == pytest.approx(cosine.item(), abs=1e-5)
     combined = 0.5 * (push["rdm"] + push["brightness"]).square().mean()
@@ -161,14 +161,14 @@ class MaskedByHand:
     def bind(self, context: RewardContext) -> None:
         self.context = context
 
-    def direction(self, rollout: Rollout, step: int, *, generator: Any) -> DenseAdvantage:
+    def direction(self, rollout: Rollout, step: int, *, generator: Any) -> Direction:
         even = torch.tensor([number % 2 == 0 for number in rollout.batch.columns["digit"]])
         leaf = rollout.x_0[step].clone().requires_grad_()
         with torch.enable_grad():
             values = self.context.decoder.decode(leaf).mean((1, 2, 3))
         (slope,) = torch.autograd.grad(values.sum(), leaf)
         slope[~even] = 100.0
-        return DenseAdvantage(values=slope, applicable=even, reward=values.detach().masked_fill(~even, torch.nan))
+        return Direction(values=slope, applicable=even, reward=values.detach().masked_fill(~even, torch.nan))
 
 
 @pytest.mark.parametrize("weighting", ["adaptive", "fixed"])
@@ -187,7 +187,7 @@ def test_silence_about_a_sample_is_the_same_as_a_mask(weighting: str, base: Path
         torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-6)
     rows = [trainer.state.log_history for trainer in trainers]
     for one, two in zip(*rows, strict=True):
-        for key in ("applicable", "mean", "std", "advantage_rms", "cosine_to_rdm", "lambda", "frac_zero_std"):
+        for key in ("applicable", "mean", "std", "direction_rms", "cosine_to_rdm", "lambda", "frac_zero_std"):
             name = f"rewards/often_silent/{key}"
             assert one[name] == pytest.approx(two[name], rel=1e-4), name
         assert one["rewards/often_silent/faults"] == 0
@@ -196,7 +196,7 @@ def test_silence_about_a_sample_is_the_same_as_a_mask(weighting: str, base: Path
     # The average force is that of the samples that it applies to, not half of it.
     one = trainers[0].directions[0]["often_silent"]
     force = one.values[one.applicable].square().mean().sqrt().item()
-    assert rows[0][0]["rewards/often_silent/advantage_rms"] == pytest.approx(force, rel=1e-5)
+    assert rows[0][0]["rewards/often_silent/direction_rms"] == pytest.approx(force, rel=1e-5)
     assert changed(weights[0], trained_weights(run(base, tmp_path, "rdm", **{**settings, "reward_weights": None})))
 
 
@@ -245,9 +245,9 @@ class Fading:
     def __init__(self, gap: Sequence[float] = (0.1,)) -> None:
         self.gap = gap
 
-    def direction(self, rollout: Rollout, step: int, *, generator: Any) -> DenseAdvantage:
+    def direction(self, rollout: Rollout, step: int, *, generator: Any) -> Direction:
         x_0, update = rollout.x_0[step], rollout.batch.update
-        return DenseAdvantage(
+        return Direction(
             values=torch.full_like(x_0, 0.5**update),
             applicable=torch.ones(len(x_0), dtype=torch.bool),
             metrics={"gap": self.gap[min(update, len(self.gap) - 1)]},
@@ -263,17 +263,17 @@ def test_a_reward_that_opposes_is_projected(base: Path, tmp_path: Path) -> None:
     class Opponent:
         name = "opponent"
 
-        def direction(self, rollout: Rollout, step: int, *, generator: Any) -> DenseAdvantage:
+        def direction(self, rollout: Rollout, step: int, *, generator: Any) -> Direction:
             values = torch.full_like(rollout.x_0[step], -3.0)
             values[:, 0] += 1
             values[:, 1] -= 1
             values[0] *= -1  # With the first sample it agrees.
-            return DenseAdvantage(values=values, applicable=torch.ones(len(values), dtype=torch.bool))
+            return Direction(values=values, applicable=torch.ones(len(values), dtype=torch.bool))
 
     combined: dict[str, Tensor] = {}
 
     class Watching(RDMTrainer):
-        def compute_advantages(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
+        def compute_advantages(self, directions: Mapping[str, Direction]) -> Direction:
             made = super().compute_advantages(directions)
             combined[self.args.reward_conflict] = made.values
             return made
@@ -317,9 +317,9 @@ def test_own_weighting_sees_what_was_measured_and_decides(base: Path, tmp_path: 
             self.seen.append((step, statistics))
             self.lambdas = {"away": 7.0}
 
-        def combine(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
+        def combine(self, directions: Mapping[str, Direction]) -> Direction:
             one = directions["away"]
-            return DenseAdvantage(values=self.lambdas["away"] * one.values, applicable=one.applicable)
+            return Direction(values=self.lambdas["away"] * one.values, applicable=one.applicable)
 
         def state_dict(self) -> dict[str, Any]:
             return {"steps": [step for step, _ in self.seen]}

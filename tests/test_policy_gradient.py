@@ -12,7 +12,7 @@ from torch import Tensor
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.noise_schedule import FlowMatching
 from rdm_rl.policy import make_sampler, student_times
-from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.records import Direction, Rollout
 from rdm_rl.rewards.calling import RewardError
 from rdm_rl.rewards.kinds import PathwiseReward, PolicyGradientReward, WatchedReward
 from rdm_rl.trainers.rdm_config import METHODS
@@ -324,7 +324,7 @@ def hybrid(base: Path, tmp_path_factory: pytest.TempPathFactory) -> RDMTrainer:
     settings = {**HYBRID, "max_steps": 6, "logging_steps": 1}
 
     class Recording(RDMTrainer):
-        def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
+        def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
             self.steps = [*getattr(self, "steps", []), step]
             return super().compute_rewards(rollout, step)
 
@@ -343,11 +343,11 @@ def test_each_kind_acts_on_its_steps(hybrid: RDMTrainer) -> None:
         assert row["rewards/rdm/acted"] == 1
         assert row["rewards/box/acted"] == (step < 2)
         assert row["rewards/brightness/acted"] == (step == 2)
-        assert ("policy/box/log_ratio_max" in row) == (step < 2)
+        assert ("rewards/box/log_ratio_max" in row) == (step < 2)
         if step < 2:
-            assert row["policy/box/log_ratio_min"] == row["policy/box/log_ratio_max"] == 0
-            assert row["policy/box/effective_sample_size"] == pytest.approx(1)
-            assert row["policy/box/clip_fraction"] == 0
+            assert row["rewards/box/log_ratio_min"] == row["rewards/box/log_ratio_max"] == 0
+            assert row["rewards/box/effective_sample_size"] == pytest.approx(1)
+            assert row["rewards/box/clip_fraction"] == 0
 
 
 def count_of(rewards: list[Any], base: Path, folder: Path, **settings: Any) -> tuple[int, RDMTrainer]:

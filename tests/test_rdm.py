@@ -9,7 +9,7 @@ from rdm_rl.advantages import distribution_matching_advantage
 from rdm_rl.noise_schedule import FlowMatching, NoiseSchedule, VariancePreserving, append_dims
 from rdm_rl.policy import rollout, student_times
 from rdm_rl.rdm import distribution_matching, fake_score_loss, policy_loss
-from rdm_rl.records import Conditioning, DenseAdvantage
+from rdm_rl.records import Conditioning, Direction
 from rdm_rl.renoise import group_times, renoise_times
 from tests.helpers import latents, prompt_batch
 
@@ -80,7 +80,7 @@ def distil(sign: float, normalization: str, schedule: NoiseSchedule = VP, update
             noise=torch.randn((1, COUNT, *SHAPE), generator=generator),
             normalization=normalization,
         )
-        direction = DenseAdvantage(values=sign * direction.values, applicable=direction.applicable)
+        direction = Direction(values=sign * direction.values, applicable=direction.applicable)
         slow.zero_grad()
         policy_loss(policy(chains.states[0], times[0].expand(COUNT), NONE), direction).loss.backward()
         slow.step()
@@ -190,7 +190,7 @@ def test_gradient_of_the_policy_loss(weights: Tensor | None) -> None:
     values = latents(3, 4, 2, 2, seed=1)
     values[1] = float("nan")
     applicable = torch.tensor([True, False, True])
-    output = policy_loss(x_0, DenseAdvantage(values=values, applicable=applicable), weights)
+    output = policy_loss(x_0, Direction(values=values, applicable=applicable), weights)
     output.loss.backward()
     expected = -torch.where(applicable[:, None, None, None], values, 0.0) / x_0.numel()
     if weights is not None:

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from rdm_rl import RDMTrainer
-from rdm_rl.records import DenseAdvantage, LossOutput, Rollout
+from rdm_rl.records import Direction, LossOutput, Rollout
 from rdm_rl.rewards import register_reward
 from rdm_rl.rewards.registry import unregister_reward
 from rdm_rl.weighting import Weighting
@@ -141,7 +141,7 @@ def test_every_step_is_replayed_sometimes(base: Path, tmp_path: Path) -> None:
     steps = []
 
     class Recording(RDMTrainer):
-        def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
+        def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
             steps.append(step)
             return super().compute_rewards(rollout, step)
 
@@ -274,16 +274,16 @@ class Every(RDMTrainer):
         made = super().generate_rollout(batch)
         return Rollout(batch=made.batch, times=made.times, states=made.states, x_0=made.x_0 + 0.5)
 
-    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
+    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
         self._count("compute_rewards")
         made = super().compute_rewards(rollout, step)
-        return {**made, "own": DenseAdvantage(values=made["rdm"].values * 0 + 2, applicable=made["rdm"].applicable)}
+        return {**made, "own": Direction(values=made["rdm"].values * 0 + 2, applicable=made["rdm"].applicable)}
 
-    def compute_advantages(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
+    def compute_advantages(self, directions: Mapping[str, Direction]) -> Direction:
         self._count("compute_advantages")
         return directions["own"]
 
-    def compute_policy_loss(self, rollout: Rollout, step: int, directions: Mapping[str, DenseAdvantage]) -> LossOutput:
+    def compute_policy_loss(self, rollout: Rollout, step: int, directions: Mapping[str, Direction]) -> LossOutput:
         self._count("compute_policy_loss")
         made = super().compute_policy_loss(rollout, step, directions)
         return LossOutput(loss=made.loss, metrics={**made.metrics, "own": 11.0})
@@ -364,7 +364,7 @@ def test_own_reward_moves_the_policy_where_it_wants(base: Path, tmp_path: Path) 
     row = trainer.state.log_history[0]
     assert row["policy/loss"] == pytest.approx(0.5 * 3**2, rel=1e-5)
     assert {"rewards/away/mean", "rewards/away/std"} <= row.keys()
-    assert "rdm/gap" not in row
+    assert "rewards/rdm/gap" not in row
 
 
 def test_rewards_by_name_and_object_with_weights(base: Path, tmp_path: Path) -> None:
@@ -388,8 +388,8 @@ def test_rewards_by_name_and_object_with_weights(base: Path, tmp_path: Path) -> 
 
 def test_own_weighting_decides(base: Path, tmp_path: Path) -> None:
     class Opposite(Weighting):
-        def combine(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
-            return DenseAdvantage(values=-directions["away"].values, applicable=directions["away"].applicable)
+        def combine(self, directions: Mapping[str, Direction]) -> Direction:
+            return Direction(values=-directions["away"].values, applicable=directions["away"].applicable)
 
     outcomes = []
     for given in ({}, {"weighting": Opposite()}):
@@ -493,7 +493,7 @@ def test_another_teacher_changes_the_direction(base: Path, tmp_path: Path) -> No
     assert not any(isinstance(one, BaseTunerLayer) and "policy" in one.lora_A for one in other.unet.modules())
     assert changed(weights(trainers[0])["policy"], weights(trainers[1])["policy"])
     # With the student's own base as the teacher little is to be learnt at first; with another there is more.
-    gaps = [trainer.state.log_history[0]["rdm/gap"] for trainer in trainers]
+    gaps = [trainer.state.log_history[0]["rewards/rdm/gap"] for trainer in trainers]
     assert gaps[2] > 10 * gaps[0]
 
 
@@ -646,8 +646,8 @@ def test_the_log_says_what_is_documented(base: Path, tmp_path: Path) -> None:
     expected = {
         *("policy/loss", "policy/grad_norm", "policy/learning_rate"),
         *("fake_score/loss", "fake_score/fresh_loss", "fake_score/lag", "fake_score/grad_norm"),
-        *("fake_score/learning_rate", "rdm/gap", "rewards/rdm/mean", "rewards/rdm/std"),
-        *(f"rewards/rdm/{name}" for name in ("acted", "advantage_rms", "applicable", "faults")),
+        *("fake_score/learning_rate", "rewards/rdm/gap", "rewards/rdm/mean", "rewards/rdm/std"),
+        *(f"rewards/rdm/{name}" for name in ("acted", "direction_rms", "applicable", "faults")),
         *(f"rewards/rdm/{name}" for name in ("frac_zero_std", "lambda")),
         *("images_per_second", "samples_per_second", "memory_gib", "epoch", "step"),
     }
@@ -712,7 +712,7 @@ def test_tensorboard_gets_numbers_and_grids(base: Path, tmp_path: Path, monkeypa
     events = EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()
-    assert {"train/policy/loss", "train/fake_score/lag", "train/rdm/gap"} <= set(tags["scalars"])
+    assert {"train/policy/loss", "train/fake_score/lag", "train/rewards/rdm/gap"} <= set(tags["scalars"])
     assert [one.step for one in events.Scalars("train/policy/loss")] == [1, 2]
     assert tags["images"] == ["samples"]
     assert [one.step for one in events.Images("samples")] == [2]

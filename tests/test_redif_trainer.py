@@ -218,7 +218,7 @@ def test_a_preset_runs_with_guidance_in_rollout_and_update(preset: str, base: Pa
     trainer = ReDiFTrainer(str(base), TeacherMSE(), args, PROMPTS, peft_config=adapter)
     before = trained_weights(trainer)
     logged = trainer.train()  # The ratio is checked on the first update of a rollout.
-    assert logged["policy/TeacherMSE/log_ratio_max"] == logged["policy/TeacherMSE/log_ratio_min"] == 0
+    assert logged["rewards/TeacherMSE/log_ratio_max"] == logged["rewards/TeacherMSE/log_ratio_min"] == 0
     assert changed(before, trained_weights(trainer))
 
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from rdm_rl.advantages import normalize_rewards, policy_gradient_advantage
+from rdm_rl.advantages import normalize_rewards, policy_gradient
 from rdm_rl.noise_schedule import append_dims
 from rdm_rl.policy import kl_divergence, log_probability, log_ratio
 from rdm_rl.ratio import (
     RATIO_TOLERANCE,
-    PolicyGradientDirection,
-    ReweightedDirection,
+    RecordedPolicyGradient,
+    RecordedDistributionMatching,
     check_unmoved,
-    replay_metrics,
+    ratio_metrics,
     with_advantage,
 )
 from rdm_rl.rdm import policy_loss
-from rdm_rl.records import DenseAdvantage, Replayed, Transition
+from rdm_rl.records import Direction, Reweighted, Transition
 from tests.helpers import latents
 
 SHAPE = (2, 3, 3)
@@ -46,8 +46,8 @@ def moved(old: Tensor, error: Tensor, step: Transition, targets: Tensor, level: 
     return old + append_dims(share, old) * error / step.x_0_scale
 
 
-def applying(values: Tensor, **given: Any) -> DenseAdvantage:
-    return DenseAdvantage(values=values, applicable=torch.ones(len(values), dtype=torch.bool), **given)
+def applying(values: Tensor, **given: Any) -> Direction:
+    return Direction(values=values, applicable=torch.ones(len(values), dtype=torch.bool), **given)
 
 
 # ----- the ratio -----
@@ -120,7 +120,7 @@ def test_the_direction_descends_the_textbook_loss(level: str, b: float) -> None:
     assert stopped.tolist() == [False] * 5 + [True] * 2 + [True] * 2 + [False] * 5
 
     now = x_0.detach()
-    values, clipped = policy_gradient_advantage(
+    values, clipped = policy_gradient(
         action - step.mean(now, state),
         step,
         advantage,
@@ -133,7 +133,7 @@ def test_the_direction_descends_the_textbook_loss(level: str, b: float) -> None:
     (made,) = torch.autograd.grad(policy_loss(x_0, applying(values)).loss, x_0)
     torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
-    record = PolicyGradientDirection(
+    record = RecordedPolicyGradient(
         action=action,
         state=state,
         x_0=old,
@@ -155,7 +155,7 @@ def test_the_direction_descends_the_textbook_loss(level: str, b: float) -> None:
 def test_an_advantage_is_clipped_and_must_be_known() -> None:
     step = transition()
     old, state, action = drawn(3, step)
-    record = PolicyGradientDirection(
+    record = RecordedPolicyGradient(
         action=action, state=state, x_0=old, transition=step, level="dimension", epsilon=0.1, epsilon_high=0.1
     )
     with pytest.raises(ValueError, match="advantage of a policy-gradient direction is missing"):
@@ -175,7 +175,7 @@ def test_an_advantage_is_clipped_and_must_be_known() -> None:
 def test_a_ratio_beyond_float_leaves_the_direction_finite(advantage: float) -> None:
     """At level 'sample' log ratios of hundreds are ordinary; a sample without an advantage must still not be pushed."""
     step = transition()
-    values, _ = policy_gradient_advantage(
+    values, _ = policy_gradient(
         latents(1, *SHAPE),
         step,
         torch.tensor([advantage]),
@@ -208,7 +208,7 @@ def test_the_policy_gradient_is_the_pathwise_gradient_on_average(level: str, b: 
     advantage = normalize_rewards(reward.detach(), everywhere, groups, "none").double()
     now = leaf.detach()
     unmoved = torch.zeros(count).double()
-    values, clipped = policy_gradient_advantage(
+    values, clipped = policy_gradient(
         action.detach() - step.mean(now, state), step, advantage, unmoved, level=level, epsilon=0.2, epsilon_high=0.2
     )
     assert not clipped.any()
@@ -260,7 +260,7 @@ def test_a_reused_direction_is_weighted_by_the_truncated_ratio(level: str, clip:
     step = Transition(x_0_scale=alpha, state_scale=torch.zeros(2, 3), std=sigma)
     old, values = latents(3, *SHAPE), latents(2, 3, *SHAPE, seed=1)
     action = append_dims(alpha, values) * old + append_dims(sigma, values) * latents(2, 3, *SHAPE, seed=2)
-    record = ReweightedDirection(values=values, action=action, x_0=old, transition=step, level=level, clip=clip)
+    record = RecordedDistributionMatching(values=values, action=action, x_0=old, transition=step, level=level, clip=clip)
     unmoved = record.at(old.clone())
     assert torch.equal(unmoved.log_ratio, torch.zeros(2, 3))
     assert torch.equal(unmoved.values, values.mean(0)), "bit for bit what a rollout that is used once does"
@@ -294,7 +294,7 @@ def test_a_reused_direction_survives_a_ratio_beyond_float() -> None:
     step = transition(0.9, 0.0, 0.01)
     old = torch.zeros(1, *SHAPE)
     action = old + 0.1
-    record = ReweightedDirection(
+    record = RecordedDistributionMatching(
         values=latents(1, 1, *SHAPE), action=action[None], x_0=old, transition=step, level="sample", clip=0.2
     )
     seen = record.at(old + 0.1 / 0.9)
@@ -310,7 +310,7 @@ def test_numbers_of_the_log() -> None:
     weight = torch.tensor([[0.5, 1.0], [2.0, 0.5]])
     clipped = torch.tensor([[True, False], [False, False]])
     logs = torch.tensor([[-0.4, 0.0], [0.7, -0.2]])
-    seen = replay_metrics(Replayed(values=torch.zeros(2), log_ratio=logs, weight=weight, clipped=clipped))
+    seen = ratio_metrics(Reweighted(values=torch.zeros(2), log_ratio=logs, weight=weight, clipped=clipped))
     assert seen == pytest.approx(
         {
             "log_ratio_mean": 0.025,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rdm_rl import RDMTrainer
-from rdm_rl.ratio import PolicyGradientDirection, ReweightedDirection
+from rdm_rl.ratio import RecordedPolicyGradient, RecordedDistributionMatching
 from rdm_rl.rdm import policy_loss
 from rdm_rl.trainers.checkpointing import read_checkpoint
 from rdm_rl.weighting import measure
@@ -122,7 +122,7 @@ def test_the_second_update_is_the_weighted_old_direction_at_the_moved_weights(
     trainer.train()
     (one,) = trainer.experiences
     old = one.directions["rdm"].replay
-    assert isinstance(old, ReweightedDirection)
+    assert isinstance(old, RecordedDistributionMatching)
     assert old.values.shape == (renoise, 8, 4, 8, 8)
     assert not trainer._is_fresh
     output = trainer.compute_policy_loss(one.rollout, one.step, one.directions)
@@ -289,10 +289,10 @@ def test_the_policy_moves_in_every_update(base: Path, tmp_path: Path) -> None:
     rows = trainer.state.log_history
     for update, row in enumerate(rows):
         assert ("fake_score/loss" in row) == (update % 2 == 0)
-        still = row["policy/rdm/log_ratio_min"] == row["policy/rdm/log_ratio_max"] == 0
+        still = row["rewards/rdm/log_ratio_min"] == row["rewards/rdm/log_ratio_max"] == 0
         assert still == (update % 2 == 0)
-        assert 0 < row["policy/rdm/effective_sample_size"] <= 1 + 1e-9
-        assert 0 <= row["policy/rdm/clip_fraction"] <= 1
+        assert 0 < row["rewards/rdm/effective_sample_size"] <= 1 + 1e-9
+        assert 0 <= row["rewards/rdm/clip_fraction"] <= 1
 
 
 # ----- one step, and black boxes -----
@@ -305,7 +305,7 @@ def test_one_step_students_reuse_rollouts(base: Path, tmp_path: Path) -> None:
     trainer.train()
     assert changed(before, trained_weights(trainer))
     for update, row in enumerate(trainer.state.log_history):
-        assert (row["policy/rdm/log_ratio_max"] == 0) == (update % 2 == 0)
+        assert (row["rewards/rdm/log_ratio_max"] == 0) == (update % 2 == 0)
     with pytest.raises(ValueError, match=r"'box' is a black box: .* leave no random step"):
         quick_trainer(base, tmp_path, ["rdm", black_box()], **settings)
 
@@ -318,7 +318,7 @@ def test_a_second_update_of_a_black_box_is_clipped(level: str, epsilon: float, b
     trainer.train()
     (one,) = trainer.experiences
     replay = one.directions["box"].replay
-    assert isinstance(replay, PolicyGradientDirection)
+    assert isinstance(replay, RecordedPolicyGradient)
     output = trainer.compute_policy_loss(one.rollout, one.step, one.directions)
     got = gradients_of(trainer, output.loss)
 

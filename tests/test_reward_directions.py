@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from rdm_rl import RDMTrainer
-from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.records import Direction, Rollout
 from rdm_rl.rewards.kinds import PathwiseReward, WatchedReward
 from tests.helpers import (
     CHECKPOINTING,
@@ -42,7 +42,7 @@ declare(likeness, differentiable=True)
 
 def directions(
     base: Path, folder: Path, reward: Any, step: int = 0, rollout: Rollout | None = None, **settings: Any
-) -> tuple[dict[str, DenseAdvantage], Rollout, RDMTrainer]:
+) -> tuple[dict[str, Direction], Rollout, RDMTrainer]:
     """What a trainer's rewards say of one step of its first rollout, or of another one."""
     rewards = reward if isinstance(reward, list) else [reward]
     trainer = quick_trainer(base, folder, rewards, **{**WITHOUT_RDM, **settings})
@@ -122,7 +122,7 @@ def test_a_run_leaves_the_weights_of_reward_and_decoder_alone(base: Path, tmp_pa
         assert not changed(before[name], snapshot(part)), name
     assert all(parameter.requires_grad for parameter in network.parameters()), "it stays as the user left it"
     assert changed(policy, trainer.networks.state_dict("policy"))
-    assert trainer.state.log_history[0]["rewards/learned/advantage_rms"] > 0
+    assert trainer.state.log_history[0]["rewards/learned/direction_rms"] > 0
 
 
 def test_checkpointing_the_decoder_changes_nothing(base: Path, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_the_log_tells_on_how_many_updates_a_gradient_acted(base: Path, tmp_path
     steps: list[int] = []
 
     class Recording(RDMTrainer):
-        def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
+        def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
             steps.append(step)
             return super().compute_rewards(rollout, step)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rdm_rl import RDMTrainer
-from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.records import Direction, Rollout
 from rdm_rl.rewards.calling import PlainReward, RewardOutput, check_columns, needs, read_answer
 from rdm_rl.rewards.http import HTTPReward
 from rdm_rl.rewards.model import RewardModel
@@ -573,15 +573,15 @@ class Recorder(RDMTrainer):
     """Remembers the directions of every update, and what was made of them."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        self.seen: list[tuple[Rollout, dict[str, DenseAdvantage]]] = []
-        self.combined: list[DenseAdvantage] = []
+        self.seen: list[tuple[Rollout, dict[str, Direction]]] = []
+        self.combined: list[Direction] = []
         super().__init__(*arguments, **named)
 
-    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
+    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
         self.seen.append((rollout, super().compute_rewards(rollout, step)))
         return self.seen[-1][1]
 
-    def compute_advantages(self, directions: Any) -> DenseAdvantage:
+    def compute_advantages(self, directions: Any) -> Direction:
         self.combined.append(super().compute_advantages(directions))
         return self.combined[-1]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rdm_rl.randomness import normal, seeded_generators
 from rdm_rl.rdm import distribution_matching
-from rdm_rl.records import DenseAdvantage, Rollout
+from rdm_rl.records import Direction, Rollout
 from rdm_rl.renoise import group_times
 from rdm_rl.rewards import get_reward, list_rewards, register_reward
 from rdm_rl.rewards.calling import needs
@@ -22,7 +22,7 @@ from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import RewardInfo
 from rdm_rl.rewards.rdm import DistributionMatchingReward
 from rdm_rl.rewards.registry import (
-    as_directions,
+    as_training_rewards,
     find_reward,
     load_rewards,
     name_of,
@@ -108,7 +108,7 @@ def one_rollout(trainer: RDMTrainer) -> Rollout:
     return trainer.generate_rollout(next(trainer.prompt_batches(0)))
 
 
-def ask(trainer: RDMTrainer, rollout: Rollout, step: int = 1) -> DenseAdvantage:
+def ask(trainer: RDMTrainer, rollout: Rollout, step: int = 1) -> Direction:
     generator = seeded_generators(0, "reward", 0, rollout.batch.sample_ids)
     return trainer.rewards["rdm"].direction(rollout, step, generator=generator)
 
@@ -356,20 +356,20 @@ def test_a_class_in_place_of_an_object_is_refused() -> None:
 def test_what_becomes_of_each_kind() -> None:
     away, scaled = StepAway(), Scaled()
     rewards = {"away": away, "grey": grey, "scaled": scaled, "jpeg": JpegCompressibility()}
-    made = as_directions(rewards, {"away": 0.0, "grey": 0.0, "scaled": 0.5, "jpeg": 0.0}, [])
+    made = as_training_rewards(rewards, {"away": 0.0, "grey": 0.0, "scaled": 0.5, "jpeg": 0.0}, [])
     assert made["away"] is away
     assert isinstance(made["scaled"], PathwiseReward)
     assert isinstance(made["grey"], WatchedReward)
     assert isinstance(made["jpeg"], WatchedReward)
-    watched = as_directions({"scaled": scaled}, {"scaled": 0.0}, [])["scaled"]
+    watched = as_training_rewards({"scaled": scaled}, {"scaled": 0.0}, [])["scaled"]
     assert isinstance(watched, WatchedReward), "a weight of 0 needs no gradient"
-    negative = as_directions({"scaled": scaled}, {"scaled": -1.0}, [])["scaled"]
+    negative = as_training_rewards({"scaled": scaled}, {"scaled": -1.0}, [])["scaled"]
     assert isinstance(negative, PathwiseReward)
-    box = as_directions({"jpeg": JpegCompressibility()}, {"jpeg": 1.0}, [])["jpeg"]
+    box = as_training_rewards({"jpeg": JpegCompressibility()}, {"jpeg": 1.0}, [])["jpeg"]
     assert isinstance(box, PolicyGradientReward)
-    without = as_directions({"scaled": scaled}, {"scaled": 1.0}, [], pathwise=False)["scaled"]
+    without = as_training_rewards({"scaled": scaled}, {"scaled": 1.0}, [], pathwise=False)["scaled"]
     assert isinstance(without, PolicyGradientReward)
-    assert isinstance(as_directions({"scaled": scaled}, {"scaled": 0.0}, [], pathwise=False)["scaled"], WatchedReward)
+    assert isinstance(as_training_rewards({"scaled": scaled}, {"scaled": 0.0}, [], pathwise=False)["scaled"], WatchedReward)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -188,7 +188,7 @@ def test_a_style_belongs_to_the_teacher_alone(lora: bool, separate: bool, base: 
     torch.testing.assert_close(prediction(trainer, "teacher"), styled, rtol=0, atol=0 if lora else 1e-5)
     assert not changed(frozen, {name: snapshot(trainer.networks.module("teacher"))[name] for name in frozen})
     # The style is what R_dm asks for: without it the teacher and the fake score agree at the start.
-    assert trainer.state.log_history[0]["rdm/gap"] > 0.05
+    assert trainer.state.log_history[0]["rewards/rdm/gap"] > 0.05
     trainer.save_model(tmp_path / "student")
     if lora:
         saved = load_file(tmp_path / "student" / "pytorch_lora_weights.safetensors")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rdm_rl.records import DenseAdvantage
+from rdm_rl.records import Direction
 from rdm_rl.weighting import (
     AdaptiveWeighting,
     BudgetedWeighting,
@@ -22,11 +22,11 @@ from rdm_rl.weighting import (
 from tests.helpers import latents
 
 
-def direction(seed: int, applicable: list[bool]) -> DenseAdvantage:
+def direction(seed: int, applicable: list[bool]) -> Direction:
     values = latents(len(applicable), 2, 2, 2, seed=seed)
     rows = torch.tensor(applicable)
     values[~rows] = float("nan")  # What is not applicable may hold anything.
-    return DenseAdvantage(values=values, applicable=rows)
+    return Direction(values=values, applicable=rows)
 
 
 def test_weighted_sum_over_the_rewards_that_apply() -> None:
@@ -55,10 +55,10 @@ def test_a_direction_that_applies_must_be_finite() -> None:
     values = torch.zeros(3, 1, 1, 2)
     values[1, 0, 0, 1] = float("inf")
     with pytest.raises(ValueError, match=r"sample\(s\) \[1\] is not finite"):
-        DenseAdvantage(values=values, applicable=torch.tensor([True, True, True]))
-    DenseAdvantage(values=values, applicable=torch.tensor([True, False, True]))
+        Direction(values=values, applicable=torch.tensor([True, True, True]))
+    Direction(values=values, applicable=torch.tensor([True, False, True]))
     with pytest.raises(ValueError, match="must be bool of shape"):
-        DenseAdvantage(values=values, applicable=torch.ones(3))
+        Direction(values=values, applicable=torch.ones(3))
 
 
 # ----- what an update's directions look like -----
@@ -69,19 +69,19 @@ def seen(gap: float | None = None, **rms: float) -> DirectionStatistics:
     return DirectionStatistics(rewards={name: RewardStatistics(rms=value) for name, value in rms.items()}, gap=gap)
 
 
-def two_micro_batches() -> tuple[list[dict[str, DenseAdvantage]], list[torch.Tensor]]:
+def two_micro_batches() -> tuple[list[dict[str, Direction]], list[torch.Tensor]]:
     """Three and two samples, of groups that are cut; where a direction is not applicable, it holds NaN."""
     directions = []
     for seed, rows in ((0, [True, False, True]), (1, [False, True])):
         values = torch.tensor([1.0, float("nan"), 4.0] if seed == 0 else [float("nan"), 5.0])
-        rdm = DenseAdvantage(
+        rdm = Direction(
             values=latents(len(rows), 2, 2, 2, seed=seed + 10),
             applicable=torch.ones(len(rows), dtype=torch.bool),
             metrics={"gap": 0.5 + seed},
         )
         own = direction(seed, rows)
         directions.append(
-            {"rdm": rdm, "own": DenseAdvantage(values=own.values, applicable=own.applicable, reward=values, faults=2)}
+            {"rdm": rdm, "own": Direction(values=own.values, applicable=own.applicable, reward=values, faults=2)}
         )
     return directions, [torch.tensor([0, 0, 1]), torch.tensor([1, 1])]
 
@@ -133,7 +133,7 @@ def test_a_reward_that_applies_nowhere_has_no_statistics() -> None:
 
 def test_equal_values_have_no_spread() -> None:
     values = torch.full((6,), 123456.7)
-    one = DenseAdvantage(values=torch.zeros(6, 1, 1, 1), applicable=torch.ones(6, dtype=torch.bool), reward=values)
+    one = Direction(values=torch.zeros(6, 1, 1, 1), applicable=torch.ones(6, dtype=torch.bool), reward=values)
     statistics = measure([{"own": one}], [torch.tensor([0, 0, 0, 1, 1, 1])]).rewards["own"]
     assert (statistics.std, statistics.frac_zero_std) == (0.0, 1.0)
 
@@ -263,9 +263,9 @@ def test_an_online_reference_needs_a_balance(weights: dict[str, float], refused:
 
 def test_what_opposes_distribution_matching_is_projected_out() -> None:
     """Per sample; agreement, other samples and rdm itself are left alone."""
-    rdm = DenseAdvantage(values=torch.tensor([[1.0, 0.0]] * 4).view(4, 1, 1, 2), applicable=torch.tensor([True] * 4))
+    rdm = Direction(values=torch.tensor([[1.0, 0.0]] * 4).view(4, 1, 1, 2), applicable=torch.tensor([True] * 4))
     values = torch.tensor([[-3.0, 2.0], [3.0, 2.0], [-3.0, 2.0], [-5.0, 0.0]]).view(4, 1, 1, 2)
-    one = DenseAdvantage(values=values, applicable=torch.tensor([True, True, False, True]))
+    one = Direction(values=values, applicable=torch.tensor([True, True, False, True]))
     given = {"one": one, "rdm": rdm}
     keep = FixedWeighting({"rdm": 10.0, "one": 1.0}).combine(given).values.view(4, 2)
     project = FixedWeighting({"rdm": 10.0, "one": 1.0}, conflict="project").combine(given).values.view(4, 2)
@@ -274,8 +274,8 @@ def test_what_opposes_distribution_matching_is_projected_out() -> None:
 
 
 def test_where_rdm_does_not_apply_nothing_is_opposed() -> None:
-    rdm = DenseAdvantage(values=torch.ones(1, 1, 1, 2), applicable=torch.tensor([False]))
-    one = DenseAdvantage(values=-torch.ones(1, 1, 1, 2), applicable=torch.tensor([True]))
+    rdm = Direction(values=torch.ones(1, 1, 1, 2), applicable=torch.tensor([False]))
+    one = Direction(values=-torch.ones(1, 1, 1, 2), applicable=torch.tensor([True]))
     weighting = FixedWeighting({"rdm": 1.0, "one": 1.0}, conflict="project")
     assert torch.equal(weighting.combine({"rdm": rdm, "one": one}).values, one.values)
     alone = FixedWeighting({"one": 1.0}, conflict="project")
@@ -404,7 +404,7 @@ def test_settings_make_the_weighting_they_name() -> None:
 def test_projection_looks_at_the_push_and_not_at_the_reward() -> None:
     """With a negative weight it is the reward's own direction that opposes distribution matching."""
     rdm, reward = (
-        DenseAdvantage(values=torch.tensor([[[values]]]), applicable=torch.tensor([True]))
+        Direction(values=torch.tensor([[[values]]]), applicable=torch.tensor([True]))
         for values in ([1.0, 0.0], [1.0, 1.0])
     )
     weighting = FixedWeighting({"rdm": 1.0, "one": -2.0}, conflict="project")

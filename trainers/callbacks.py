@@ -32,7 +32,7 @@ class QuietProgressCallback(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the gap and the lag."""
         if self.training_bar is not None:
-            names = [name for name in ("rdm/gap", "fake_score/lag") if name in (logs or {})]
+            names = [name for name in ("rewards/rdm/gap", "fake_score/lag") if name in (logs or {})]
             self.training_bar.set_postfix({name: f"{logs[name]:.3g}" for name in names}, refresh=False)
 
 

@@ -83,7 +83,7 @@ def reward_metrics(statistics: DirectionStatistics, weighting: Weighting) -> dic
             "frac_zero_std": one.frac_zero_std,
             "faults": one.faults,
             "acted": float(one.rms is not None),
-            "advantage_rms": one.rms,
+            "direction_rms": one.rms,
             "cosine_to_rdm": one.cosine,
             "lambda": weighting.lambdas.get(name),
         }

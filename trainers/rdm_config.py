@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from rdm_rl.advantages import Group, Normalization, RewardBaseline, RewardScale
 from rdm_rl.policy import Level, SamplerName
+from rdm_rl.rdm import Group, Normalization, RewardBaseline, RewardScale
 from rdm_rl.renoise import RenoiseDistribution
 from rdm_rl.trainers import processes
 from rdm_rl.weighting import Reference

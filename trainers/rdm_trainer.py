@@ -1,7 +1,7 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import trange
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
-from rdm_rl.advantages import normalize_rewards
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family
 from rdm_rl.families.encoding import EMPTY_PROMPT
@@ -24,13 +23,12 @@ from rdm_rl.networks.roles import Role
 from rdm_rl.networks.sharding import gather
 from rdm_rl.policy import kl_divergence, make_sampler, rollout
 from rdm_rl.randomness import Generators, normal, seeded_generator, seeded_generators
-from rdm_rl.ratio import check_unmoved, replay_metrics, with_advantage
-from rdm_rl.rdm import fake_score_loss, policy_loss
-from rdm_rl.records import DenseAdvantage, Experience, LossOutput, PromptBatch, Rollout
+from rdm_rl.ratio import check_unmoved, ratio_metrics
+from rdm_rl.rdm import distribution_matching, fake_score_loss, normalize_rewards, policy_loss
+from rdm_rl.records import Conditioning, Direction, Experience, Judgement, LossOutput, PromptBatch, Rollout
 from rdm_rl.renoise import anneal_progress, renoise_times
-from rdm_rl.rewards.kinds import PolicyGradientReward
-from rdm_rl.rewards.protocol import BindableReward, PrefetchingReward
-from rdm_rl.rewards.registry import RewardSpec, as_directions, load_rewards, reward_weights
+from rdm_rl.rewards.kinds import as_training_rewards
+from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
 from rdm_rl.student import public_name, save_student
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.checkpointing import (
@@ -53,7 +51,14 @@ from rdm_rl.trainers.reward_settings import (
 )
 from rdm_rl.trainers.setup import check_models, load_networks
 from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
-from rdm_rl.weighting import RunningMean, Weighting, batch_moments, make_weighting, measure
+from rdm_rl.weighting import (
+    DirectionStatistics,
+    RunningMean,
+    Weighting,
+    make_weighting,
+    measure_directions,
+    measure_rewards,
+)
 
 EVALUATION_SEED = 12345
 SPREAD_DECAY = 0.95
@@ -62,12 +67,13 @@ SPREAD_DECAY = 0.95
 class RDMTrainer(TrainingLoop):
     r"""Distils a diffusion pipeline into a few-step student, guided by rewards.
 
-    One step is one policy update: the policy rolls out samples, the fake score learns them, every reward says where
-    they should move, and one recorded step of the policy is replayed and moved there. Each part is a method that a
-    subclass may override: :meth:`prompt_batches`, :meth:`generate_rollout`, :meth:`compute_fake_score_loss`,
-    :meth:`compute_rewards`, :meth:`normalize`, :meth:`compute_advantages`, :meth:`draw_steps`, :meth:`replay_step`,
-    :meth:`compute_policy_loss`, :meth:`collect_rollouts`, :meth:`collect_experiences`, :meth:`training_step`,
-    :meth:`sample_student`, :meth:`evaluate`, :meth:`log`, :meth:`save_model`, :meth:`create_optimizers`.
+    One step is one policy update: the policy rolls out samples, the fake score learns them, every reward judges them
+    and says where they should move, and one recorded step of the policy is made again and moved there. Each part is a
+    method that a subclass may override; ``docs/tutorials/your_own_trainer.md`` has a table of them:
+    :meth:`generate_rollout`, :meth:`compute_fake_score_loss`, :meth:`compute_rewards`, :meth:`compute_advantages`,
+    :meth:`compute_distribution_matching`, :meth:`compute_directions`, :meth:`compute_policy_loss`,
+    :meth:`training_step`, :meth:`evaluate`, :meth:`log`, :meth:`save_model`, and :meth:`state_dict` with
+    :meth:`load_state_dict` for state of its own.
 
     Args:
         model: The pipeline to distil: a folder, a hub name, or a loaded ``DiffusionPipeline``. It is also the teacher.
@@ -124,7 +130,7 @@ class RDMTrainer(TrainingLoop):
         if train_dataset is None:
             raise ValueError("train_dataset is missing: pass rows with a 'prompt' column.")
         self.prompts = PromptSource(train_dataset, args.seed if args.data_seed is None else args.data_seed)
-        self.rewards = as_directions(
+        self.rewards = as_training_rewards(
             rewards,
             self.reward_weights,
             list(other_columns([train_dataset[0]], 1)),
@@ -180,11 +186,11 @@ class RDMTrainer(TrainingLoop):
             device=self.device,
             global_step=self._global_step,
             last_checkpoint=lambda: self._last_checkpoint,
+            distribution_matching=self.compute_distribution_matching,
             anywhere=self.on_any_process if args.shard else bool,
         )
         for reward in self.rewards.values():
-            if isinstance(reward, BindableReward):
-                reward.bind(context)
+            reward.bind(context)
         warn_of_reward_settings(args, self.rewards, self.reward_weights, self.weighting)
         self._own_optimizers = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}
@@ -272,97 +278,46 @@ class RDMTrainer(TrainingLoop):
         Returns:
             Numbers for the log.
         """
-        rollout_number, iteration = divmod(self._global_step(), self.args.num_iterations)
+        number, iteration = divmod(self._global_step(), self.args.num_iterations)
         metrics: dict[str, float] = {}
         if iteration == 0 or not self.experiences:
-            rollouts, metrics = self.collect_rollouts(rollout_number)
-            metrics |= self.collect_experiences(rollouts, rollout_number)
+            rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(number)]
+            metrics |= self._update_fake_score_on(rollouts, number)
+            metrics |= self._make_experiences(rollouts, number)
         return metrics | self._update_policy()
 
-    def collect_rollouts(self, number: int) -> tuple[list[Rollout], dict[str, float]]:
-        """New samples, and the fake score's updates on them.
-
-        Args:
-            number: How many times this was done before; it seeds the samples.
-
-        Returns:
-            A rollout for each micro-batch, and numbers for the log.
-        """
-        rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(number)]
+    def _update_fake_score_on(self, rollouts: Sequence[Rollout], number: int) -> dict[str, float]:
+        """The fake score's updates on new samples, a rollout for each micro-batch."""
         count = self.args.fake_score_updates_per_policy_update
         metrics = self._fake_score_health(rollouts[0]) if count and self.is_logging_step() else {}
         for index in range(count):
             metrics |= self._update_fake_score(rollouts, "fake_score", number * count + index)
         self._last_rollout = rollouts[0]
-        return rollouts, metrics
+        return metrics
 
-    def collect_experiences(self, rollouts: Sequence[Rollout], number: int) -> dict[str, float]:
-        """Ask the rewards about the steps that will be replayed, and set the weights of their directions.
-
-        Args:
-            rollouts: A rollout for each micro-batch.
-            number: Their number; it seeds the choice of the steps.
-
-        Returns:
-            Numbers for the log.
-        """
+    def _make_experiences(self, rollouts: Sequence[Rollout], number: int) -> dict[str, float]:
+        """Values first, directions second: the rewards' say on the steps that will be replayed, and its weights."""
         steps = self.draw_steps(rollouts[0], number)
-        pairs = [(one, step) for one in rollouts for step in steps]
-        found = [self.compute_rewards(one, step) for one, step in pairs]
-        moments = batch_moments(found, self.sum_over_processes)
-        for name, (_, spread) in moments.items():
-            self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY)).add(spread)
+        recorded = [(rollout, step) for rollout in rollouts for step in steps]
+        judgements = [self.compute_rewards(rollout, step) for rollout, step in recorded]
+        judged = [rollout for rollout, _ in recorded]
+        statistics = measure_rewards(
+            judgements, [rollout.batch.group_ids for rollout in judged], self.sum_over_processes
+        )
+        advantages = self.compute_advantages(judged, judgements, statistics)
         self.experiences = [
-            Experience(
-                rollout=one,
-                step=step,
-                directions={
-                    name: self.normalize(name, direction, one.batch.group_ids, moments)
-                    for name, direction in own.items()
-                },
-            )
-            for (one, step), own in zip(pairs, found, strict=True)
+            Experience(rollout=rollout, step=step, directions=self.compute_directions(rollout, step, said, given))
+            for (rollout, step), said, given in zip(recorded, judgements, advantages, strict=True)
         ]
         self._is_fresh = True
-        statistics = measure(
-            [one.directions for one in self.experiences],
-            [one.rollout.batch.group_ids for one in self.experiences],
-            self.sum_over_processes,
-        )
+        directions = [experience.directions for experience in self.experiences]
+        statistics = measure_directions(statistics, directions, self.sum_over_processes)
         self.weighting.update(statistics, self._global_step())
-        return reward_metrics(statistics, self.weighting)
-
-    def normalize(
-        self,
-        name: str,
-        direction: DenseAdvantage,
-        group_ids: Tensor,
-        moments: Mapping[str, tuple[float, float]],
-    ) -> DenseAdvantage:
-        """A direction whose values are normalised as ``reward_baseline`` and ``scale_rewards`` say.
-
-        Args:
-            name: The reward.
-            direction: Its direction.
-            group_ids: Group of each sample, shape (N,).
-            moments: Mean and standard deviation of the values of all samples, for rewards that have any.
-
-        Returns:
-            The direction with its ``advantage``, shape (N,).
-        """
-        args = self.args
-        if direction.reward is None:
-            return direction
-        mean, _ = moments.get(name, (0.0, 0.0))  # It may have said nothing of any sample.
-        advantage = normalize_rewards(
-            direction.reward,
-            ~direction.reward.isnan(),
-            group_ids,
-            args.scale_rewards,
-            spread=(self.reward_spreads[name].value if name in self.reward_spreads else None) or 0.0,
-            batch_mean=mean if args.reward_baseline == "batch" else None,
+        metrics = _means(
+            {f"rewards/{name}/{key}": value for name, said in every.items() for key, value in said.metrics.items()}
+            for every in judgements
         )
-        return with_advantage(direction, advantage, args.advantage_clip)
+        return metrics | reward_metrics(statistics, self.weighting)
 
     def draw_steps(self, rollout: Rollout, number: int) -> list[int]:
         """The recorded steps that will be replayed: ``num_replayed_steps`` of those that a reward or ``beta`` acts on.
@@ -381,7 +336,7 @@ class RDMTrainer(TrainingLoop):
         """
         acting = [reward for name, reward in self.rewards.items() if self.reward_weights[name]]
         every = range(len(rollout.times))
-        likelihood = self.args.beta or any(isinstance(reward, PolicyGradientReward) for reward in acting)
+        likelihood = self.args.beta or any(reward.needs_likelihood for reward in acting)
         if likelihood and not any(rollout.is_random(step) for step in every):
             raise ValueError(
                 "A black-box reward or beta needs the likelihood of random steps, but generate_rollout() returned a "
@@ -390,7 +345,7 @@ class RDMTrainer(TrainingLoop):
         left = [
             step
             for step in every
-            if any(_acts_on(reward, step, rollout) for reward in acting) or (self.args.beta and rollout.is_random(step))
+            if any(reward.acts_on(step, rollout) for reward in acting) or (self.args.beta and rollout.is_random(step))
         ]
         left = left or [*every]
         generator = seeded_generator(self.args.seed, "replayed_step", number)
@@ -465,39 +420,107 @@ class RDMTrainer(TrainingLoop):
             step_noise=self.family.step_noise,
         )
 
-    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, DenseAdvantage]:
-        """Every reward's direction for the predictions of one recorded step.
+    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Judgement]:
+        """What every reward says of the samples at one recorded step.
 
         Args:
             rollout: The recorded chains.
             step: Index of the step that will be replayed.
 
         Returns:
-            The directions by reward name.
+            The judgements by reward name: values, and directions where these come in the same pass.
         """
-        begun = {name: reward for name, reward in self.rewards.items() if isinstance(reward, PrefetchingReward)}
-        for reward in begun.values():
-            reward.prefetch(rollout, step)
+        early = [name for name, reward in self.rewards.items() if reward.begins_early]
+        for name in early:
+            self.rewards[name].begin(rollout, step)
         # Those that have begun are waited for last, so that they work while the others do.
         draws = f"/{step}" if self.args.num_replayed_steps > 1 else ""  # Each step is re-noised by itself.
-        directions = {
-            name: self.rewards[name].direction(
+        judgements = {
+            name: self.rewards[name].judge(
                 rollout, step, generator=self.generators(f"reward/{name}{draws}", rollout.batch)
             )
-            for name in [*(name for name in self.rewards if name not in begun), *begun]
+            for name in [*(name for name in self.rewards if name not in early), *early]
         }
-        return {name: directions[name] for name in self.rewards}
+        return {name: judgements[name] for name in self.rewards}
 
-    def compute_advantages(self, directions: Mapping[str, DenseAdvantage]) -> DenseAdvantage:
-        """One direction from those of all rewards.
+    def compute_advantages(
+        self,
+        rollouts: Sequence[Rollout],
+        judgements: Sequence[Mapping[str, Judgement]],
+        statistics: DirectionStatistics,
+    ) -> list[dict[str, Tensor]]:
+        """The values of black boxes as advantages, as ``reward_baseline`` and ``scale_rewards`` say.
 
         Args:
-            directions: The directions by reward name.
+            rollouts: The rollout that each judgement is of; one stands several times if several of its steps are used.
+            judgements: What each reward says, by name.
+            statistics: Mean and spread of the values of all samples of all processes.
 
         Returns:
-            The combined direction, shape (N, C, H, W).
+            For each rollout, the advantages, shape (N,), of each reward whose direction needs them, by name.
         """
-        return self.weighting.combine(directions)
+        spreads = {}
+        for name, seen in statistics.rewards.items():
+            if seen.std is not None:
+                spread = self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY))
+                spread.add(seen.std)
+                spreads[name] = spread.value or 0.0
+        by_batch = self.args.reward_baseline == "batch"
+        return [
+            {
+                name: normalize_rewards(
+                    said.rewards,
+                    rollout.batch.group_ids,
+                    self.args.scale_rewards,
+                    spread=spreads.get(name, 0.0),  # It may have said nothing of any sample.
+                    batch_mean=(statistics.rewards[name].mean or 0.0) if by_batch else None,
+                )
+                for name, said in judged.items()
+                if said.direction is None and said.rewards is not None
+            }
+            for rollout, judged in zip(rollouts, judgements, strict=True)
+        ]
+
+    def compute_distribution_matching(
+        self, x_0: Tensor, teacher_x_0: Tensor, fake_x_0: Tensor, t: Tensor, group_ids: Tensor
+    ) -> Tensor:
+        """R_dm's direction, of what policy, teacher and fake score predict; here a scale of your own belongs.
+
+        Args:
+            x_0: The policy's predictions at the recorded step, shape (N, C, H, W).
+            teacher_x_0: The teacher's predictions at R re-noisings of them, shape (R, N, C, H, W).
+            fake_x_0: The fake score's there, the same shape.
+            t: Times of the re-noisings, shape (R, N), in (0, 1].
+            group_ids: Prompt of each sample, shape (N,), int64.
+
+        Returns:
+            The direction of each re-noising, shape (R, N, C, H, W); their mean is the reward's direction.
+        """
+        args = self.args
+        return distribution_matching(
+            x_0, teacher_x_0, fake_x_0, group_ids, args.dm_normalization, args.dm_group, args.dm_scale_floor
+        )
+
+    def compute_directions(
+        self, rollout: Rollout, step: int, judgements: Mapping[str, Judgement], advantages: Mapping[str, Tensor]
+    ) -> dict[str, Direction]:
+        """Where each reward wants the predictions of a recorded step to move.
+
+        Args:
+            rollout: The recorded chains.
+            step: Index of the step.
+            judgements: What each reward says of it, by name.
+            advantages: The advantages of those whose direction needs them, by name.
+
+        Returns:
+            The directions, shape (N, C, H, W), by name; what a direction holds depends on nothing that comes later.
+        """
+        return {
+            name: self.rewards[name].direction(rollout, step, said, advantages[name])
+            if said.direction is None
+            else said.direction
+            for name, said in judgements.items()
+        }
 
     def replay_step(self, rollout: Rollout, step: int) -> Tensor:
         """The current policy's predictions at a recorded step, with gradients.
@@ -514,59 +537,70 @@ class RDMTrainer(TrainingLoop):
             "policy", rollout.states[step], t, rollout.batch.conditioning, self.args.guidance_scale
         )
 
-    def compute_policy_loss(self, rollout: Rollout, step: int, directions: Mapping[str, DenseAdvantage]) -> LossOutput:
-        """The policy's loss: one recorded step replayed with gradients.
+    def compute_policy_loss(self, experience: Experience) -> LossOutput:
+        """The policy's loss: one recorded step made again with gradients, and moved along the combined direction.
 
         Args:
-            rollout: The recorded chains.
-            step: Index of the step.
-            directions: Where each reward wants its predictions to move.
+            experience: The rollout, the step, and where each reward wants its predictions to move.
 
         Returns:
-            The loss.
+            The loss. Of its metrics, those whose name has no slash are logged as ``policy/<name>``.
 
         Raises:
             RuntimeError: If the policy has not been updated since the rollout, but disagrees with it.
         """
+        rollout, step = experience.rollout, experience.step
         x_0 = self.replay_step(rollout, step)
-        current, metrics = self._at_prediction(directions, x_0.detach())
-        output = policy_loss(x_0, self.compute_advantages(current))
-        metrics |= output.metrics
+        current, metrics = self._at_prediction(experience.directions, x_0.detach())
+        output = policy_loss(x_0, self.weighting.combine(current))
         if self.reference is None or not rollout.is_random(step):
             return LossOutput(loss=output.loss, metrics=metrics)
         with self.reference.applied(), torch.no_grad():
             reference_x_0 = self.replay_step(rollout, step)
         level = self.args.importance_sampling_level
         divergence = kl_divergence(x_0, reference_x_0, rollout.transitions[step], level).mean()
-        metrics["kl"] = divergence.item()
+        metrics |= {"loss": output.loss.item(), "kl": divergence.item()}
         return LossOutput(loss=output.loss + self.args.beta * divergence, metrics=metrics)
 
     def _at_prediction(
-        self, directions: Mapping[str, DenseAdvantage], x_0: Tensor
-    ) -> tuple[dict[str, DenseAdvantage], dict[str, float]]:
+        self, directions: Mapping[str, Direction], x_0: Tensor
+    ) -> tuple[dict[str, Direction], dict[str, float]]:
         """The directions at the current prediction, and what the log says of their likelihood ratios."""
         current, metrics = dict(directions), dict[str, float]()
-        for name, one in directions.items():
-            if one.replay is not None:
-                replayed = one.replay.at(x_0)
+        for name, direction in directions.items():
+            if direction.recorded is not None:
+                reweighted = direction.recorded.at(x_0)
                 if self._is_fresh:
                     exact = not (self.args.bf16 or self.args.fp16)
-                    check_unmoved(name, replayed.log_ratio, self.args.importance_sampling_level, exact=exact)
-                current[name] = replace(one, values=replayed.values)
-                metrics |= _prefixed(name, replay_metrics(replayed))
+                    check_unmoved(name, reweighted.log_ratio, self.args.importance_sampling_level, exact=exact)
+                current[name] = replace(direction, values=reweighted.values)
+                metrics |= {f"rewards/{name}/{key}": value for key, value in ratio_metrics(reweighted).items()}
         return current, metrics
 
-    def compute_fake_score_loss(self, rollout: Rollout, stream: str, update: int) -> LossOutput:
-        """The fake score's denoising loss on the policy's predictions, of a randomly drawn step for each sample.
+    def compute_fake_score_loss(self, x_0: Tensor, conditioning: Conditioning, t: Tensor, noise: Tensor) -> LossOutput:
+        """The fake score's denoising loss on the policy's predictions.
 
         Args:
-            rollout: The recorded chains.
-            stream: Name of the randomness, so that phases do not share numbers.
-            update: Number of the fake-score update, which seeds it.
+            x_0: Predictions of the policy, of a randomly drawn step for each sample, shape (N, C, H, W).
+            conditioning: Their prompts, N rows.
+            t: Times to re-noise them to, shape (N,), in (0, 1].
+            noise: Standard normal noise, shape (N, C, H, W).
 
         Returns:
-            The loss.
+            The loss. Of its metrics, those whose name has no slash are logged as ``fake_score/<name>``.
         """
+        return fake_score_loss(
+            self.networks.predictor("fake_score"),
+            x_0,
+            conditioning,
+            t,
+            noise,
+            self.family.schedule,
+            self.networks.family_of("fake_score").prediction_type,
+        )
+
+    def _fake_score_loss(self, rollout: Rollout, stream: str, update: int) -> LossOutput:
+        """The loss on a rollout: the steps, times and noise are drawn here, from a stream for each phase."""
         generator = self.generators(stream, rollout.batch, update)
         count, steps = len(rollout.batch.prompts), len(rollout.times)
         drawn = torch.cat([torch.randint(steps, (1,), generator=one) for one in generator])
@@ -578,15 +612,8 @@ class RDMTrainer(TrainingLoop):
             progress=anneal_progress(self._global_step(), self.args.renoise_anneal_steps),
         )
         x_0 = rollout.x_0[drawn.to(self.device), torch.arange(count, device=self.device)]
-        return fake_score_loss(
-            self.networks.predictor("fake_score"),
-            x_0,
-            rollout.batch.conditioning,
-            t.to(self.device),
-            normal(x_0.shape, generator, self.device),
-            self.family.schedule,
-            self.networks.family_of("fake_score").prediction_type,
-        )
+        noise = normal(x_0.shape, generator, self.device)
+        return self.compute_fake_score_loss(x_0, rollout.batch.conditioning, t.to(self.device), noise)
 
     def generators(self, stream: str, batch: PromptBatch, update: int | None = None) -> list[torch.Generator]:
         """One generator for each sample of a batch, a function of seed, stream, update and sample."""
@@ -594,36 +621,27 @@ class RDMTrainer(TrainingLoop):
         return seeded_generators(self.args.seed, f"{batch.stream}/{stream}", number, batch.sample_ids)
 
     def _update_fake_score(self, rollouts: Sequence[Rollout], stream: str, update: int) -> dict[str, float]:
-        optimizer, losses = self.optimizers["fake_score"], []
-        for one in rollouts:
-            output = self.compute_fake_score_loss(one, stream, update)
-            optimizer.backward(output.loss, 1 / len(rollouts))
-            losses.append(output.metrics["loss"])
-        rate = optimizer.learning_rate  # That of this update: the step below sets the next one's.
-        return {
-            "fake_score/loss": sum(losses) / len(losses),
-            "fake_score/grad_norm": optimizer.step(),
-            "fake_score/learning_rate": rate,
-        }
+        losses = (self._fake_score_loss(rollout, stream, update) for rollout in rollouts)
+        return self._update("fake_score", losses, len(rollouts))
 
     def _update_policy(self) -> dict[str, float]:
         self.networks.release_teacher()
-        optimizer, numbers = self.optimizers["policy"], defaultdict[str, list[float]](list)
-        for one in self.experiences:
-            output = self.compute_policy_loss(one.rollout, one.step, one.directions)
-            optimizer.backward(output.loss, 1 / len(self.experiences))
-            seen = _prefixed("policy", output.metrics)
-            for name, direction in one.directions.items():
-                seen |= _prefixed(name, direction.metrics)
-            for name, value in seen.items():
-                numbers[name].append(value)
+        losses = (self.compute_policy_loss(experience) for experience in self.experiences)
+        metrics = self._update("policy", losses, len(self.experiences))
         self._is_fresh = False
-        rate = optimizer.learning_rate  # That of this update: the step below sets the next one's.
-        means = {name: sum(values) / len(values) for name, values in numbers.items()}
-        means |= {"policy/learning_rate": rate, "policy/grad_norm": optimizer.step()}
         if self.average is not None:
             self.average.step()
-        return means
+        return metrics
+
+    def _update(self, role: Role, outputs: Iterable[LossOutput], count: int) -> dict[str, float]:
+        """One update of a role with the mean of so many losses, each freed before the next is computed."""
+        optimizer, numbers = self.optimizers[role], []
+        for output in outputs:
+            optimizer.backward(output.loss, 1 / count)
+            seen = {"loss": output.loss.item(), **output.metrics}
+            numbers.append({key if "/" in key else f"{role}/{key}": value for key, value in seen.items()})
+        rate = optimizer.learning_rate  # That of this update: the step below sets the next one's.
+        return {**_means(numbers), f"{role}/grad_norm": optimizer.step(), f"{role}/learning_rate": rate}
 
     @torch.no_grad()
     def _fake_score_health(self, fresh: Rollout) -> dict[str, float]:
@@ -634,10 +652,10 @@ class RDMTrainer(TrainingLoop):
         of other prompts would differ by chance far more than by that.
         """
         update = self._global_step()
-        metrics = {"fake_score/fresh_loss": self.compute_fake_score_loss(fresh, "health", update).metrics["loss"]}
+        metrics = {"fake_score/fresh_loss": self._fake_score_loss(fresh, "health", update).loss.item()}
         if self._last_rollout is not None:
             again, seen = self.generate_rollout(self._last_rollout.batch), self._last_rollout
-            now, before = (self.compute_fake_score_loss(one, "health", update).metrics["loss"] for one in (again, seen))
+            now, before = (self._fake_score_loss(one, "health", update).loss.item() for one in (again, seen))
             metrics["fake_score/lag"] = now - before
         return metrics
 
@@ -855,6 +873,17 @@ class RDMTrainer(TrainingLoop):
             **({"weighting": type(self.weighting).__name__} if len(self.rewards) > 1 else {}),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """State of a subclass's own, for a checkpoint: plain numbers, strings, lists, dicts and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state of a subclass back, on every process.
+
+        Args:
+            state: What :meth:`state_dict` gave on the first process.
+        """
+
     def save_checkpoint(self) -> Path:
         """Write ``checkpoint-<step>`` and delete the oldest ones over ``save_total_limit``.
 
@@ -874,6 +903,7 @@ class RDMTrainer(TrainingLoop):
             "weighting": self.weighting.state_dict(),
             "reward_spreads": {name: one.state() for name, one in self.reward_spreads.items()},
             "ema_updates": 0 if self.average is None else self.average.updates,
+            "own": self.state_dict(),
         }
         writes = self.accelerator.is_main_process
         tensors, state = gather((tensors, state), keep=writes)  # Sharded weights take all processes to put together.
@@ -900,8 +930,9 @@ class RDMTrainer(TrainingLoop):
         if self.reference is not None:
             self.reference.load(tensors["reference"], 0)
         self.weighting.load_state_dict(state["weighting"])
+        self.load_state_dict(state["own"])
         self.reward_spreads = {}
-        for name, spread in state.get("reward_spreads", {}).items():
+        for name, spread in state["reward_spreads"].items():
             self.reward_spreads[name] = RunningMean(decay=SPREAD_DECAY)
             self.reward_spreads[name].load(spread)
         self._last_checkpoint = folder
@@ -912,10 +943,10 @@ class RDMTrainer(TrainingLoop):
             self._last_rollout = Rollout(batch=batch, times=self.times, states=samples["states"], x_0=samples["x_0"])
 
 
-def _acts_on(reward: Any, step: int, rollout: Rollout) -> bool:
-    """Whether a reward has a direction on a step; one that does not say has one everywhere."""
-    return not hasattr(reward, "acts_on") or reward.acts_on(step, rollout)
-
-
-def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{key}": value for key, value in metrics.items()}
+def _means(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number over those entries that have it."""
+    values = defaultdict[str, list[float]](list)
+    for entry in numbers:
+        for name, value in entry.items():
+            values[name].append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}

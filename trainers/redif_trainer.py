@@ -10,7 +10,7 @@ import torch
 from rdm_rl.policy import SamplerName
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.records import PromptBatch
-from rdm_rl.rewards.kinds import PlainRewardAdapter
+from rdm_rl.rewards.kinds import AskedReward
 from rdm_rl.rewards.registry import RewardSpec, find_reward
 from rdm_rl.trainers.rdm_config import RDMConfig, method_settings
 from rdm_rl.trainers.rdm_trainer import EVALUATION_SEED, RDMTrainer
@@ -205,7 +205,7 @@ class ReDiFTrainer(RDMTrainer):
         chains = self.sample_student(batch, generator=seeded_generators(EVALUATION_SEED, "evaluation", 0, range(count)))
         numbers = {}
         for name, reward in self.rewards.items():
-            if isinstance(reward, PlainRewardAdapter) and reward.wants_teacher_images:
+            if isinstance(reward, AskedReward) and reward.wants_teacher_images:
                 values = reward.start(chains, -1, gradient=False)().values
                 if not bool(values.isnan().all()):
                     numbers[f"alignment/{name}"] = values.nanmean().item()

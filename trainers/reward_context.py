@@ -23,6 +23,7 @@ def make_reward_context(
     device: torch.device,
     global_step: Callable[[], int],
     last_checkpoint: Callable[[], Path | None],
+    distribution_matching: Callable[..., Tensor],
     anywhere: Callable[[bool], bool] = bool,
 ) -> RewardContext:
     """The record that a trainer gives to its rewards.
@@ -35,6 +36,7 @@ def make_reward_context(
         device: Where decoders run.
         global_step: Gives the number of policy updates made so far.
         last_checkpoint: Gives the folder of the last checkpoint, or None.
+        distribution_matching: Makes R_dm's direction.
         anywhere: Whether a condition holds on any process, if all must run the teacher together.
 
     Returns:
@@ -63,6 +65,7 @@ def make_reward_context(
             anywhere,
         ),
         last_checkpoint=last_checkpoint,
+        distribution_matching=distribution_matching,
     )
 
 

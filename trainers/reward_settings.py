@@ -3,9 +3,8 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
 
-from rdm_rl.rewards.kinds import PlainRewardAdapter, PolicyGradientReward
+from rdm_rl.rewards.kinds import TrainingReward
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.weighting import AdaptiveWeighting, Weighting
 
@@ -45,17 +44,17 @@ def check_weighting_settings(args: RDMConfig, names: Sequence[str], weighting: W
         )
 
 
-def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Any]) -> None:
+def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]) -> None:
     """Refuse black-box rewards that could not act, and settings of theirs that nothing would act on.
 
     Args:
         args: The settings.
-        rewards: The rewards, as directions, by name.
+        rewards: The rewards by name.
 
     Raises:
         ValueError: If something cannot work.
     """
-    boxes = [name for name, reward in rewards.items() if isinstance(reward, PolicyGradientReward)]
+    boxes = [name for name, reward in rewards.items() if reward.needs_likelihood]
     if boxes and not args.has_random_steps:
         raise ValueError(
             f"The reward {boxes[0]!r} is a black box: it acts through the likelihood of the policy's random steps. But "
@@ -80,14 +79,14 @@ def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Any]) 
             f"importance_weight_clip={args.importance_weight_clip} is set, which weights the direction of 'rdm' on a "
             "rollout that is used again, but 'rdm' is not in reward_funcs. Leave it out."
         )
-    own = [one for one in rewards.values() if not isinstance(one, PlainRewardAdapter)]  # rdm, or the user's.
-    ratios = boxes or (args.num_iterations > 1 and own) or args.beta
+    directed = any(reward.needs_fake_score for reward in rewards.values())  # rdm, or the user's.
+    ratios = boxes or (args.num_iterations > 1 and directed) or args.beta
     if _changed(args, ["importance_sampling_level"]) and not ratios:
         raise ValueError(
             f"importance_sampling_level={args.importance_sampling_level!r} is set, but this run uses no likelihood: no "
             "black-box reward acts, num_iterations=1 and beta=0. Leave it out."
         )
-    wanting = any(reward.wants_teacher_images for reward in rewards.values() if isinstance(reward, PlainRewardAdapter))
+    wanting = any(reward.wants_teacher_images for reward in rewards.values())
     if _changed(args, ["teacher_cache_gib"]) and args.teacher_cache_dir is None:
         raise ValueError(
             f"teacher_cache_gib={args.teacher_cache_gib} is set, but no images are kept: set teacher_cache_dir, too."
@@ -106,19 +105,19 @@ def _changed(args: RDMConfig, names: Sequence[str]) -> list[str]:
 
 
 def warn_of_reward_settings(
-    args: RDMConfig, rewards: Mapping[str, Any], weights: Mapping[str, float], weighting: Weighting
+    args: RDMConfig, rewards: Mapping[str, TrainingReward], weights: Mapping[str, float], weighting: Weighting
 ) -> None:
     """Point out what will run, but hardly as meant.
 
     Args:
         args: The settings.
-        rewards: The rewards, as directions, by name.
+        rewards: The rewards by name.
         weights: Their weights.
         weighting: What combines them.
     """
-    all_plain = all(isinstance(reward, PlainRewardAdapter) for reward in rewards.values())
+    unused = not any(reward.needs_fake_score for reward in rewards.values())
     pushing = [name for name, weight in weights.items() if weight and name != "rdm"]
-    if all_plain and args.fake_score_updates_per_policy_update:
+    if unused and args.fake_score_updates_per_policy_update:
         logger.warning(
             "No reward uses the fake score, and yet it is trained: set fake_score_updates_per_policy_update=0 and "
             "fake_score_warmup_steps=0, as RDMConfig.from_method('refl') does, or put 'rdm' into reward_funcs."

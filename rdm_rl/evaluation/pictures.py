@@ -234,7 +234,7 @@ PANELS = (
     ),
     Panel(
         title="Gap between teacher and fake score",
-        metrics={"rdm/gap": "gap"},
+        metrics={"rewards/rdm/gap": "gap"},
         reading="How differently the teacher and the fake score would denoise the student's images, relative to the "
         "error of the teacher's own guess. It falls while the student approaches the teacher and levels off above "
         "zero, because both networks err. A gap that climbs again means that the student drifts.",
@@ -248,7 +248,7 @@ PANELS = (
     ),
     Panel(
         title="Size of the advantage",
-        metrics={"rewards/rdm/advantage_rms": "root mean square"},
+        metrics={"rewards/rdm/direction_rms": "root mean square"},
         reading="How far distribution matching wants to move the student's images in one update, after normalisation. "
         "Steady or slowly falling is healthy. Growth is the first sign of a fake score that lags behind.",
     ),
@@ -326,7 +326,7 @@ def as_runs(histories: Mapping[str, History] | History) -> Mapping[str, History]
         The histories by name.
 
     Example:
-        >>> list(as_runs([{"step": 1, "rdm/gap": 0.5}]))
+        >>> list(as_runs([{"step": 1, "rewards/rdm/gap": 0.5}]))
         ['run']
     """
     return histories if isinstance(histories, Mapping) else {"run": histories}
@@ -382,7 +382,7 @@ def present_panels(histories: Mapping[str, History] | History) -> list[Panel]:
         The panels, those of the first look first.
 
     Example:
-        >>> [panel.title for panel in present_panels([{"step": 1, "rdm/gap": 0.5, "rewards/hps/mean": 0.2}])]
+        >>> [panel.title for panel in present_panels([{"step": 1, "rewards/rdm/gap": 0.5, "rewards/hps/mean": 0.2}])]
         ['Gap between teacher and fake score', 'Other rewards']
     """
     logged = {key for history in as_runs(histories).values() for one in history for key in one}
@@ -475,7 +475,7 @@ def curves_figure(
         ValueError: If there is no panel.
 
     Example:
-        >>> log = [{"step": step, "rdm/gap": 1 / step} for step in range(1, 5)]
+        >>> log = [{"step": step, "rewards/rdm/gap": 1 / step} for step in range(1, 5)]
         >>> len(curves_figure(present_panels(log), log).axes)
         1
     """
@@ -503,7 +503,7 @@ def training_curves(histories: Mapping[str, History] | History, path: Path | str
 
     Example:
         >>> from tempfile import mkdtemp
-        >>> training_curves([{"step": 1, "rdm/gap": 0.5}], Path(mkdtemp()) / "curves.png").name
+        >>> training_curves([{"step": 1, "rewards/rdm/gap": 0.5}], Path(mkdtemp()) / "curves.png").name
         'curves.png'
     """
     panels = present_panels(histories)
