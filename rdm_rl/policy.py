@@ -329,31 +329,6 @@ def over_dimensions(values: Tensor, level: Level) -> Tensor:
     raise ValueError(f"importance_sampling_level={level!r} is unknown; use 'dimension' or 'sample'.")
 
 
-def log_probability(
-    action: Tensor, x_0: Tensor, transition: Transition, state: Tensor | None = None, level: Level = "sample"
-) -> Tensor:
-    r"""The log-likelihood of a recorded step, :math:`\log \pi_\theta(x' \mid x)`.
-
-    Args:
-        action: The state that was reached, x', shape (..., N, C, H, W).
-        x_0: The policy's prediction, the same shape.
-        transition: How the step is made; its std is positive.
-        state: The state it started from, the same shape; None where b = 0.
-        level: Summed over the dimensions, or their mean.
-
-    Returns:
-        The log-likelihood, shape (..., N).
-
-    Example:
-        >>> step = Transition(x_0_scale=torch.tensor(1.0), state_scale=torch.tensor(0.0), std=torch.tensor(1.0))
-        >>> round(log_probability(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), step).item(), 4)
-        -0.9189
-    """
-    std = append_dims(transition.std, action)
-    values = -0.5 * ((action - transition.mean(x_0, state)) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-    return over_dimensions(values, level)
-
-
 def log_ratio(
     action: Tensor,
     x_0: Tensor,

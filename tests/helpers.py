@@ -154,7 +154,7 @@ class StepAway:
         return Direction(
             values=torch.full_like(x_0, self.amount),
             applicable=torch.ones(len(x_0), dtype=torch.bool),
-            reward=x_0.flatten(1).mean(1),
+            rewards=x_0.flatten(1).mean(1),
         )
 
 

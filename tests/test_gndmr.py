@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.advantages import normalize_rewards
-from rdm_rl.records import Direction, Rollout
+from rdm_rl.rdm import normalize_rewards
+from rdm_rl.records import Direction, Experience, LossOutput, Rollout
 from rdm_rl.rewards.protocol import RewardContext
 from rdm_rl.trainers.checkpointing import read_checkpoint
 from rdm_rl.trainers.rdm_config import method_settings
@@ -42,11 +42,12 @@ class Pushing(RDMTrainer):
         self.lambdas: list[dict[str, float]] = []
         super().__init__(*arguments, **named)
 
-    def compute_advantages(self, directions: Mapping[str, Direction]) -> Direction:
+    def compute_policy_loss(self, experience: Experience) -> LossOutput:
+        directions = experience.directions
         self.directions.append(dict(directions))
         self.lambdas.append(dict(self.weighting.lambdas))
         self.pushes.append({name: self.lambdas[-1].get(name, 0) * one.values for name, one in directions.items()})
-        return super().compute_advantages(directions)
+        return super().compute_policy_loss(experience)
 
 
 def run(base: Path, folder: Path, reward_funcs: Any, **settings: Any) -> Any:
@@ -168,7 +169,7 @@ class MaskedByHand:
             values = self.context.decoder.decode(leaf).mean((1, 2, 3))
         (slope,) = torch.autograd.grad(values.sum(), leaf)
         slope[~even] = 100.0
-        return Direction(values=slope, applicable=even, reward=values.detach().masked_fill(~even, torch.nan))
+        return Direction(values=slope, applicable=even, rewards=values.detach().masked_fill(~even, torch.nan))
 
 
 @pytest.mark.parametrize("weighting", ["adaptive", "fixed"])
@@ -273,10 +274,9 @@ def test_a_reward_that_opposes_is_projected(base: Path, tmp_path: Path) -> None:
     combined: dict[str, Tensor] = {}
 
     class Watching(RDMTrainer):
-        def compute_advantages(self, directions: Mapping[str, Direction]) -> Direction:
-            made = super().compute_advantages(directions)
-            combined[self.args.reward_conflict] = made.values
-            return made
+        def compute_policy_loss(self, experience: Experience) -> LossOutput:
+            combined[self.args.reward_conflict] = self.weighting.combine(experience.directions).values
+            return super().compute_policy_loss(experience)
 
     for conflict in ("keep", "project"):
         settings = {**QUICK, "max_steps": 1, "reward_weighting": "fixed", "reward_weights": [1.0, 0.5]}
@@ -403,7 +403,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(weighting: str, base: Path, tmp_
     assert whole.reward_spreads == second.reward_spreads
     for one, two in zip(whole.directions[3:], second.directions, strict=True):
         for name in one:
-            assert same(one[name].advantage, two[name].advantage) or one[name].advantage.isnan().any()
+            assert same(one[name].values, two[name].values)
     saved = [read_checkpoint(tmp_path / folder / "checkpoint-6") for folder in ("whole", "cut")]
     assert same(*saved)
 
@@ -434,15 +434,26 @@ def test_micro_batches_are_one_batch(base: Path, tmp_path: Path) -> None:
 
 
 def test_advantages_follow_scale_rewards(base: Path, tmp_path: Path) -> None:
+    box = declare(lambda images, prompts: images.mean((1, 2, 3)).tolist(), __name__="box")
     for scale in ("group", "batch", "none"):
-        trainer = run(base, tmp_path, ["rdm", brightness()], scale_rewards=scale, max_steps=2)
-        one, spreads = trainer.directions[-1]["brightness"], trainer.state.log_history
-        spread = (0.95 * spreads[0]["rewards/brightness/std"] + spreads[1]["rewards/brightness/std"]) / 1.95
-        groups = torch.tensor([0, 0, 1, 1])
-        expected = normalize_rewards(one.reward, one.applicable, groups, scale, spread=spread)
-        torch.testing.assert_close(one.advantage, expected, rtol=1e-5, atol=1e-6)
-        assert one.advantage.abs().sum() > 0
-        torch.testing.assert_close(one.advantage.view(2, 2).mean(1), torch.zeros(2), rtol=0, atol=1e-4)
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        class Watching(RDMTrainer):
+            def compute_advantages(self, rollouts: Any, judgements: Any, statistics: Any, seen: Any = seen) -> Any:
+                made = super().compute_advantages(rollouts, judgements, statistics)
+                seen.append((judgements[0]["box"].rewards, made[0]["box"]))
+                return made
+
+        settings = {**QUICK, "num_inference_steps": 2, "num_replayed_steps": 2, "max_steps": 2, "scale_rewards": scale}
+        trainer = quick_trainer(base, tmp_path, ["rdm", box], kind=Watching, **settings)
+        trainer.train()
+        rows = trainer.state.log_history
+        spread = (0.95 * rows[0]["rewards/box/std"] + rows[1]["rewards/box/std"]) / 1.95
+        rewards, advantages = seen[-1]
+        expected = normalize_rewards(rewards, torch.tensor([0, 0, 1, 1]), scale, spread=spread)
+        torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
+        assert advantages.abs().sum() > 0
+        torch.testing.assert_close(advantages.view(2, 2).mean(1), torch.zeros(2), rtol=0, atol=1e-4)
 
 
 # ----- methods -----

@@ -47,7 +47,7 @@ def black_box(scale: float = 1.0, shift: float = 0.0, name: str = "box", **decla
 
 def collected(trainer: RDMTrainer, number: int = 0) -> list[Any]:
     """The experiences of one rollout."""
-    trainer.collect_experiences([trainer.generate_rollout(one) for one in trainer.prompt_batches(number)], number)
+    trainer._make_experiences([trainer.generate_rollout(one) for one in trainer.prompt_batches(number)], number)
     return trainer.experiences
 
 
@@ -79,7 +79,7 @@ def test_the_ratio_on_unchanged_weights_is_exactly_1(lora: bool, settings: dict,
     assert sorted(one.step for one in experiences) == list(range(steps - 1)), "all random steps"
     for one in experiences:
         x_0 = trainer.replay_step(one.rollout, one.step).detach()
-        seen = one.directions["box"].replay.at(x_0)
+        seen = one.directions["box"].recorded.at(x_0)
         assert torch.equal(seen.log_ratio, torch.zeros(1, 4))
         assert torch.equal(seen.values, one.directions["box"].values)
         assert seen.values.abs().max() > 0
@@ -94,15 +94,15 @@ def test_flow_models_have_a_ratio_too(sampler: str, eta: float | None, base: Pat
     experiences = collected(trainer)
     assert [one.step for one in experiences] in ([0, 1], [1, 0])
     for one in experiences:
-        replay = one.directions["box"].replay
-        seen = replay.at(trainer.replay_step(one.rollout, one.step).detach())
+        signal = one.directions["box"].recorded
+        seen = signal.at(trainer.replay_step(one.rollout, one.step).detach())
         assert torch.equal(seen.log_ratio, torch.zeros(1, 4))
         assert one.directions["box"].values.abs().max() > 0
         # The direction is the score of the drawn step, whatever the sampler.
         step, states = one.rollout.transitions[one.step], one.rollout.states
         error = states[one.step + 1] - step.mean(one.rollout.x_0[one.step], states[one.step])
         score = step.x_0_scale * error / step.std.square()
-        expected = one.directions["box"].advantage[:, None, None, None] * score
+        expected = one.directions["box"].recorded.advantages[:, None, None, None] * score
         torch.testing.assert_close(one.directions["box"].values, expected)
 
 
@@ -125,8 +125,8 @@ class ReplayWithout(RDMTrainer):
 
 
 class MovedBetween(RDMTrainer):
-    def collect_experiences(self, rollouts: Any, number: int) -> dict[str, float]:
-        made = super().collect_experiences(rollouts, number)
+    def compute_directions(self, *arguments: Any) -> dict[str, Direction]:
+        made = super().compute_directions(*arguments)
         randomize(self.networks, scale=0.1)
         return made
 
@@ -202,14 +202,14 @@ def test_prompts_never_mix(
             rows = (one.group_ids == group).nonzero().flatten().tolist()
             assert len({one.prompts[row] for row in rows}) == 1, "a group is one prompt"
             assert rows == list(range(rows[0], rows[0] + generations)), "neighbours"
-    before = torch.cat([one.directions["box"].advantage for one in experiences]).view(-1, generations)
+    before = torch.cat([one.directions["box"].recorded.advantages for one in experiences]).view(-1, generations)
     torch.testing.assert_close(before.sum(1), torch.zeros(len(before)), rtol=0, atol=1e-5)
     assert before.abs().amax(1).min() > 0
 
     first = batches[0].prompts[0]
     raise_digit[first] = 10.0
     trainer.reward_spreads.clear()
-    after = torch.cat([one.directions["box"].advantage for one in collected(trainer)]).view(-1, generations)
+    after = torch.cat([one.directions["box"].recorded.advantages for one in collected(trainer)]).view(-1, generations)
     texts = [text for one in batches for text in one.prompts][::generations]
     others = [row for row, text in enumerate(texts) if text != first]
     torch.testing.assert_close(after.sum(1), torch.zeros(len(after)), rtol=0, atol=1e-5)
@@ -244,8 +244,9 @@ def test_the_baseline_of_the_batch_does_not_depend_on_how_it_is_cut(
             },
         )
         experiences = collected(trainer)
-        advantage = torch.cat([one.directions["box"].advantage for one in experiences])
-        rewards = torch.cat([one.directions["box"].reward for one in experiences]).double()
+        advantage = torch.cat([one.directions["box"].recorded.advantages for one in experiences])
+        rewards = torch.cat([trainer.compute_rewards(one.rollout, one.step)["box"].rewards for one in experiences])
+        rewards = rewards.double()
         expected = rewards - rewards.mean()
         if scale_rewards == "batch":
             expected /= rewards.std(correction=0)
@@ -258,7 +259,7 @@ def test_the_baseline_of_the_batch_does_not_depend_on_how_it_is_cut(
 def test_one_generation_acts_against_the_batch(base: Path, tmp_path: Path) -> None:
     settings = {"num_generations": 1, "reward_baseline": "batch", "scale_rewards": "batch"}
     (one,) = collected(quick_trainer(base, tmp_path, [black_box()], **{**PPO, **settings}))
-    assert one.directions["box"].advantage.sum().abs() < 1e-5
+    assert one.directions["box"].recorded.advantages.sum().abs() < 1e-5
     assert one.directions["box"].values.abs().amax((1, 2, 3)).min() > 0
 
 
@@ -409,12 +410,15 @@ def test_silence_about_a_third_of_the_samples(base: Path, tmp_path: Path) -> Non
     direction = one.directions["box"]
     silent = torch.arange(12) % 3 == 2
     assert torch.equal(direction.applicable, ~silent)
-    assert torch.equal(direction.reward.isnan(), silent)
-    assert direction.advantage[silent].abs().max() == 0
+    rewards = trainer.compute_rewards(one.rollout, one.step)["box"].rewards
+    assert torch.equal(rewards.isnan(), silent)
+    assert direction.recorded.advantages[silent].abs().max() == 0
     assert direction.values[silent].abs().max() == 0
-    values = direction.reward.view(2, 6)[:, [0, 1, 3, 4]]
+    values = rewards.view(2, 6)[:, [0, 1, 3, 4]]
     expected = (values - values.mean(1, keepdim=True)) / values.std(1, correction=0, keepdim=True)
-    torch.testing.assert_close(direction.advantage.view(2, 6)[:, [0, 1, 3, 4]], expected, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(
+        direction.recorded.advantages.view(2, 6)[:, [0, 1, 3, 4]], expected, rtol=2e-3, atol=1e-3
+    )
     trainer = quick_trainer(base, tmp_path, [declare(reward, __name__="box")], **{**PPO, **settings})
     trainer.train()
     assert trainer.state.log_history[0]["rewards/box/applicable"] == pytest.approx(2 / 3)
@@ -519,11 +523,11 @@ def test_beta_pulls_back_to_the_start(level: str, base: Path, tmp_path: Path) ->
     def gradients(loss: Tensor) -> list[Tensor]:
         return [value.clone() for value in torch.autograd.grad(loss, parameters, allow_unused=False)]
 
-    with_beta = trainer.compute_policy_loss(one.rollout, one.step, one.directions)
+    with_beta = trainer.compute_policy_loss(one)
     assert same(moved, {name: value.clone() for name, value in trainer.networks.state_dict("policy").items()})
     got = gradients(with_beta.loss)
     reference, trainer.reference = trainer.reference, None
-    without = gradients(trainer.compute_policy_loss(one.rollout, one.step, one.directions).loss)
+    without = gradients(trainer.compute_policy_loss(one).loss)
     trainer.reference = reference
 
     trainer.networks.load_state_dict("policy", start)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from torch import Tensor
 from transformers import TrainerCallback
 
 from rdm_rl import RDMTrainer
-from rdm_rl.records import Direction, LossOutput, Rollout
+from rdm_rl.records import Direction, Experience, Judgement, LossOutput, Rollout
 from rdm_rl.rewards import register_reward
 from rdm_rl.rewards.registry import unregister_reward
 from rdm_rl.weighting import Weighting
@@ -79,10 +81,12 @@ def test_each_loss_moves_its_own_role(lora: bool, base: Path, tmp_path: Path) ->
     randomize(trainer.networks)
     trainer.create_optimizers()
     rollout = trainer.generate_rollout(next(trainer.prompt_batches(0)))
-    directions = trainer.compute_rewards(rollout, 1)
+    directions = {name: said.direction for name, said in trainer.compute_rewards(rollout, 1).items()}
+    experience = Experience(rollout=rollout, step=1, directions=directions)
+    times, noise = torch.full((4,), 0.5), latents(4, 4, 8, 8)
     losses = {
-        "policy": lambda: trainer.compute_policy_loss(rollout, 1, directions),
-        "fake_score": lambda: trainer.compute_fake_score_loss(rollout, "test", 0),
+        "policy": lambda: trainer.compute_policy_loss(experience),
+        "fake_score": lambda: trainer.compute_fake_score_loss(rollout.x_0[0], rollout.batch.conditioning, times, noise),
     }
     for role, other in (("policy", "fake_score"), ("fake_score", "policy")):
         losses[role]().loss.backward()
@@ -274,24 +278,43 @@ class Every(RDMTrainer):
         made = super().generate_rollout(batch)
         return Rollout(batch=made.batch, times=made.times, states=made.states, x_0=made.x_0 + 0.5)
 
-    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
+    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Judgement]:
         self._count("compute_rewards")
         made = super().compute_rewards(rollout, step)
-        return {**made, "own": Direction(values=made["rdm"].values * 0 + 2, applicable=made["rdm"].applicable)}
+        return {**made, "rdm": replace(made["rdm"], metrics={**made["rdm"].metrics, "own": 16.0})}
 
-    def compute_advantages(self, directions: Mapping[str, Direction]) -> Direction:
+    def compute_distribution_matching(
+        self, x_0: Tensor, teacher_x_0: Tensor, fake_x_0: Tensor, t: Tensor, group_ids: Tensor
+    ) -> Tensor:
+        self._count("compute_distribution_matching")
+        assert teacher_x_0.shape == fake_x_0.shape == (*t.shape, *x_0.shape[1:])
+        return 0 * super().compute_distribution_matching(x_0, teacher_x_0, fake_x_0, t, group_ids) + 5
+
+    def compute_advantages(self, rollouts: Any, judgements: Any, statistics: Any) -> list[dict[str, Tensor]]:
         self._count("compute_advantages")
-        return directions["own"]
+        return super().compute_advantages(rollouts, judgements, statistics)
 
-    def compute_policy_loss(self, rollout: Rollout, step: int, directions: Mapping[str, Direction]) -> LossOutput:
+    def compute_directions(self, rollout: Rollout, step: int, judgements: Any, advantages: Any) -> Any:
+        self._count("compute_directions")
+        made = super().compute_directions(rollout, step, judgements, advantages)
+        return {"rdm": replace(made["rdm"], values=made["rdm"].values - 3)}
+
+    def compute_policy_loss(self, experience: Experience) -> LossOutput:
         self._count("compute_policy_loss")
-        made = super().compute_policy_loss(rollout, step, directions)
-        return LossOutput(loss=made.loss, metrics={**made.metrics, "own": 11.0})
+        made = super().compute_policy_loss(experience)
+        return LossOutput(loss=made.loss, metrics={**made.metrics, "own": 11.0, "mine/own": 17.0})
 
-    def compute_fake_score_loss(self, rollout: Rollout, stream: str, update: int) -> LossOutput:
+    def compute_fake_score_loss(self, x_0: Tensor, conditioning: Any, t: Tensor, noise: Tensor) -> LossOutput:
         self._count("compute_fake_score_loss")
-        made = super().compute_fake_score_loss(rollout, stream, update)
-        return LossOutput(loss=0.0 * made.loss, metrics={"loss": 12.0})
+        made = super().compute_fake_score_loss(x_0, conditioning, t, noise)
+        return LossOutput(loss=0.0 * made.loss, metrics={"own": 12.0})
+
+    def state_dict(self) -> dict[str, Any]:
+        self._count("state_dict")
+        return {"called": dict(self.called)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.loaded = dict(state)
 
     def training_step(self) -> dict[str, float]:
         self._count("training_step")
@@ -320,7 +343,9 @@ def test_every_hook_is_called_and_acts(base: Path, tmp_path: Path) -> None:
         "create_optimizers": 1,
         "generate_rollout": 3,
         "compute_rewards": 2,
+        "compute_distribution_matching": 2,
         "compute_advantages": 2,
+        "compute_directions": 2,
         "compute_policy_loss": 2,
         # Two updates of two each, and the health of the fake score: on fresh samples, and from step 2 on the last
         # rollout too, as it was and repeated (the third rollout above).
@@ -335,11 +360,20 @@ def test_every_hook_is_called_and_acts(base: Path, tmp_path: Path) -> None:
     for row in rows:
         # The direction is 2 everywhere: not rdm's, and half its mean square is 2.
         assert row["policy/loss"] == pytest.approx(2.0, rel=1e-5)
-        assert (row["policy/own"], row["fake_score/loss"], row["own/number"], row["own/logged"]) == (11, 12, 13, 15)
+        assert (row["policy/own"], row["fake_score/own"], row["own/number"], row["own/logged"]) == (11, 12, 13, 15)
+        assert (row["rewards/rdm/own"], row["mine/own"], row["fake_score/loss"]) == (16, 17, 0)
     assert [row["eval/own"] for row in trainer.state.log_history if "eval/own" in row] == [14.0, 14.0]
     assert not changed(before["fake_score"], trainer.networks.state_dict("fake_score")), "its loss was zeroed"
     assert changed(before["policy"], trainer.networks.state_dict("policy"))
     assert (tmp_path / "student" / "own.txt").exists()
+
+
+def test_a_subclass_has_state_in_checkpoints(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path, kind=Every, max_steps=1, save_strategy="steps", save_steps=1, **COLD)
+    trainer.train()
+    resumed = tiny_trainer(base, tmp_path, kind=Every, max_steps=2, **COLD)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.loaded["called"]["compute_policy_loss"] == 1
 
 
 # ----- what the user may bring -----
@@ -663,9 +697,9 @@ def test_the_lag_repeats_the_last_rollout_with_the_current_policy(base: Path, tm
     asked: list[tuple[str, int, list[int], torch.Tensor, float]] = []
 
     class Watching(RDMTrainer):
-        def compute_fake_score_loss(self, rollout: Rollout, stream: str, update: int) -> LossOutput:
-            made = super().compute_fake_score_loss(rollout, stream, update)
-            asked.append((stream, update, list(rollout.batch.sample_ids), rollout.x_0, made.metrics["loss"]))
+        def _fake_score_loss(self, rollout: Rollout, stream: str, update: int) -> LossOutput:
+            made = super()._fake_score_loss(rollout, stream, update)
+            asked.append((stream, update, list(rollout.batch.sample_ids), rollout.x_0, made.loss.item()))
             return made
 
     trainer = tiny_trainer(base, tmp_path, kind=Watching, max_steps=2, **COLD)

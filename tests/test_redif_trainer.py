@@ -277,11 +277,11 @@ def test_the_control_follows_the_gradient_of_the_same_reward(base: Path, tmp_pat
     spy = declare(Spy(), differentiable=True)
     trainer = redif_trainer(base, tmp_path, spy, reward_gradient="pathwise")
     rollout = one_rollout(trainer)
-    (direction,) = trainer.compute_rewards(rollout, 1).values()
+    (judgement,) = trainer.compute_rewards(rollout, 1).values()
     x_0 = rollout.x_0[1].clone().requires_grad_(True)
     rewards = TeacherMSE()(trainer.family.decode(x_0), rollout.batch.prompts, spy.seen[-1][1])
     (expected,) = torch.autograd.grad(rewards.sum(), x_0)
-    torch.testing.assert_close(direction.values, expected)
+    torch.testing.assert_close(judgement.direction.values, expected)
     assert expected.abs().max() > 0
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rdm_rl import RDMTrainer
-from rdm_rl.ratio import RecordedPolicyGradient, RecordedDistributionMatching
+from rdm_rl.ratio import RecordedDistributionMatching, RecordedPolicyGradient
 from rdm_rl.rdm import policy_loss
 from rdm_rl.trainers.checkpointing import read_checkpoint
-from rdm_rl.weighting import measure
+from rdm_rl.weighting import measure_directions, measure_rewards
 from tests.helpers import (
     QUICK,
     WITHOUT_RDM,
@@ -76,12 +76,16 @@ class Plain(RDMTrainer):
     """An update as it was before rollouts could be used again, from the hooks alone."""
 
     def training_step(self) -> dict[str, float]:
-        rollouts, metrics = self.collect_rollouts(self.state.global_step)
-        step = self.draw_steps(rollouts[0], self.state.global_step)[0]
-        found = [self.compute_rewards(one, step) for one in rollouts]
-        self.weighting.update(measure(found, [one.batch.group_ids for one in rollouts]), self.state.global_step)
+        number = self.state.global_step
+        rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(number)]
+        metrics = self._update_fake_score_on(rollouts, number)
+        step = self.draw_steps(rollouts[0], number)[0]
+        judged = [self.compute_rewards(one, step) for one in rollouts]
+        found = [{name: said.direction for name, said in one.items()} for one in judged]
+        statistics = measure_rewards(judged, [one.batch.group_ids for one in rollouts])
+        self.weighting.update(measure_directions(statistics, found), number)
         for one, directions in zip(rollouts, found, strict=True):
-            loss = policy_loss(self.replay_step(one, step), self.compute_advantages(directions)).loss
+            loss = policy_loss(self.replay_step(one, step), self.weighting.combine(directions)).loss
             metrics["policy/loss"] = metrics.get("policy/loss", 0.0) + loss.item() / len(rollouts)
             self.optimizers["policy"].backward(loss, 1 / len(rollouts))
         metrics["policy/grad_norm"] = self.optimizers["policy"].step()
@@ -121,11 +125,11 @@ def test_the_second_update_is_the_weighted_old_direction_at_the_moved_weights(
     )
     trainer.train()
     (one,) = trainer.experiences
-    old = one.directions["rdm"].replay
+    old = one.directions["rdm"].recorded
     assert isinstance(old, RecordedDistributionMatching)
     assert old.values.shape == (renoise, 8, 4, 8, 8)
     assert not trainer._is_fresh
-    output = trainer.compute_policy_loss(one.rollout, one.step, one.directions)
+    output = trainer.compute_policy_loss(one)
     got = gradients_of(trainer, output.loss)
 
     x_0 = trainer.replay_step(one.rollout, one.step)
@@ -141,7 +145,7 @@ def test_the_second_update_is_the_weighted_old_direction_at_the_moved_weights(
             logs.append(log_rho)
     logs = torch.stack(logs)
     assert logs.abs().max() > 1e-3
-    assert output.metrics["rdm/log_ratio_mean"] == pytest.approx(logs.mean().item(), rel=0.05, abs=1e-4)
+    assert output.metrics["rewards/rdm/log_ratio_mean"] == pytest.approx(logs.mean().item(), rel=0.05, abs=1e-4)
 
     def by_hand(target: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(x_0, trainer.networks.parameters("policy"), target, retain_graph=True))
@@ -164,7 +168,7 @@ def test_a_clip_of_0_leaves_the_ratio_out(base: Path, tmp_path: Path) -> None:
     trainer = quick_trainer(base, tmp_path, ["rdm"], **settings)
     trainer.train()
     (one,) = trainer.experiences
-    got = gradients_of(trainer, trainer.compute_policy_loss(one.rollout, one.step, one.directions).loss)
+    got = gradients_of(trainer, trainer.compute_policy_loss(one).loss)
     x_0 = trainer.replay_step(one.rollout, one.step)
     target = -one.directions["rdm"].values / x_0.numel()
     expected = torch.autograd.grad(x_0, trainer.networks.parameters("policy"), target)
@@ -317,9 +321,9 @@ def test_a_second_update_of_a_black_box_is_clipped(level: str, epsilon: float, b
     trainer = quick_trainer(base, tmp_path, [black_box()], **settings)
     trainer.train()
     (one,) = trainer.experiences
-    replay = one.directions["box"].replay
-    assert isinstance(replay, RecordedPolicyGradient)
-    output = trainer.compute_policy_loss(one.rollout, one.step, one.directions)
+    signal = one.directions["box"].recorded
+    assert isinstance(signal, RecordedPolicyGradient)
+    output = trainer.compute_policy_loss(one)
     got = gradients_of(trainer, output.loss)
 
     x_0, step, states = (
@@ -332,11 +336,11 @@ def test_a_second_update_of_a_black_box_is_clipped(level: str, epsilon: float, b
         for each in (one.rollout.x_0[one.step], x_0)
     ]
     log_rho = (far[0] - far[1]).mean(1) if level == "dimension" else (far[0] - far[1]).sum(1)
-    rho, advantage = log_rho.exp(), one.directions["box"].advantage
+    rho, advantage = log_rho.exp(), signal.advantages
     loss = -torch.minimum(rho * advantage, rho.clamp(1 - epsilon, 1 + epsilon) * advantage).mean()
     stopped = ((advantage > 0) & (rho > 1 + epsilon)) | ((advantage < 0) & (rho < 1 - epsilon))
     assert stopped.any()
-    assert output.metrics["box/clip_fraction"] == stopped.float().mean().item()
+    assert output.metrics["rewards/box/clip_fraction"] == stopped.float().mean().item()
     expected = gradients_of(trainer, loss)
     largest = max(one.abs().max().item() for one in expected)
     for mine, other in zip(got, expected, strict=True):

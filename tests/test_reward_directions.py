@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from rdm_rl import RDMTrainer
-from rdm_rl.records import Direction, Rollout
+from rdm_rl.records import Judgement, Rollout
 from rdm_rl.rewards.kinds import PathwiseReward, WatchedReward
 from tests.helpers import (
     CHECKPOINTING,
@@ -42,7 +42,7 @@ declare(likeness, differentiable=True)
 
 def directions(
     base: Path, folder: Path, reward: Any, step: int = 0, rollout: Rollout | None = None, **settings: Any
-) -> tuple[dict[str, Direction], Rollout, RDMTrainer]:
+) -> tuple[dict[str, Judgement], Rollout, RDMTrainer]:
     """What a trainer's rewards say of one step of its first rollout, or of another one."""
     rewards = reward if isinstance(reward, list) else [reward]
     trainer = quick_trainer(base, folder, rewards, **{**WITHOUT_RDM, **settings})
@@ -67,13 +67,15 @@ def test_the_direction_is_the_slope_of_the_reward_through_the_decoder(base: Path
         return ((images * patterns).sum((1, 2, 3)) / 10).tanh() + (images * patterns).square().mean((1, 2, 3))
 
     x_0 = rollout.sample.double()
-    torch.testing.assert_close(one.reward.double(), reward(x_0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.rewards.double(), reward(x_0), rtol=1e-4, atol=1e-5)
     for seed in range(8):
         way = latents(*x_0.shape, seed=seed).double()
         slope = (reward(x_0 + 1e-5 * way) - reward(x_0 - 1e-5 * way)) / 2e-5
-        length = one.values.flatten(1).norm(dim=1)
-        torch.testing.assert_close((one.values * way).sum((1, 2, 3)) / length, slope / length, rtol=0, atol=1e-3)
-    assert one.applicable.all()
+        length = one.direction.values.flatten(1).norm(dim=1)
+        torch.testing.assert_close(
+            (one.direction.values * way).sum((1, 2, 3)) / length, slope / length, rtol=0, atol=1e-3
+        )
+    assert one.direction.applicable.all()
     assert len(set(digits)) == 3
 
 
@@ -96,9 +98,11 @@ def test_the_cut_into_batches_does_not_matter(base: Path, tmp_path: Path) -> Non
         )
         with batches_of(trainer.family.pipeline.vae.decoder) as decoded:
             cut = trainer.compute_rewards(rollout, 0)["counting"]
-        scale = whole["likeness"].values.abs().max()
-        torch.testing.assert_close(cut.values / scale, whole["likeness"].values / scale, rtol=0, atol=1e-5)
-        torch.testing.assert_close(cut.reward, whole["likeness"].reward, rtol=1e-5, atol=1e-6)
+        scale = whole["likeness"].direction.values.abs().max()
+        torch.testing.assert_close(
+            cut.direction.values / scale, whole["likeness"].direction.values / scale, rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(cut.rewards, whole["likeness"].rewards, rtol=1e-5, atol=1e-6)
         assert max(sizes) == min(4, reward_batch_size)
         assert sum(sizes) == 4
         assert max(decoded) == min(4, decode_batch_size)
@@ -131,7 +135,9 @@ def test_checkpointing_the_decoder_changes_nothing(base: Path, tmp_path: Path) -
     vae, calls, values = [one.family.pipeline.vae for one in (trainer, frugal)], [], []
     for one in (trainer, frugal):
         calls.append(
-            count_convolutions(lambda one=one: values.append(one.compute_rewards(rollout, 0)["likeness"].values))
+            count_convolutions(
+                lambda one=one: values.append(one.compute_rewards(rollout, 0)["likeness"].direction.values)
+            )
         )
     assert calls[1] > 1.2 * calls[0], "the forward pass is repeated in the backward pass"
     torch.testing.assert_close(values[0], values[1], rtol=1e-5, atol=1e-7)
@@ -149,8 +155,8 @@ def test_a_reward_of_latents_needs_no_decoder(base: Path, tmp_path: Path) -> Non
     with batches_of(trainer.family.pipeline.vae.decoder) as decoded:
         made = trainer.compute_rewards(rollout, 0)
     assert decoded == []
-    torch.testing.assert_close(made["small"].values, -2 * rollout.sample / 256)
-    assert torch.equal(made["largest"].reward, rollout.sample.amax((1, 2, 3)))
+    torch.testing.assert_close(made["small"].direction.values, -2 * rollout.sample / 256)
+    assert torch.equal(made["largest"].rewards, rollout.sample.amax((1, 2, 3)))
 
 
 # ----- which step -----
@@ -160,22 +166,24 @@ def test_gradients_act_on_the_last_step_or_on_any(base: Path, tmp_path: Path) ->
     settings = {"num_inference_steps": 3}
     made, rollout, last = directions(base, tmp_path, likeness, step=1, **settings)
     nowhere = made["likeness"]
-    assert not nowhere.applicable.any()
-    assert nowhere.reward is None
+    assert not nowhere.direction.applicable.any()
+    assert nowhere.rewards is None
     assert nowhere.faults == 0
     somewhere, _, _ = directions(base, tmp_path, likeness, 1, rollout, pathwise_steps="any", **settings)
     one = somewhere["likeness"]
-    assert one.applicable.all()
+    assert one.direction.applicable.all()
     images = last.family.decode(rollout.x_0[1])
-    torch.testing.assert_close(one.reward, likeness(images, [], rollout.batch.columns["digit"]))
-    assert not torch.allclose(one.values, last.compute_rewards(rollout, 2)["likeness"].values, rtol=0.01)
+    torch.testing.assert_close(one.rewards, likeness(images, [], rollout.batch.columns["digit"]))
+    assert not torch.allclose(
+        one.direction.values, last.compute_rewards(rollout, 2)["likeness"].direction.values, rtol=0.01
+    )
 
 
 def test_the_log_tells_on_how_many_updates_a_gradient_acted(base: Path, tmp_path: Path) -> None:
     steps: list[int] = []
 
     class Recording(RDMTrainer):
-        def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
+        def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Judgement]:
             steps.append(step)
             return super().compute_rewards(rollout, step)
 
@@ -195,13 +203,13 @@ def test_watched_rewards_judge_the_finished_samples(base: Path, tmp_path: Path) 
     )
     assert isinstance(trainer.rewards["likeness"], PathwiseReward)
     assert isinstance(trainer.rewards["grey"], WatchedReward)
-    torch.testing.assert_close(made["grey"].reward, trainer.family.decode(rollout.sample).mean((1, 2, 3)))
-    assert not made["grey"].applicable.any()
+    torch.testing.assert_close(made["grey"].rewards, trainer.family.decode(rollout.sample).mean((1, 2, 3)))
+    assert not made["grey"].direction.applicable.any()
     # Asked about another rollout than the one it works on, it judges that one.
     other = trainer.generate_rollout(next(trainer.prompt_batches(1)))
-    trainer.rewards["grey"].prefetch(rollout, 0)
-    again = trainer.rewards["grey"].direction(other, 0, generator=torch.Generator())
-    torch.testing.assert_close(again.reward, trainer.family.decode(other.sample).mean((1, 2, 3)))
+    trainer.rewards["grey"].begin(rollout, 0)
+    again = trainer.rewards["grey"].judge(other, 0, generator=torch.Generator())
+    torch.testing.assert_close(again.rewards, trainer.family.decode(other.sample).mean((1, 2, 3)))
 
 
 # ----- what rewards are shown -----
@@ -224,7 +232,7 @@ def test_a_tiny_decoder_makes_the_rewards_images(base: Path, tmp_path: Path) -> 
     leaf = rollout.sample.clone().requires_grad_()
     images = (tiny.decode(leaf, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
     (expected,) = torch.autograd.grad((images * PATTERNS[0]).sum(), leaf)
-    torch.testing.assert_close(made["looking"].values, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made["looking"].direction.values, expected, rtol=1e-4, atol=1e-5)
     # The student's own images are still those of its VAE.
     generated = trainer.generate(["a"], generator=torch.Generator().manual_seed(0))
     assert generated.shape == (1, 3, 16, 16)
@@ -265,8 +273,8 @@ def test_rewards_get_the_teachers_images_of_the_same_noise(base: Path, tmp_path:
     leaf = rollout.sample.clone().requires_grad_()
     value = -(trainer.family.decode(leaf) - teacher).square().mean((1, 2, 3))
     (expected,) = torch.autograd.grad(value.sum(), leaf)
-    torch.testing.assert_close(made.values, expected, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(made.reward, value.detach())
+    torch.testing.assert_close(made.direction.values, expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(made.rewards, value.detach())
 
 
 def test_nobody_asks_the_teacher_for_images_in_vain(base: Path, tmp_path: Path) -> None:
@@ -329,7 +337,7 @@ def test_coroutines_of_a_rollout_run_together(base: Path, tmp_path: Path) -> Non
     made, rollout, trainer = directions(
         base, tmp_path, [StepAway(), served], reward_weights=[1.0, 0.0], reward_batch_size=1
     )
-    torch.testing.assert_close(made["served"].reward, trainer.family.decode(rollout.sample).mean((1, 2, 3)))
+    torch.testing.assert_close(made["served"].rewards, trainer.family.decode(rollout.sample).mean((1, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +362,7 @@ def test_watched_rewards_work_while_others_do(names: list[str], base: Path, tmp_
 
     weights = [float(name == "learned") for name in names]
     made, _, _ = directions(base, tmp_path, [meeting(name) for name in names], reward_weights=weights)
-    assert all(one.reward is not None for one in made.values())
+    assert all(one.rewards is not None for one in made.values())
 
 
 # ----- refused before a model is loaded -----

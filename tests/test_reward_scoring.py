@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rdm_rl import RDMTrainer
-from rdm_rl.records import Direction, Rollout
+from rdm_rl.records import Direction, Experience, Judgement, LossOutput, Rollout
 from rdm_rl.rewards.calling import PlainReward, RewardOutput, check_columns, needs, read_answer
 from rdm_rl.rewards.http import HTTPReward
 from rdm_rl.rewards.model import RewardModel
@@ -573,17 +573,17 @@ class Recorder(RDMTrainer):
     """Remembers the directions of every update, and what was made of them."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        self.seen: list[tuple[Rollout, dict[str, Direction]]] = []
+        self.seen: list[tuple[Rollout, dict[str, Judgement]]] = []
         self.combined: list[Direction] = []
         super().__init__(*arguments, **named)
 
-    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
+    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Judgement]:
         self.seen.append((rollout, super().compute_rewards(rollout, step)))
         return self.seen[-1][1]
 
-    def compute_advantages(self, directions: Any) -> Direction:
-        self.combined.append(super().compute_advantages(directions))
-        return self.combined[-1]
+    def compute_policy_loss(self, experience: Experience) -> LossOutput:
+        self.combined.append(self.weighting.combine(experience.directions))
+        return super().compute_policy_loss(experience)
 
 
 def moody_trainer(base: Path, folder: Path, kind: str, reward: Callable[..., Any], **settings: Any) -> Any:
@@ -665,21 +665,21 @@ def check_that_skipped_samples_are_absent(trainer: Recorder, kind: str) -> None:
     ):
         good = torch.tensor([prompt == "good" for prompt in rollout.batch.prompts])
         assert good.sum() == 2
-        one = directions["moody"]
-        assert torch.equal(~one.reward.isnan(), good)
+        one, away = directions["moody"], directions["away"].direction
+        assert torch.equal(~one.rewards.isnan(), good)
         assert row["rewards/moody/faults"] == 2
         assert row["rewards/moody/applicable"] == 0.5
         values = trainer.family.decode(rollout.sample).mean((1, 2, 3)) + 100
         assert row["rewards/moody/mean"] == pytest.approx(values[good].mean().item(), rel=1e-6)
         assert row["rewards/moody/std"] == pytest.approx(values[good].std(correction=0).item(), rel=0.1)
         assert row["rewards/away/applicable"] == 1
-        assert torch.equal(combined.values[~good], directions["away"].values[~good])
+        assert torch.equal(combined.values[~good], away.values[~good])
         if kind == "differentiable":
-            assert torch.equal(one.applicable, good)
-            assert not torch.equal(combined.values[good], directions["away"].values[good])
+            assert torch.equal(one.direction.applicable, good)
+            assert not torch.equal(combined.values[good], away.values[good])
         else:
-            assert not one.applicable.any()
-            assert torch.equal(combined.values, directions["away"].values)
+            assert not one.direction.applicable.any()
+            assert torch.equal(combined.values, away.values)
 
 
 @BOTH

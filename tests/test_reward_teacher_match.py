@@ -521,9 +521,9 @@ def test_watched_with_distribution_matching(name: str, base: Path, tmp_path: Pat
     rollout = one_rollout(trainer)
     made = trainer.compute_rewards(rollout, 0)["match"]
     images, teacher = trainer.family.decode(rollout.sample), trainer.rewards["match"].context.teacher_images(rollout)
-    torch.testing.assert_close(made.reward, reward(images, [""] * 4, teacher_images=teacher), rtol=1e-4, atol=1e-7)
-    assert (made.reward < 0).all()
-    assert not made.applicable.any()
+    torch.testing.assert_close(made.rewards, reward(images, [""] * 4, teacher_images=teacher), rtol=1e-4, atol=1e-7)
+    assert (made.rewards < 0).all()
+    assert not made.direction.applicable.any()
     trainer.train()
     logged = [row["rewards/match/mean"] for row in trainer.state.log_history if "rewards/match/mean" in row]
     assert len(logged) == 2
@@ -541,7 +541,7 @@ def test_training_on_a_match_brings_the_student_nearer_to_the_teacher(
     weights = trained_weights(trainer)
 
     def value() -> Tensor:
-        return trainer.compute_rewards(one_rollout(trainer), 0)["match"].reward
+        return trainer.compute_rewards(one_rollout(trainer), 0)["match"].rewards
 
     before = value()
     trainer.train()

@@ -17,12 +17,11 @@ from rdm_rl.renoise import group_times
 from rdm_rl.rewards import get_reward, list_rewards, register_reward
 from rdm_rl.rewards.calling import needs
 from rdm_rl.rewards.jpeg import JpegCompressibility
-from rdm_rl.rewards.kinds import PathwiseReward, PolicyGradientReward, WatchedReward
+from rdm_rl.rewards.kinds import PathwiseReward, PolicyGradientReward, WatchedReward, as_training_rewards
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import RewardInfo
 from rdm_rl.rewards.rdm import DistributionMatchingReward
 from rdm_rl.rewards.registry import (
-    as_training_rewards,
     find_reward,
     load_rewards,
     name_of,
@@ -110,7 +109,9 @@ def one_rollout(trainer: RDMTrainer) -> Rollout:
 
 def ask(trainer: RDMTrainer, rollout: Rollout, step: int = 1) -> Direction:
     generator = seeded_generators(0, "reward", 0, rollout.batch.sample_ids)
-    return trainer.rewards["rdm"].direction(rollout, step, generator=generator)
+    direction = trainer.rewards["rdm"].judge(rollout, step, generator=generator).direction
+    assert direction is not None
+    return direction
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_renoise": 3, "dm_group": "prompt_renoise", "dm_scale_floor": 0.1}])
@@ -133,20 +134,24 @@ def test_rdm_follows_the_settings(settings: dict, guidance: float, base: Path, t
         times.append(group_times(groups, generator, distribution="beta", interval=(0.3, 0.4)))
         noise.append(normal(rollout.x_0[1].shape, generator))
     assert len(torch.stack(times).unique()) == len(times) * 2  # One for each group and each re-noising.
+    x_0, schedule, prompts = rollout.x_0[1], trainer.family.schedule, rollout.batch.conditioning
+    teacher = trainer.networks.predictor("teacher", guidance)
+    fake_score = trainer.networks.predictor("fake_score")
+    noisy = [schedule.perturb(x_0, drawn, t) for drawn, t in zip(noise, times, strict=True)]
+    with torch.no_grad():
+        real, fake = (
+            torch.stack([network(x_t, t, prompts) for x_t, t in zip(noisy, times, strict=True)])
+            for network in (teacher, fake_score)
+        )
     expected = distribution_matching(
-        rollout.x_0[1],
-        rollout.batch.conditioning,
-        groups,
-        teacher=trainer.networks.predictor("teacher", guidance),
-        fake_score=trainer.networks.predictor("fake_score"),
-        schedule=trainer.family.schedule,
-        t=torch.stack(times),
-        noise=torch.stack(noise),
-        group=settings.get("dm_group", "prompt"),
-        scale_floor=settings.get("dm_scale_floor", 1e-6),
+        *(x_0, real, fake, groups, "group", settings.get("dm_group", "prompt"), settings.get("dm_scale_floor", 1e-6))
     )
     direction = ask(trainer, rollout)
-    assert torch.equal(direction.values, expected.values)
+    assert torch.equal(direction.values, expected.mean(0))
+    torch.testing.assert_close(direction.rewards, -(real - fake).square().mean((0, 2, 3, 4)))
+    gap = ((real - fake).square().mean() / (x_0 - real).square().mean()).sqrt()
+    assert direction.metrics["gap"] == pytest.approx(gap.item())
+    assert direction.applicable.all()
     assert direction.values.abs().sum() > 0
     assert not direction.values.requires_grad
 
@@ -357,7 +362,7 @@ def test_what_becomes_of_each_kind() -> None:
     away, scaled = StepAway(), Scaled()
     rewards = {"away": away, "grey": grey, "scaled": scaled, "jpeg": JpegCompressibility()}
     made = as_training_rewards(rewards, {"away": 0.0, "grey": 0.0, "scaled": 0.5, "jpeg": 0.0}, [])
-    assert made["away"] is away
+    assert made["away"].reward is away
     assert isinstance(made["scaled"], PathwiseReward)
     assert isinstance(made["grey"], WatchedReward)
     assert isinstance(made["jpeg"], WatchedReward)
@@ -369,7 +374,9 @@ def test_what_becomes_of_each_kind() -> None:
     assert isinstance(box, PolicyGradientReward)
     without = as_training_rewards({"scaled": scaled}, {"scaled": 1.0}, [], pathwise=False)["scaled"]
     assert isinstance(without, PolicyGradientReward)
-    assert isinstance(as_training_rewards({"scaled": scaled}, {"scaled": 0.0}, [], pathwise=False)["scaled"], WatchedReward)
+    assert isinstance(
+        as_training_rewards({"scaled": scaled}, {"scaled": 0.0}, [], pathwise=False)["scaled"], WatchedReward
+    )
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -192,12 +192,12 @@ def test_an_offloaded_teacher_changes_nothing_and_leaves(base: Path, tmp_path: P
     where = []
     for role in ("policy", "teacher"):
         offloaded.networks.module(role).register_forward_hook(lambda *_: where.append(weights.data_ptr() != waiting))
-    direction = offloaded.compute_rewards(one_rollout(offloaded), 0)["rdm"]
+    direction = offloaded.compute_rewards(one_rollout(offloaded), 0)["rdm"].direction
     assert where[-1], "it came when it was asked"
     assert weights.data_ptr() != waiting
     offloaded.networks.release_teacher()
     assert weights.data_ptr() == waiting
-    assert torch.equal(direction.values, plain.compute_rewards(one_rollout(plain), 0)["rdm"].values)
+    assert torch.equal(direction.values, plain.compute_rewards(one_rollout(plain), 0)["rdm"].direction.values)
 
     where.clear()
     for trainer in (plain, offloaded):

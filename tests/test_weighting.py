@@ -1,13 +1,13 @@
 """How directions become one: constant weights, adaptive ones by hand, and the budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from rdm_rl.records import Direction
+from rdm_rl.records import Direction, Judgement
 from rdm_rl.weighting import (
     AdaptiveWeighting,
     BudgetedWeighting,
@@ -17,7 +17,8 @@ from rdm_rl.weighting import (
     RunningMean,
     Weighting,
     make_weighting,
-    measure,
+    measure_directions,
+    measure_rewards,
 )
 from tests.helpers import latents
 
@@ -69,26 +70,40 @@ def seen(gap: float | None = None, **rms: float) -> DirectionStatistics:
     return DirectionStatistics(rewards={name: RewardStatistics(rms=value) for name, value in rms.items()}, gap=gap)
 
 
-def two_micro_batches() -> tuple[list[dict[str, Direction]], list[torch.Tensor]]:
+def judged(direction: Direction, **said: Any) -> Judgement:
+    return Judgement(**{"rewards": None, "direction": direction, **said})
+
+
+def measure(
+    judgements: list[dict[str, Judgement]],
+    groups: list[torch.Tensor],
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+) -> DirectionStatistics:
+    directions = [{name: said.direction for name, said in one.items()} for one in judgements]
+    return measure_directions(measure_rewards(judgements, groups, total), directions, total)
+
+
+def two_micro_batches() -> tuple[list[dict[str, Judgement]], list[torch.Tensor]]:
     """Three and two samples, of groups that are cut; where a direction is not applicable, it holds NaN."""
-    directions = []
+    judgements = []
     for seed, rows in ((0, [True, False, True]), (1, [False, True])):
         values = torch.tensor([1.0, float("nan"), 4.0] if seed == 0 else [float("nan"), 5.0])
         rdm = Direction(
-            values=latents(len(rows), 2, 2, 2, seed=seed + 10),
-            applicable=torch.ones(len(rows), dtype=torch.bool),
-            metrics={"gap": 0.5 + seed},
+            values=latents(len(rows), 2, 2, 2, seed=seed + 10), applicable=torch.ones(len(rows), dtype=torch.bool)
         )
-        own = direction(seed, rows)
-        directions.append(
-            {"rdm": rdm, "own": Direction(values=own.values, applicable=own.applicable, reward=values, faults=2)}
+        judgements.append(
+            {
+                "rdm": judged(rdm, metrics={"gap": 0.5 + seed}),
+                "own": judged(direction(seed, rows), rewards=values, faults=2),
+            }
         )
-    return directions, [torch.tensor([0, 0, 1]), torch.tensor([1, 1])]
+    return judgements, [torch.tensor([0, 0, 1]), torch.tensor([1, 1])]
 
 
 def test_statistics_by_hand() -> None:
-    directions, groups = two_micro_batches()
-    found = measure(directions, groups)
+    judgements, groups = two_micro_batches()
+    found = measure(judgements, groups)
+    directions = [{name: said.direction for name, said in one.items()} for one in judgements]
     own = torch.cat([one["own"].values[one["own"].applicable] for one in directions]).double()
     other = torch.cat([one["rdm"].values[one["own"].applicable] for one in directions]).double()
     everywhere = torch.cat([one["rdm"].values for one in directions]).double()
@@ -109,32 +124,31 @@ def test_statistics_by_hand() -> None:
 
 
 def test_statistics_do_not_depend_on_the_order_or_the_process() -> None:
-    directions, groups = two_micro_batches()
-    together, backwards = measure(directions, groups), measure(directions[::-1], groups[::-1])
+    judgements, groups = two_micro_batches()
+    together, backwards = measure(judgements, groups), measure(judgements[::-1], groups[::-1])
     assert together.rms("own") == pytest.approx(backwards.rms("own"), rel=1e-12)
     # Two processes with one micro-batch each: what a process has is added to what the others have.
     parts: list[list[torch.Tensor]] = []
-    for one, group in zip(directions, groups, strict=True):
+    for one, group in zip(judgements, groups, strict=True):
         parts.append([])
         measure([one], [group], lambda sums: parts[-1].append(sums.clone()) or sums)
     others = iter(parts[1])
-    summed = measure(directions[:1], groups[:1], lambda sums: sums + next(others))
+    summed = measure(judgements[:1], groups[:1], lambda sums: sums + next(others))
     assert summed.rms("own") == pytest.approx(together.rms("own"), rel=1e-12)
     assert summed.rewards["own"].mean == pytest.approx(together.rewards["own"].mean)
     assert summed.gap == together.gap
 
 
 def test_a_reward_that_applies_nowhere_has_no_statistics() -> None:
-    found = measure([{"own": direction(0, [False, False])}], [torch.tensor([0, 0])])
+    found = measure([{"own": judged(direction(0, [False, False]))}], [torch.tensor([0, 0])])
     assert found.rms("own") is None
     assert found.rewards["own"].cosine is None
     assert found.gap is None
 
 
 def test_equal_values_have_no_spread() -> None:
-    values = torch.full((6,), 123456.7)
-    one = Direction(values=torch.zeros(6, 1, 1, 1), applicable=torch.ones(6, dtype=torch.bool), reward=values)
-    statistics = measure([{"own": one}], [torch.tensor([0, 0, 0, 1, 1, 1])]).rewards["own"]
+    said = Judgement(rewards=torch.full((6,), 123456.7), direction=None)
+    statistics = measure_rewards([{"own": said}], [torch.tensor([0, 0, 0, 1, 1, 1])]).rewards["own"]
     assert (statistics.std, statistics.frac_zero_std) == (0.0, 1.0)
 
 

@@ -1,24 +1,22 @@
 """Likelihood ratios and what follows from them: the clipped policy gradient, the reuse of rollouts, the divergence."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rdm_rl.advantages import normalize_rewards, policy_gradient
 from rdm_rl.noise_schedule import append_dims
-from rdm_rl.policy import kl_divergence, log_probability, log_ratio
+from rdm_rl.policy import kl_divergence, log_ratio, over_dimensions
 from rdm_rl.ratio import (
     RATIO_TOLERANCE,
-    RecordedPolicyGradient,
     RecordedDistributionMatching,
+    RecordedPolicyGradient,
+    at_recorded,
     check_unmoved,
     ratio_metrics,
-    with_advantage,
 )
-from rdm_rl.rdm import policy_loss
+from rdm_rl.rdm import normalize_rewards, policy_gradient, policy_loss
 from rdm_rl.records import Direction, Reweighted, Transition
 from tests.helpers import latents
 
@@ -46,8 +44,14 @@ def moved(old: Tensor, error: Tensor, step: Transition, targets: Tensor, level: 
     return old + append_dims(share, old) * error / step.x_0_scale
 
 
-def applying(values: Tensor, **given: Any) -> Direction:
-    return Direction(values=values, applicable=torch.ones(len(values), dtype=torch.bool), **given)
+def log_probability(action: Tensor, x_0: Tensor, step: Transition, state: Tensor | None, level: str) -> Tensor:
+    """The log-likelihood of a recorded step, from torch's normal distribution."""
+    normal = torch.distributions.Normal(step.mean(x_0, state), step.std.double())
+    return over_dimensions(normal.log_prob(action), level)
+
+
+def applying(values: Tensor) -> Direction:
+    return Direction(values=values, applicable=torch.ones(len(values), dtype=torch.bool))
 
 
 # ----- the ratio -----
@@ -63,10 +67,6 @@ def test_log_ratio_is_the_difference_of_log_probabilities(level: str, b: float) 
     expected = log_probability(action, new, step, given, level) - log_probability(action, old, step, given, level)
     assert expected.abs().min() > 1e-3
     torch.testing.assert_close(log_ratio(action, new, old, step, given, level), expected)
-    normal = torch.distributions.Normal(step.mean(old, given), step.std.double())
-    by_torch = normal.log_prob(action).flatten(1)
-    by_torch = by_torch.mean(1) if level == "dimension" else by_torch.sum(1)
-    torch.testing.assert_close(log_probability(action, old, step, given, level), by_torch)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -141,34 +141,35 @@ def test_the_direction_descends_the_textbook_loss(level: str, b: float) -> None:
         level=level,
         epsilon=epsilon,
         epsilon_high=epsilon_high,
+        advantages=advantage,
         factor=0.5,
     )
-    filled = with_advantage(applying(torch.zeros_like(old), replay=record), advantage, clip=5.0)
-    assert filled.replay is not None
-    seen = filled.replay.at(now)
+    seen = record.at(now)
     torch.testing.assert_close(seen.values, 0.5 * values)
     torch.testing.assert_close(seen.log_ratio, targets[None], rtol=0, atol=1e-6)
     torch.testing.assert_close(seen.weight, rho.detach()[None])
     assert torch.equal(seen.clipped, stopped[None])
 
 
-def test_an_advantage_is_clipped_and_must_be_known() -> None:
+def test_a_direction_is_complete_where_it_was_recorded() -> None:
     step = transition()
     old, state, action = drawn(3, step)
+    advantages = torch.tensor([-2.0, 0.5, 2.0]).double()
     record = RecordedPolicyGradient(
-        action=action, state=state, x_0=old, transition=step, level="dimension", epsilon=0.1, epsilon_high=0.1
+        action=action,
+        state=state,
+        x_0=old,
+        transition=step,
+        level="dimension",
+        epsilon=0.1,
+        epsilon_high=0.1,
+        advantages=advantages,
     )
-    with pytest.raises(ValueError, match="advantage of a policy-gradient direction is missing"):
-        record.at(old)
-    advantage = torch.tensor([-7.0, 0.5, 9.0]).double()
-    filled = with_advantage(applying(torch.zeros_like(old), replay=record), advantage, clip=2.0)
-    assert torch.equal(filled.advantage, advantage), "the log shows what was normalised"
+    made = at_recorded(record, torch.tensor([True, False, True]))
     score = step.x_0_scale * (action - step.mean(old, state)) / step.std**2
-    expected = append_dims(torch.tensor([-2.0, 0.5, 2.0]).double(), score) * score
-    torch.testing.assert_close(filled.values, expected)
-    plain = applying(old)
-    assert with_advantage(plain, advantage, clip=2.0).values is old
-    assert torch.equal(with_advantage(plain, advantage, clip=2.0).advantage, advantage)
+    torch.testing.assert_close(made.values, append_dims(advantages, score) * score)
+    assert made.recorded is record
+    assert made.applicable.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("advantage", [0.0, -1.0])
@@ -204,8 +205,7 @@ def test_the_policy_gradient_is_the_pathwise_gradient_on_average(level: str, b: 
     (pathwise,) = torch.autograd.grad(reward.sum(), leaf)
 
     groups = torch.zeros(count, dtype=torch.long)
-    everywhere = torch.ones(count, dtype=torch.bool)
-    advantage = normalize_rewards(reward.detach(), everywhere, groups, "none").double()
+    advantage = normalize_rewards(reward.detach(), groups, "none").double()
     now = leaf.detach()
     unmoved = torch.zeros(count).double()
     values, clipped = policy_gradient(
@@ -260,7 +260,9 @@ def test_a_reused_direction_is_weighted_by_the_truncated_ratio(level: str, clip:
     step = Transition(x_0_scale=alpha, state_scale=torch.zeros(2, 3), std=sigma)
     old, values = latents(3, *SHAPE), latents(2, 3, *SHAPE, seed=1)
     action = append_dims(alpha, values) * old + append_dims(sigma, values) * latents(2, 3, *SHAPE, seed=2)
-    record = RecordedDistributionMatching(values=values, action=action, x_0=old, transition=step, level=level, clip=clip)
+    record = RecordedDistributionMatching(
+        values=values, action=action, x_0=old, transition=step, level=level, clip=clip
+    )
     unmoved = record.at(old.clone())
     assert torch.equal(unmoved.log_ratio, torch.zeros(2, 3))
     assert torch.equal(unmoved.values, values.mean(0)), "bit for bit what a rollout that is used once does"
