@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from rdm_rl.records import Conditioning, PromptBatch, Rollout
 from rdm_rl.rewards.images import ImageDecoder, load_tiny_decoder
-from rdm_rl.trainers.metric_window import peak_memory_gib
+from rdm_rl.trainers.loop import peak_memory_gib
 
 ARMS = {
     "all at once": {"at_once": 0},

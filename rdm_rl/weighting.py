@@ -552,3 +552,30 @@ def make_weighting(
     if kind == "budget":
         return BudgetedWeighting(weights, **settings, **({} if budget is None else {"budget": budget}))
     return AdaptiveWeighting(weights, **settings)
+
+
+def reward_metrics(statistics: DirectionStatistics, weighting: Weighting) -> dict[str, float]:
+    """What the log says of the rewards in one update.
+
+    Args:
+        statistics: What their directions and values look like.
+        weighting: What combined them.
+
+    Returns:
+        Numbers by name; ``docs/metrics.md`` says what each means. A number that nothing is known of is left out.
+    """
+    metrics = dict(weighting.metrics)
+    for name, one in statistics.rewards.items():
+        numbers = {
+            "mean": one.mean,
+            "std": one.std,
+            "applicable": one.applicable,
+            "frac_zero_std": one.frac_zero_std,
+            "faults": one.faults,
+            "acted": float(one.rms is not None),
+            "direction_rms": one.rms,
+            "cosine_to_rdm": one.cosine,
+            "lambda": weighting.lambdas.get(name),
+        }
+        metrics |= {f"rewards/{name}/{key}": value for key, value in numbers.items() if value is not None}
+    return metrics

@@ -1,8 +1,11 @@
 """The machinery around an update: processes, callbacks, trackers, log and upload, as transformers has it."""
 
 import math
+import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +21,6 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 
 from rdm_rl.networks.sharding import check_sharding, is_sharded
 from rdm_rl.trainers.callbacks import make_callback_handler, make_state
-from rdm_rl.trainers.metric_window import MetricWindow, peak_memory_gib
 from rdm_rl.trainers.processes import check_processes
 from rdm_rl.trainers.rdm_config import RDMConfig
 
@@ -268,3 +270,57 @@ class TrainingLoop(ABC):
                 commit_message=f"{args.num_inference_steps}-step student after {self.state.global_step} updates",
             )
         )
+
+
+class MetricWindow:
+    """The numbers of the updates since the last log entry.
+
+    Example:
+        >>> window = MetricWindow()
+        >>> window.add({"loss": 1.0})
+        >>> window.add({"loss": 3.0})
+        >>> steps, seconds, means = window.flush()
+        >>> steps, means
+        (2, {'loss': 2.0})
+    """
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self._values: dict[str, list[float]] = defaultdict(list)
+        self._steps = 0
+        self._start = time.perf_counter()
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Add the numbers of one update; not every update has all of them."""
+        self._steps += 1
+        for name, value in metrics.items():
+            self._values[name].append(value)
+
+    def flush(self) -> tuple[int, float, dict[str, float]]:
+        """The number of updates, the seconds they took, and the mean of each number; starts a new window."""
+        now = time.perf_counter()
+        result = self._steps, max(now - self._start, 1e-9), {k: sum(v) / len(v) for k, v in self._values.items()}
+        self._values.clear()
+        self._steps, self._start = 0, now
+        return result
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The highest memory use so far, in GiB: of the accelerator if there is one, else of the process.
+
+    Args:
+        device: Where the networks are.
+
+    Returns:
+        The peak, in GiB.
+
+    Example:
+        >>> peak_memory_gib(torch.device("cpu")) > 0
+        True
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # Not on Windows.
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

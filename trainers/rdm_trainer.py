@@ -39,7 +39,6 @@ from rdm_rl.trainers.checkpointing import (
     write_checkpoint,
 )
 from rdm_rl.trainers.loop import TrainingLoop
-from rdm_rl.trainers.metric_window import reward_metrics
 from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.trainers.prompts import PromptSource, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
@@ -58,6 +57,7 @@ from rdm_rl.weighting import (
     make_weighting,
     measure_directions,
     measure_rewards,
+    reward_metrics,
 )
 
 EVALUATION_SEED = 12345
