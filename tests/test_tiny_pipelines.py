@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from tests.tiny_pipelines import TINY, draw
+from tests.tiny_pipelines import TINY, align_weights, draw
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -31,14 +31,6 @@ def test_draws_saves_and_loads_without_a_hub(name, tmp_path, monkeypatch) -> Non
     assert type(loaded) is type(pipeline)
     align_weights(loaded)
     np.testing.assert_array_equal(draw(loaded), image)
-
-
-def align_weights(pipeline) -> None:
-    """Weights that safetensors maps from a file begin anywhere, and on some processors kernels then round otherwise."""
-    for module in pipeline.components.values():
-        if isinstance(module, nn.Module):
-            for parameter in module.parameters():
-                parameter.data = parameter.data.clone()
 
 
 @pytest.mark.parametrize("name", TINY)
