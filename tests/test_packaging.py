@@ -89,7 +89,7 @@ def test_import_is_quick_and_leaves_torch_alone() -> None:
     assert min(float(seconds) for seconds, _ in results) < 0.3
 
 
-@pytest.mark.parametrize("package", ["rdm_rl", "rdm_rl.rewards", "rdm_rl.trainers"])
+@pytest.mark.parametrize("package", ["rdm_rl", "rdm_rl.rewards", "rdm_rl.trainers", "rdm_rl.evaluation"])
 def test_public_names_resolve(package: str) -> None:
     module = importlib.import_module(package)
     assert set(module.__all__) <= set(dir(module))
