@@ -16,6 +16,7 @@ from rdm_rl.demo.data import (
 from rdm_rl.demo.recognisers import digit_accuracy, digit_features
 from rdm_rl.demo.run import Evaluation, demo_config, load_teacher, run_demo, stock_schedulers, training_prompts
 from rdm_rl.evaluation import frechet_distance, read_rows
+from rdm_rl.evaluation.pictures import PANELS
 
 
 def test_the_split_keeps_the_held_out_images_apart() -> None:
@@ -97,8 +98,9 @@ def test_other_numbers_of_steps_have_settings_too(tmp_path: Path) -> None:
 def test_the_demo_writes_what_it_promises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 40)
+    monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 20)
     monkeypatch.setattr("rdm_rl.demo.run.TEACHER_STEPS", 3)
+    monkeypatch.setattr("rdm_rl.evaluation.pictures.PANELS", PANELS[:2])  # All take as long to draw as all the rest.
     short = {
         "max_steps": 2,
         "warm_start_steps": 2,
