@@ -217,11 +217,14 @@ def test_images_are_the_pipeline_s(family: Family) -> None:
     assert (height, width) == tuple(side * family.pixels_per_latent for side in family.latent_shape[1:])
 
 
-def test_everything_is_frozen(family: Family) -> None:
+def test_everything_is_frozen(family: Family, kind: str) -> None:
     for part in family.pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            assert not any(parameter.requires_grad for parameter in part.parameters())
             assert not part.training
+            for name, parameter in part.named_parameters():
+                assert not parameter.requires_grad
+                # With constants, a network could ignore its time or its prompt, and tests would pass by accident.
+                assert kind in ("sd", "sd-v") or parameter.numel() == 1 or parameter.std() > 0, name
 
 
 def test_a_saved_adapter_reads_back_exactly(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:
@@ -236,13 +239,14 @@ def test_a_saved_adapter_reads_back_exactly(family: Family, kind: str, folder: P
     student = load_student(tmp_path / "student", folder)
     align_weights(trainer.family.pipeline, student.pipeline)
     assert (tmp_path / "student" / "pytorch_lora_weights.safetensors").is_file() == family.loads_lora
-    torch.manual_seed(SEED)
-    ours = trainer.generate(texts, generator=torch.default_generator)
-    torch.manual_seed(SEED)
-    theirs = torch.as_tensor(student.draw(texts, generator=torch.default_generator, output_type="np"))
-    theirs = theirs.permute(0, 3, 1, 2)
-    # Merged weights round once more than an adapter beside them.
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if family.loads_lora else 1e-4)
+    for count in (1, 2):
+        torch.manual_seed(SEED)
+        ours = trainer.generate(texts[:count], generator=torch.default_generator)
+        torch.manual_seed(SEED)
+        theirs = torch.as_tensor(student.draw(texts[:count], generator=torch.default_generator, output_type="np"))
+        # Merged weights round once more than an adapter beside them.
+        atol = 0 if family.loads_lora else 1e-4
+        torch.testing.assert_close(ours, theirs.permute(0, 3, 1, 2), rtol=0, atol=atol)
     plain = family.decode(own_sample(family, texts, 2))
     assert (ours - plain).abs().max() > 1e-3  # The adapter does something.
 

@@ -390,9 +390,3 @@ def test_memory_that_the_facts_state(tmp_path):
         count = sum(weight.numel() for part in parts for weight in part.parameters())
         assert f"{count / 1e6:.0f} M parameters" in reward.info.memory
         assert f"{count * 4 / 1e9:.1f} GB in float32" in reward.info.memory
-
-
-@pytest.mark.parametrize("reward", [CLIPScore, PickScore, HPSv2, HPSv21, AestheticScore])
-def test_all_facts_are_given(reward):
-    facts = vars(reward.info)
-    assert all(value for name, value in facts.items() if name != "columns") and facts["columns"] == ()

@@ -463,13 +463,6 @@ TINY: Mapping[str, Callable[[Path], DiffusionPipeline]] = {
 }
 
 
-def draw(pipeline: DiffusionPipeline, seed: int = 0, **overrides: Any) -> Any:
-    """One small image of the stock pipeline as a NumPy array of shape (1, H, W, C) in [0, 1], by two steps."""
-    pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 2, "output_type": "np", **CALLS[type(pipeline).__name__], **overrides}
-    return pipeline(generator=torch.Generator().manual_seed(seed), **options).images
-
-
 def align_weights(*owners: DiffusionPipeline | nn.Module) -> None:
     """Copy weights to memory that is aligned, before the bits of two networks' outputs are compared.
 
