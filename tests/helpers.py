@@ -1,12 +1,15 @@
 """Tiny real pipelines, built on the fly."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from filelock import FileLock
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, TrainerCallback
@@ -255,3 +258,15 @@ def declare(reward: Any, **declarations: Any) -> Any:
 def brightness(scale: float = 1.0, shift: float = 0.0, name: str = "brightness") -> Any:
     """A differentiable reward: the mean grey level, in other units."""
     return declare(lambda images, prompts: scale * images.mean((1, 2, 3)) + shift, differentiable=True, __name__=name)
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of the test processes fills, and all then read."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with FileLock(root / f"{name}.lock"):
+        if not (root / f"{name}.made").exists():
+            (root / name).mkdir()
+            make(root / name)
+            (root / f"{name}.made").touch()
+    return root / name

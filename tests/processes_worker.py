@@ -11,14 +11,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from rdm_rl import RDMTrainer
 from rdm_rl.networks.sharding import gather, holds_shards, local
 from rdm_rl.records import Rollout
 from rdm_rl.rewards.images import ImageDecoder
 from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
-from tests.helpers import CHECKPOINTING, brightness, log_numbers, one_rollout, tiny_trainer, trained_weights
+from tests.helpers import CHECKPOINTING, brightness, log_numbers, made_once, one_rollout, tiny_trainer, trained_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,23 +147,45 @@ def with_cache_on_one_process(trainer: RDMTrainer, rollout: Rollout, folder: Pat
     return images
 
 
-def launch(job: str, base: Path, other: Path, folder: Path, count: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a job in several processes with gloo, and wait for them."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
-    return subprocess.run(
-        [*words, __file__, job, str(base), str(other), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-
-
 JOBS = {"processes": processes, "sharding": sharding}
 
+
+def two_processes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """The folder that both jobs fill in two processes with gloo, which then fail: most of a launch is its start."""
+
+    def launch(folder: Path) -> None:
+        pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in pipeline.unet.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        pipeline.save_pretrained(folder / "other")
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        done = subprocess.run(
+            [*words, __file__, str(base), str(folder / "other"), str(folder)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+        )
+        assert done.returncode != 0
+        (folder / "ended").touch()
+        (folder / "errors.txt").write_text(done.stderr, encoding="utf-8")
+
+    return made_once(tmp_path_factory, "two_processes", launch)
+
+
+def results(folder: Path, job: str) -> list[dict[str, Any]]:
+    """What the processes of a job end with."""
+    assert (folder / job / "1.pt").is_file(), (folder / "errors.txt").read_text(encoding="utf-8")[-3000:]
+    return [torch.load(folder / job / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
 if __name__ == "__main__":
-    job, base, other, folder = sys.argv[1:]
-    torch.save(JOBS[job](base, other, Path(folder)), Path(folder) / f"{os.environ['RANK']}.pt")
-    if job == "processes":  # Last, as it ends them; a launch of its own would take as long as all the rest.
-        fail(base, Path(folder))
+    base, other, folder = sys.argv[1:]
+    for name, job in JOBS.items():
+        (Path(folder) / name).mkdir(exist_ok=True)
+        torch.save(job(base, other, Path(folder) / name), Path(folder) / name / f"{os.environ['RANK']}.pt")
+    (Path(folder) / "failing").touch()
+    fail(base, Path(folder))

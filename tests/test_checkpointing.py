@@ -9,6 +9,7 @@ from transformers.trainer_callback import TrainerState
 from rdm_rl import RDMTrainer
 from rdm_rl.records import Direction
 from rdm_rl.trainers.checkpointing import (
+    check_settings,
     checkpoints,
     find_checkpoint,
     read_checkpoint,
@@ -18,7 +19,14 @@ from rdm_rl.trainers.checkpointing import (
 from rdm_rl.weighting import Weighting
 from tests.helpers import CHECKPOINTING, StopAfter, changed, log_numbers, same, tiny_trainer
 
-RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
+RUN = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 1,
+    "fake_score_updates_per_policy_update": 1,
+}
 
 
 class CountingWeighting(Weighting):
@@ -54,9 +62,9 @@ def everything(trainer: RDMTrainer, folder: Path) -> tuple:
 
 @pytest.fixture(scope="module")
 def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RDMTrainer, Path]:
-    """An uninterrupted run with adapters."""
+    """An uninterrupted run with adapters, which saves after each update and keeps three checkpoints."""
     folder = tmp_path_factory.mktemp("whole")
-    return run(base, folder), folder
+    return run(base, folder, save_steps=1, save_total_limit=3), folder
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(
@@ -78,16 +86,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 def test_full_fine_tuning_resumes_too(base: Path, tmp_path: Path) -> None:
+    """By the setting, and without a second warm start."""
     whole = run(base, tmp_path / "whole", lora=False)
-    resumed = run(base, tmp_path / "parts", lora=False, resume=tmp_path / "whole" / "checkpoint-2")
+    setting = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = run(base, tmp_path / "parts", lora=False, resume_from_checkpoint=setting)
     assert same(everything(whole, tmp_path / "whole"), everything(resumed, tmp_path / "parts"))
-
-
-def test_resuming_by_setting(whole: tuple[RDMTrainer, Path], base: Path, tmp_path: Path) -> None:
-    trainer, folder = whole
-    resumed = run(base, tmp_path, resume_from_checkpoint=str(folder / "checkpoint-2"))
-    assert same(everything(trainer, folder), everything(resumed, tmp_path))
-    assert not (tmp_path / "warm_start").exists(), "a resumed run does not start again"
+    assert (tmp_path / "whole" / "warm_start").exists()
+    assert not (tmp_path / "parts" / "warm_start").exists(), "a resumed run does not start again"
 
 
 def test_resuming_with_everything_switched_on(base: Path, tmp_path: Path) -> None:
@@ -100,6 +105,7 @@ def test_resuming_with_everything_switched_on(base: Path, tmp_path: Path) -> Non
         "renoise_anneal_steps": 4,
         "logging_steps": 2,
         "warm_start": "none",
+        "fake_score_updates_per_policy_update": 2,
     }
     whole = run(base, tmp_path / "whole", **settings)
     resumed = run(base, tmp_path / "parts", resume=tmp_path / "whole" / "checkpoint-2", **settings)
@@ -114,13 +120,9 @@ def test_resuming_at_the_end_does_nothing(whole: tuple[RDMTrainer, Path], base: 
     assert same(again.networks.state_dict("policy"), trainer.networks.state_dict("policy"))
 
 
-def test_only_the_newest_checkpoints_are_kept(base: Path, tmp_path: Path) -> None:
-    run(base, tmp_path, save_steps=1, save_total_limit=2, warm_start="none")
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
-
-
 def test_files_of_a_checkpoint(whole: tuple[RDMTrainer, Path]) -> None:
     trainer, folder = whole
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     assert {path.name for path in (folder / "checkpoint-4").iterdir()} == {
         "policy.safetensors",
         "fake_score.safetensors",
@@ -136,21 +138,25 @@ def test_files_of_a_checkpoint(whole: tuple[RDMTrainer, Path]) -> None:
     assert len(tensors["policy"]) == len(trainer.networks.parameters("policy"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_a_checkpoint_that_cannot_be_continued_is_refused(
+    whole: tuple[RDMTrainer, Path], base: Path, tmp_path: Path
+) -> None:
+    trainer, folder = whole[0], whole[1] / "checkpoint-2"
+    for settings, message in (
         ({"lora": False}, "The saved policy does not fit"),
         ({"num_inference_steps": 3}, "num_inference_steps=2, but this run has 3"),
-        ({"num_generations": 4}, "num_generations=2, but this run has 4"),
-        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size=4, but this run has 2"),
-        ({"ema_decay": 0.0}, r"ema_decay=0\.999, but this run has 0"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_continued_is_refused(
-    settings: dict, message: str, whole: tuple[RDMTrainer, Path], base: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(base, tmp_path, resume=whole[1] / "checkpoint-2", **settings)
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(base, tmp_path, resume=folder, **settings)
+    own = trainer.args.to_dict()
+    check_settings(folder, own)
+    for name, value, message in (
+        ("num_generations", 4, "num_generations=2, but this run has 4"),
+        ("per_device_train_batch_size", 2, "per_device_train_batch_size=4, but this run has 2"),
+        ("ema_decay", 0.0, r"ema_decay=0\.999, but this run has 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_settings(folder, {**own, name: value})
 
 
 def write(folder: Path) -> None:

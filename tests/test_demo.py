@@ -16,8 +16,7 @@ from rdm_rl.demo.data import (
 from rdm_rl.demo.recognisers import digit_accuracy, digit_features
 from rdm_rl.demo.run import Evaluation, demo_config, load_teacher, run_demo, stock_schedulers, training_prompts
 from rdm_rl.evaluation import frechet_distance, read_rows
-
-SETS = 5  # Generated sets over which the teacher's figures are averaged.
+from rdm_rl.evaluation.pictures import PANELS
 
 
 def test_the_split_keeps_the_held_out_images_apart() -> None:
@@ -62,25 +61,19 @@ def test_the_teacher_is_a_small_plain_pipeline() -> None:
 
 @pytest.mark.slow
 def test_the_teachers_quality() -> None:
-    """50 DDIM steps, no guidance, mean over sets of as many images as are held out."""
+    """20 DDIM steps, no guidance, as many images as are held out."""
     held_out, train, teacher = load_digits("held_out"), load_digits("train"), load_teacher()
     count = len(held_out.labels)
     prompts, labels = balanced_prompts(count)
-    accuracy, distances, floors = 0.0, {"A": 0.0, "B": 0.0}, {"A": 0.0, "B": 0.0}
-    for seed in range(SETS):
-        generator = torch.Generator().manual_seed(seed)
-        images = teacher(
-            prompts, num_inference_steps=50, guidance_scale=1.0, generator=generator, output_type="pt"
-        ).images
-        accuracy += digit_accuracy(images, labels) / SETS
-        chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))[:count]
-        for name in ("A", "B"):
-            reference = digit_features(name, held_out.images)
-            distances[name] += frechet_distance(digit_features(name, images), reference) / SETS
-            floors[name] += frechet_distance(digit_features(name, train.images[chosen]), reference) / SETS
-    assert distances["A"] <= 2.5 * floors["A"]
-    assert distances["B"] <= 2.5 * floors["B"]
-    assert accuracy >= digit_accuracy(held_out.images, held_out.labels) - 0.01
+    generator = torch.Generator().manual_seed(0)
+    images = teacher(prompts, num_inference_steps=20, guidance_scale=1.0, generator=generator, output_type="pt").images
+    chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:count]
+    for name in ("A", "B"):
+        reference = digit_features(name, held_out.images)
+        floor = frechet_distance(digit_features(name, train.images[chosen]), reference)
+        distance = frechet_distance(digit_features(name, images), reference)
+        assert distance <= 2.5 * floor, (distance, floor)
+    assert digit_accuracy(images, labels) >= digit_accuracy(held_out.images, held_out.labels) - 0.01
 
 
 def test_judged_and_reference_images_have_other_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +98,9 @@ def test_other_numbers_of_steps_have_settings_too(tmp_path: Path) -> None:
 def test_the_demo_writes_what_it_promises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 40)
+    monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 20)
     monkeypatch.setattr("rdm_rl.demo.run.TEACHER_STEPS", 3)
+    monkeypatch.setattr("rdm_rl.evaluation.pictures.PANELS", PANELS[:2])  # All take as long to draw as all the rest.
     short = {
         "max_steps": 2,
         "warm_start_steps": 2,

@@ -1,6 +1,5 @@
-"""At the border, a diffusers pipeline becomes a predictor of x_0, exactly as the pipeline itself would use it."""
+"""At the border of Stable Diffusion, beside what tests/test_family_contract.py asks of every family."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,8 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_prediction_of_x_0_is_the_schedulers(prediction_type: str, tmp_path: Path) -> None:
-    family = load_family(tiny_sd(tmp_path, prediction_type))
+def test_prediction_of_x_0_is_the_schedulers_where_the_network_predicts_it(tmp_path: Path) -> None:
+    family = load_family(tiny_sd(tmp_path, "sample"))
     x_t, conditioning = latents(3, 4, 8, 8), family.encode(PROMPTS)
     for timestep in (999, 500, 0):
         t = torch.full((3,), (timestep + 1) / 1000)
@@ -37,34 +35,6 @@ def test_prediction_of_x_0_is_the_schedulers(prediction_type: str, tmp_path: Pat
         torch.testing.assert_close(x_0, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_guidance_is_the_pipelines_own(prediction_type: str, guidance: float, tmp_path: Path) -> None:
-    """One DDIM step of the pipeline down to clean latents is its prediction of x_0 at t = 1."""
-    pipe = tiny_sd(tmp_path, prediction_type, timestep_spacing="trailing")
-    pipe.set_progress_bar_config(disable=True)
-    noise = latents(3, 4, 8, 8)
-    expected = pipe(PROMPTS, num_inference_steps=1, guidance_scale=guidance, latents=noise, output_type="latent").images
-    family = load_family(pipe)
-    x_0 = family.predict_x_0(family.network, noise, torch.ones(3), family.encode(PROMPTS), guidance)
-    torch.testing.assert_close(x_0, expected, rtol=1e-4, atol=1e-4)
-    if guidance != 1.0:
-        plain = family.predict_x_0(family.network, noise, torch.ones(3), family.encode(PROMPTS))
-        assert not torch.allclose(plain, expected, atol=1e-2)
-
-
-def test_images_are_the_pipelines(tmp_path: Path) -> None:
-    pipe = tiny_sd(tmp_path)
-    family = load_family(pipe)
-    x_0 = latents(2, 4, 8, 8).requires_grad_()
-    images = family.decode(x_0)
-    with torch.no_grad():
-        decoded = pipe.vae.decode(x_0 / pipe.vae.config.scaling_factor).sample
-    assert torch.equal(images, pipe.image_processor.postprocess(decoded, output_type="pt"))
-    images.mean().backward()
-    assert x_0.grad.abs().sum() > 0
-
-
 def test_prompts_are_encoded_without_graph_row_by_row(tmp_path: Path) -> None:
     family = load_family(tiny_sd(tmp_path))
     states = family.encode(PROMPTS).tensors["encoder_hidden_states"]
@@ -74,21 +44,10 @@ def test_prompts_are_encoded_without_graph_row_by_row(tmp_path: Path) -> None:
     assert not torch.allclose(states[0], states[1])
 
 
-def test_everything_in_the_pipeline_is_frozen(tmp_path: Path) -> None:
+def test_student_times_fall_evenly(tmp_path: Path) -> None:
     family = load_family(tiny_sd(tmp_path))
-    for part in (family.pipeline.unet, family.pipeline.vae, family.pipeline.text_encoder):
-        assert not any(parameter.requires_grad for parameter in part.parameters())
-        assert not part.training
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
-def test_student_times_start_at_noise_and_fall(steps: int, tmp_path: Path) -> None:
-    times = load_family(tiny_sd(tmp_path)).student_times(steps)
-    assert len(times) == steps
-    # The scheduler steps by 1000 // K, so three steps start at timestep 998.
-    assert times[0] == pytest.approx(1, abs=1.5e-3)
-    assert (times[1:] < times[:-1]).all()
-    assert (times - (1 - torch.arange(steps) / steps)).abs().max() < 2e-3
+    for steps in (1, 2, 3, 4, 8):  # The scheduler steps by 1000 // K, so three steps start at timestep 998.
+        assert (family.student_times(steps) - (1 - torch.arange(steps) / steps)).abs().max() < 2e-3
 
 
 def test_student_scheduler_changes_nothing_behind_our_back(tmp_path: Path) -> None:
@@ -112,9 +71,6 @@ def test_epsilon_has_no_answer_where_there_is_no_signal(tmp_path: Path) -> None:
     assert family.schedule.alpha(torch.tensor(1.0)) == 0
     x_0 = family.predict_x_0(family.network, latents(2, 4, 8, 8), torch.ones(2), family.encode(PROMPTS[:2]))
     assert x_0.isfinite().all()
-
-
-def test_unknown_prediction_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prediction_type='flow_prediction'"):
         load_family(tiny_sd(tmp_path, "flow_prediction"))
 
@@ -128,23 +84,16 @@ def test_loads_a_folder_or_a_pipeline(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_loading")
-@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "~/missing", "missing", "a/b/c"])
-def test_missing_folder_is_said_before_loading(name: str) -> None:
-    with pytest.raises(FileNotFoundError, match="neither an existing folder nor a hub name"):
-        load_family(name)
-
-
-@pytest.mark.usefixtures("no_loading")
-def test_folder_without_a_pipeline_is_said_before_loading(tmp_path: Path) -> None:
+def test_what_is_no_pipeline_is_said_before_loading(tmp_path: Path) -> None:
+    for name in ("/no/such/folder", "./missing", "~/missing", "missing", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="neither an existing folder nor a hub name"):
+            load_family(name)
     with pytest.raises(FileNotFoundError, match=r"without model_index\.json"):
         load_family(tmp_path)
-
-
-@pytest.mark.usefixtures("no_loading")
-def test_unsupported_pipeline_is_said_before_loading(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     with pytest.raises(ValueError, match=r"KolorsPipeline, which no family supports.*StableDiffusionPipeline"):
         load_family(tmp_path)
+    check_model_name("owner/name")
 
 
 def test_unsupported_loaded_pipeline_is_refused() -> None:
@@ -158,25 +107,3 @@ def test_unsupported_loaded_pipeline_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="PNDMPipeline, which no family supports"):
         load_family(type("PNDMPipeline", (DDIMPipeline,), {})(unet=unet, scheduler=DDIMScheduler()))
-
-
-def test_hub_names_pass_the_check(bases: Callable[..., Path]) -> None:
-    check_model_name("owner/name")
-    check_model_name(str(bases()))
-
-
-def test_saved_lora_reads_back(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model_state_dict
-
-    from rdm_rl.networks.roles import AdapterNetworks
-    from tests.helpers import randomize, same
-
-    networks = AdapterNetworks(load_family(tiny_sd(tmp_path / "a")), LoraConfig(r=2), torch.Generator())
-    randomize(networks)
-    state, metadata = networks.export()
-    networks.family.save_lora(str(tmp_path), state, metadata)
-    again = load_family(tiny_sd(tmp_path / "b"))
-    again.load_adapter(str(tmp_path), "mine")
-    loaded = get_peft_model_state_dict(again.network, adapter_name="mine")
-    assert same(dict(sorted(loaded.items())), dict(sorted(state.items())))
-    assert again.network.peft_config["mine"].r == 2

@@ -15,9 +15,10 @@ from rdm_rl.families import Family, FlowFamily, load_family
 from rdm_rl.networks.roles import AdapterNetworks
 from rdm_rl.policy import rollout
 from rdm_rl.student import load_student
-from tests.helpers import QUICK, changed, latents, prompt_batch, quick_trainer, randomize, snapshot
+from tests.helpers import QUICK, brightness, changed, latents, prompt_batch, quick_trainer, randomize, snapshot
 from tests.tiny_pipelines import (
     CALLS,
+    align_weights,
     tiny_dit,
     tiny_flux,
     tiny_pixart,
@@ -61,8 +62,9 @@ def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "pipeline"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def family(kind: str, folder: Path) -> Family:
+    """Loaded once: no test changes its networks."""
     made = load_family(folder, resolution=MAKERS[kind][1])
     made.pipeline.set_progress_bar_config(disable=True)
     return made
@@ -139,61 +141,62 @@ def test_the_network_hears_time_prompt_and_noise(family: Family) -> None:
         torch.testing.assert_close(other[1], first[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_guidance_is_the_pipeline_s_own(family: Family, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_is_the_pipeline_s_own(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of the pipeline's deterministic sampler, down to clean latents, is its prediction of x_0 at t = 1."""
-    if not family.has_guidance and guidance != 1:
-        pytest.skip("nothing to guide towards")
     pipeline, texts = family.pipeline, prompts(family)
-    call = family.student_call(1, guidance_scale=guidance)
+    noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(SEED))
     if isinstance(family, FlowFamily):
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
-        call["sigmas"] = [1.0]
+        monkeypatch.setattr(pipeline, "scheduler", FlowMatchEulerDiscreteScheduler())
+        times = {"sigmas": [1.0]}
     else:
         config = {**pipeline.scheduler.config, "clip_sample": False, "thresholding": False}
-        pipeline.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True)
-    call["generator"] = torch.Generator().manual_seed(SEED)
-    noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(SEED))
-    expected = latents_of(pipeline, monkeypatch, **{**asked(family, texts), **call})
-    expected = unpacked(family, expected[: len(texts)])  # DiT's pipeline carries each sample twice.
-    # DiT's pipeline has a guided and an unguided half from one noise; both halves are the guided prediction.
-    x_0 = family.predict_x_0(family.network, noise, torch.ones(2), family.encode(texts), guidance)
-    torch.testing.assert_close(x_0, expected, rtol=1e-4, atol=1e-4)
-    if guidance != 1:
-        plain = family.predict_x_0(family.network, noise, torch.ones(2), family.encode(texts), 1.0)
-        assert (plain - expected).abs().max() > 1e-3
+        ddim = DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True)
+        monkeypatch.setattr(pipeline, "scheduler", ddim)
+        times = {}
+    for guidance in (1.0, 3.0) if family.has_guidance else (1.0,):
+        call = {**asked(family, texts), **family.student_call(1, guidance_scale=guidance), **times}
+        call["generator"] = torch.Generator().manual_seed(SEED)
+        # DiT's pipeline has a guided and an unguided half from one noise; both halves are the guided prediction.
+        expected = unpacked(family, latents_of(pipeline, monkeypatch, **call)[: len(texts)])
+        x_0 = family.predict_x_0(family.network, noise, torch.ones(2), family.encode(texts), guidance)
+        torch.testing.assert_close(x_0, expected, rtol=1e-4, atol=1e-4)
+        if guidance != 1:
+            plain = family.predict_x_0(family.network, noise, torch.ones(2), family.encode(texts), 1.0)
+            assert (plain - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_the_sampler_is_the_stock_pipeline_s_bit_for_bit(
-    family: Family, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the saved scheduler and call; where the pipeline draws a step's noise globally, so do we here."""
-    texts, pipeline = prompts(family), family.pipeline
-    pipeline.scheduler = family.student_scheduler(steps)
-    call = {**family.student_call(steps), "generator": torch.default_generator}
+def own_sample(family: Family, texts: list[str], steps: int) -> Tensor:
+    """What our rollout draws with the untrained network; where the pipeline draws noise globally, so do we here."""
     torch.manual_seed(SEED)
-    expected = unpacked(family, latents_of(pipeline, monkeypatch, **{**asked(family, texts), **call}))
-    torch.manual_seed(SEED)
-    chains = rollout(
+    return rollout(
         lambda x_t, t, conditioning: family.predict_x_0(family.network, x_t, t, conditioning),
-        prompt_batch(2, family.encode(texts)),
+        prompt_batch(len(texts), family.encode(texts)),
         family.schedule,
         family.student_times(steps),
         shape=family.latent_shape,
         generator=torch.default_generator,
         step_noise=family.step_noise,
-    )
-    assert torch.equal(chains.sample, expected)
+    ).sample
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
-def test_student_times_start_at_noise_and_fall(family: Family, steps: int) -> None:
-    times = family.student_times(steps)
-    assert times.shape == (steps,)
-    assert times[0] == pytest.approx(1, abs=1.5e-3)
-    assert (times[1:] < times[:-1]).all()
-    assert times[-1] >= 1 / steps - 2e-3  # A shift spends more steps at high noise, never fewer.
+def test_the_sampler_is_the_stock_pipeline_s_bit_for_bit(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the saved scheduler and call."""
+    texts, pipeline = prompts(family), family.pipeline
+    for steps in (1, 2, 3, 4):
+        monkeypatch.setattr(pipeline, "scheduler", family.student_scheduler(steps))
+        call = {**asked(family, texts), **family.student_call(steps), "generator": torch.default_generator}
+        torch.manual_seed(SEED)
+        expected = unpacked(family, latents_of(pipeline, monkeypatch, **call))
+        assert torch.equal(own_sample(family, texts, steps), expected), steps
+
+
+def test_student_times_start_at_noise_and_fall(family: Family) -> None:
+    for steps in (1, 2, 3, 4, 8):
+        times = family.student_times(steps)
+        assert times.shape == (steps,)
+        assert times[0] == pytest.approx(1, abs=1.5e-3)
+        assert (times[1:] < times[:-1]).all()
+        assert times[-1] >= 1 / steps - 2e-3  # A shift spends more steps at high noise, never fewer.
 
 
 def test_images_are_the_pipeline_s(family: Family) -> None:
@@ -214,47 +217,37 @@ def test_images_are_the_pipeline_s(family: Family) -> None:
     assert (height, width) == tuple(side * family.pixels_per_latent for side in family.latent_shape[1:])
 
 
-def test_everything_is_frozen_and_the_adapter_s_layers_exist(family: Family) -> None:
+def test_everything_is_frozen(family: Family, kind: str) -> None:
     for part in family.pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            assert not any(parameter.requires_grad for parameter in part.parameters())
             assert not part.training
-    networks = AdapterNetworks(family, LoraConfig(r=2), torch.Generator().manual_seed(0))
-    layers = {name.rsplit(".lora_A", 1)[0] for name in networks.named_parameters("policy") if ".lora_A" in name}
-    for target in family.lora_targets:
-        assert any(layer.endswith(f".{target}") or layer == target for layer in layers), target
+            for name, parameter in part.named_parameters():
+                assert not parameter.requires_grad
+                # With constants, a network could ignore its time or its prompt, and tests would pass by accident.
+                assert kind in ("sd", "sd-v") or parameter.numel() == 1 or parameter.std() > 0, name
 
 
 def test_a_saved_adapter_reads_back_exactly(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:
     """In the stock pipeline, with images of the student; a family without a loader saves the whole pipeline."""
     resolution = MAKERS[kind][1]
     given = {"peft_config": LoraConfig(r=2)}
-    settings = {**QUICK, "num_inference_steps": 2, "max_steps": 1, "resolution": resolution}
+    settings = {**QUICK, "num_inference_steps": 2, "resolution": resolution}
     trainer = quick_trainer(folder, tmp_path / "run", "rdm", given=given, **settings)
     randomize(trainer.networks, scale=0.1)
     trainer.save_model(tmp_path / "student")
     texts = prompts(family)
-    torch.manual_seed(SEED)
-    ours = trainer.generate(texts, generator=torch.default_generator)
     student = load_student(tmp_path / "student", folder)
+    align_weights(trainer.family.pipeline, student.pipeline)
     assert (tmp_path / "student" / "pytorch_lora_weights.safetensors").is_file() == family.loads_lora
-    torch.manual_seed(SEED)
-    theirs = student.draw(texts, generator=torch.default_generator, output_type="np")
-    theirs = torch.as_tensor(theirs).permute(0, 3, 1, 2)
-    # Merged weights round once more than an adapter beside them.
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if family.loads_lora else 1e-4)
-    torch.manual_seed(SEED)
-    plain = family.decode(
-        rollout(
-            lambda x_t, t, conditioning: family.predict_x_0(family.network, x_t, t, conditioning),
-            prompt_batch(2, family.encode(texts)),
-            family.schedule,
-            family.student_times(2),
-            shape=family.latent_shape,
-            generator=torch.default_generator,
-            step_noise=family.step_noise,
-        ).sample
-    )
+    for count in (1, 2):
+        torch.manual_seed(SEED)
+        ours = trainer.generate(texts[:count], generator=torch.default_generator)
+        torch.manual_seed(SEED)
+        theirs = torch.as_tensor(student.draw(texts[:count], generator=torch.default_generator, output_type="np"))
+        # Merged weights round once more than an adapter beside them.
+        atol = 0 if family.loads_lora else 1e-4
+        torch.testing.assert_close(ours, theirs.permute(0, 3, 1, 2), rtol=0, atol=atol)
+    plain = family.decode(own_sample(family, texts, 2))
     assert (ours - plain).abs().max() > 1e-3  # The adapter does something.
 
 
@@ -281,8 +274,6 @@ def test_full_fine_tuning_saves_a_pipeline(family: Family, kind: str, folder: Pa
 
 def test_three_updates_change_only_what_they_should(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:
     """GNDMR with a reward's gradient: policy and fake score move, everything else stays bit for bit."""
-    from tests.helpers import brightness
-
     rows = [{"prompt": text} for text in prompts(family, 3)]
     settings = {**QUICK, "max_steps": 3, "resolution": MAKERS[kind][1]}
     trainer = quick_trainer(
@@ -309,8 +300,7 @@ def test_three_updates_change_only_what_they_should(family: Family, kind: str, f
     assert any(row["rewards/brightness/lambda"] > 0 for row in trainer.state.log_history)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 20])
-def test_a_flow_s_times_are_the_base_scheduler_s(family: Family, kind: str, steps: int) -> None:
+def test_a_flow_s_times_are_the_base_scheduler_s(family: Family, kind: str) -> None:
     if not isinstance(family, FlowFamily):
         pytest.skip("betas")
     config = family.pipeline.scheduler.config
@@ -318,32 +308,46 @@ def test_a_flow_s_times_are_the_base_scheduler_s(family: Family, kind: str, step
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, **own)
     c = scheduler.config
     mu = calculate_shift(family.image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-    even = [1 - index / steps for index in range(steps)]
-    scheduler.set_timesteps(sigmas=even, mu=mu if c.use_dynamic_shifting else None)
-    torch.testing.assert_close(family.student_times(steps), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+    for steps in (1, 4, 20):
+        even = [1 - index / steps for index in range(steps)]
+        scheduler.set_timesteps(sigmas=even, mu=mu if c.use_dynamic_shifting else None)
+        torch.testing.assert_close(family.student_times(steps), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
     assert (family.shift > 1) == (kind != "flux-schnell")
 
 
-def test_activation_checkpointing_gives_the_same_gradients(kind: str, folder: Path) -> None:
+def test_the_adapter_s_layers_exist_and_recomputed_activations_give_the_same_gradients(kind: str, folder: Path) -> None:
     """In both trained roles, with the role left before the backward pass."""
+    family = load_family(folder, resolution=MAKERS[kind][1])
+    networks = AdapterNetworks(family, LoraConfig(r=2), torch.Generator().manual_seed(0))
+    layers = {name.rsplit(".lora_A", 1)[0] for name in networks.named_parameters("policy") if ".lora_A" in name}
+    for target in family.lora_targets:
+        assert any(layer.endswith(f".{target}") or layer == target for layer in layers), target
+    randomize(networks)
+    x_t, conditioning = latents(2, *family.latent_shape), family.encode(prompts(family))
 
-    def gradients(checkpointing: bool) -> dict[str, Tensor]:
-        family = load_family(folder, resolution=MAKERS[kind][1])
-        networks = AdapterNetworks(family, LoraConfig(r=2), torch.Generator().manual_seed(0))
-        randomize(networks)
-        if checkpointing:
-            networks.enable_activation_checkpointing()
-        x_t, conditioning = latents(2, *family.latent_shape), family.encode(prompts(family))
+    def gradients() -> tuple[dict[str, Tensor], int]:
+        """They, and how many forward passes of layers they took."""
+        passes = 0
+
+        def count(*_: Any) -> None:
+            nonlocal passes
+            passes += 1
+
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
         for role in ("policy", "fake_score"):
             networks.predict(role, x_t, torch.tensor([0.9, 0.5]), conditioning).square().mean().backward()
-        return {
-            name: parameter.grad
-            for role in ("policy", "fake_score")
-            for name, parameter in networks.named_parameters(role).items()
-            if parameter.grad is not None
-        }
+        hook.remove()
+        found = {}
+        for role in ("policy", "fake_score"):
+            for name, parameter in networks.named_parameters(role).items():
+                if parameter.grad is not None:
+                    found[name], parameter.grad = parameter.grad, None
+        return found, passes
 
-    plain, again = gradients(False), gradients(True)
+    plain, passes = gradients()
+    networks.enable_activation_checkpointing()
+    again, more_passes = gradients()
+    assert more_passes > passes, "nothing was recomputed"
     assert plain.keys() == again.keys()
     assert any(value.abs().max() > 0 for value in plain.values())
     for name, value in plain.items():

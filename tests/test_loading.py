@@ -1,7 +1,6 @@
 """What is wrong with a model is said in one line, before gigabytes are loaded where that is possible."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,15 @@ def one_line(error: BaseException) -> str:
 
 
 @pytest.mark.usefixtures("no_loading")
-@pytest.mark.parametrize("missing", ["unet", "vae", "text_encoder_2", "scheduler"])
-def test_a_missing_component_is_said_before_loading(missing: str, tmp_path: Path) -> None:
+def test_a_missing_component_is_said_before_loading(tmp_path: Path) -> None:
     tiny_sdxl(tmp_path / "source").save_pretrained(tmp_path / "model")
-    shutil.rmtree(tmp_path / "model" / missing)
-    with pytest.raises(FileNotFoundError, match=f"has no '{missing}' folder, but a StableDiffusionXLPipeline") as found:
-        load_family(tmp_path / "model")
-    one_line(found.value)
+    for missing in ("unet", "vae", "text_encoder_2", "scheduler"):
+        (tmp_path / "model" / missing).rename(tmp_path / missing)
+        message = f"has no '{missing}' folder, but a StableDiffusionXLPipeline"
+        with pytest.raises(FileNotFoundError, match=message) as found:
+            load_family(tmp_path / "model")
+        one_line(found.value)
+        (tmp_path / missing).rename(tmp_path / "model" / missing)
 
 
 def test_a_missing_component_of_a_loaded_pipeline(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Three roles on one base: each is who it says it is, and gradients arrive where they should and nowhere else."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,20 @@ def separate(folder: Path) -> SeparateNetworks:
     return SeparateNetworks(load_family(tiny_sd(folder)))
 
 
-@pytest.fixture(params=[adapters, separate], ids=["lora", "full"])
-def networks(request: pytest.FixtureRequest, tmp_path: Path) -> Networks:
-    """Policy and fake score with weights of their own."""
-    made: Networks = request.param(tmp_path)
+@pytest.fixture(scope="module", params=[adapters, separate], ids=["lora", "full"])
+def networks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Networks:
+    """Policy and fake score with weights of their own, which no test changes."""
+    made: Networks = request.param(tmp_path_factory.mktemp("networks"))
     randomize(made)
+    return made
+
+
+@pytest.fixture
+def checkpointed(networks: Networks, tmp_path: Path) -> Networks:
+    """Others with the same weights, which recompute their activations."""
+    made = (adapters if isinstance(networks, AdapterNetworks) else separate)(tmp_path)
+    randomize(made)
+    made.enable_activation_checkpointing()
     return made
 
 
@@ -92,85 +102,64 @@ def test_parameters_are_split_between_the_roles(networks: Networks) -> None:
     assert not any(one.requires_grad for one in frozen)
 
 
-@pytest.mark.parametrize(("role", "other"), [("policy", "fake_score"), ("fake_score", "policy")])
-def test_a_loss_reaches_its_own_role_only(networks: Networks, role: str, other: str) -> None:
-    ask(networks, role).square().mean().backward()
-    assert gradients(networks, role).keys() == networks.named_parameters(role).keys()
-    assert gradients(networks, other) == {}
-    assert all(one.grad is None for one in networks.module("teacher").parameters())
-
-
-def test_a_loss_of_two_roles_reaches_both(networks: Networks) -> None:
-    ask(networks, "policy").square().mean().backward()
-    ask(networks, "fake_score").square().mean().backward()
-    expected = {role: gradients(networks, role) for role in ("policy", "fake_score")}
+def test_a_loss_reaches_its_own_role_only(networks: Networks) -> None:
+    expected = {}
+    for role, other in (("policy", "fake_score"), ("fake_score", "policy")):
+        ask(networks, role).square().mean().backward()
+        expected[role] = gradients(networks, role)
+        assert expected[role].keys() == networks.named_parameters(role).keys()
+        assert gradients(networks, other) == {}
+        assert all(one.grad is None for one in networks.module("teacher").parameters())
     policy, fake_score = ask(networks, "policy"), ask(networks, "fake_score")
     (policy.square().mean() + fake_score.square().mean()).backward()
     for role in ("policy", "fake_score"):
         assert same(gradients(networks, role), expected[role])
 
 
-@pytest.mark.parametrize("between", [(), ("teacher",), ("fake_score",), ("teacher", "fake_score", "policy")])
-@pytest.mark.parametrize("leave_gradients_on", [False, True])
-def test_other_roles_between_forward_and_backward(
-    networks: Networks, between: tuple[str, ...], leave_gradients_on: bool
-) -> None:
+def test_other_roles_between_forward_and_backward(networks: Networks) -> None:
     ask(networks, "policy").square().mean().backward()
     expected = gradients(networks, "policy")
-    x_0 = ask(networks, "policy")
-    for role in between:
-        with torch.set_grad_enabled(leave_gradients_on):
-            ask(networks, role, seed=2)
-    x_0.square().mean().backward()
-    assert same(gradients(networks, "policy"), expected)
-    assert gradients(networks, "fake_score") == {}
+    for between in ((), ("teacher",), ("fake_score",), ("teacher", "fake_score", "policy")):
+        for leave_gradients_on in (False, True):
+            x_0 = ask(networks, "policy")
+            for role in between:
+                with torch.set_grad_enabled(leave_gradients_on):
+                    ask(networks, role, seed=2)
+            x_0.square().mean().backward()
+            assert same(gradients(networks, "policy"), expected), (between, leave_gradients_on)
+            assert gradients(networks, "fake_score") == {}
 
 
-@pytest.mark.parametrize(
-    ("between", "inside"),
-    [
+def test_activation_checkpointing_gives_the_same_gradients(networks: Networks, checkpointed: Networks) -> None:
+    ask(networks, "policy").square().mean().backward()
+    expected = gradients(networks, "policy")
+    runs: list[int] = []
+    checkpointed.module("policy").down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    for between, inside in (
         ((), "policy"),
         ((), None),
         (("teacher",), None),
         (("fake_score",), None),
         (("teacher", "fake_score"), "fake_score"),
         (("fake_score", "teacher"), "teacher"),
-    ],
-)
-def test_activation_checkpointing_gives_the_same_gradients(
-    networks: Networks, between: tuple[str, ...], inside: str | None
-) -> None:
-    ask(networks, "policy").square().mean().backward()
-    expected = gradients(networks, "policy")
-
-    networks.enable_activation_checkpointing()
-    runs = []
-    networks.module("policy").down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    x_0 = ask(networks, "policy")
-    for role in between:
-        ask(networks, role, seed=2)
-    forward_runs = len(runs)
-    if inside is None:
-        x_0.square().mean().backward()
-    else:
-        with networks.role(inside):
+    ):
+        x_0 = ask(checkpointed, "policy")
+        for role in between:
+            ask(checkpointed, role, seed=2)
+        forward_runs = len(runs)
+        with nullcontext() if inside is None else checkpointed.role(inside):
             x_0.square().mean().backward()
-    assert len(runs) > forward_runs, "nothing was recomputed, so this test shows nothing"
-    assert same(gradients(networks, "policy"), expected)
-    assert gradients(networks, "fake_score") == {}
+        assert len(runs) > forward_runs, "nothing was recomputed, so this test shows nothing"
+        assert same(gradients(checkpointed, "policy"), expected), (between, inside)
+        assert gradients(checkpointed, "fake_score") == {}
 
 
-def test_activation_checkpointing_of_both_roles_at_once(networks: Networks) -> None:
-    def loss() -> Tensor:
-        policy, fake_score = ask(networks, "policy"), ask(networks, "fake_score")
-        return (policy * fake_score).mean()
-
-    loss().backward()
-    expected = {role: gradients(networks, role) for role in ("policy", "fake_score")}
-    networks.enable_activation_checkpointing()
-    loss().backward()
-    for role in ("policy", "fake_score"):
-        assert same(gradients(networks, role), expected[role])
+def test_activation_checkpointing_of_both_roles_at_once(networks: Networks, checkpointed: Networks) -> None:
+    found = []
+    for made in (networks, checkpointed):
+        (ask(made, "policy") * ask(made, "fake_score")).mean().backward()
+        found.append({role: gradients(made, role) for role in ("policy", "fake_score")})
+    assert same(*found)
 
 
 def test_roles_nest_and_survive_errors(networks: Networks) -> None:
@@ -182,13 +171,14 @@ def test_roles_nest_and_survive_errors(networks: Networks) -> None:
             assert torch.equal(ask(networks, role), x_0)
 
 
-def test_nothing_ever_changes_requires_grad(networks: Networks) -> None:
+def test_nothing_ever_changes_requires_grad(checkpointed: Networks) -> None:
+    networks = checkpointed
     modules = [networks.module(role) for role in ("policy", "teacher", "fake_score")]
     before = [[one.requires_grad for one in module.parameters()] for module in modules]
-    networks.enable_activation_checkpointing()
     with networks.role("fake_score"), networks.role("teacher"):
         ask(networks, "policy").mean().backward()
         ask(networks, "teacher", guidance_scale=3.0)
+    gradients(networks, "policy")
     assert [[one.requires_grad for one in module.parameters()] for module in modules] == before
 
 
@@ -223,11 +213,6 @@ def test_targets_of_the_user_win(tmp_path: Path) -> None:
     assert {"conv_in", "conv_out"} <= {name.split(".")[0] for name in everywhere.named_parameters("policy")}
 
 
-def test_dropout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Set lora_dropout=0"):
-        adapters(tmp_path, LoraConfig(r=2, lora_dropout=0.1))
-
-
 def test_a_separate_teacher_is_asked(tmp_path: Path) -> None:
     family, teacher = load_family(tiny_sd(tmp_path / "a")), load_family(tiny_sd(tmp_path / "b", "v_prediction", seed=1))
     made = AdapterNetworks(family, LoraConfig(r=2), torch.Generator(), teacher_family=teacher)
@@ -236,22 +221,16 @@ def test_a_separate_teacher_is_asked(tmp_path: Path) -> None:
     torch.testing.assert_close(ask(made, "policy"), family.predict_x_0(family.network, x_t, T, prompts))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_what_would_change_the_base_is_refused(tmp_path: Path) -> None:
+    pipeline = tiny_sd(tmp_path)
+    for settings, message in (
+        ({"lora_dropout": 0.1}, "Set lora_dropout=0"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"modules_to_save": ["conv_out"]}, "modules_to_save=.'conv_out'"),
         ({"bias": "all"}, "bias='all'"),
-    ],
-)
-def test_adapters_that_change_the_base_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
-    config = LoraConfig(r=2, **settings)
-    with pytest.raises(ValueError, match=message):
-        AdapterNetworks(load_family(tiny_sd(tmp_path)), config, torch.Generator())
-
-
-def test_a_pipeline_with_adapters_is_refused(tmp_path: Path) -> None:
-    pipeline = tiny_sd(tmp_path)
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdapterNetworks(load_family(pipeline), LoraConfig(r=2, **settings), torch.Generator())
     AdapterNetworks(load_family(pipeline), LoraConfig(r=2), torch.Generator())
     with pytest.raises(ValueError, match="already has adapters"):
         load_family(pipeline)

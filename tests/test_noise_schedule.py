@@ -19,15 +19,11 @@ VP = VariancePreserving(SCHEDULER.alphas_cumprod)
 
 
 @pytest.mark.parametrize("schedule", [VP, FlowMatching()])
-def test_signal_to_noise_ratio_falls_with_time(schedule: NoiseSchedule) -> None:
+def test_noise_grows_with_time_from_none(schedule: NoiseSchedule) -> None:
     t = torch.linspace(0.001, 1, 1000)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     assert (alpha[1:] < alpha[:-1]).all()
     assert (sigma[1:] > sigma[:-1]).all()
-
-
-@pytest.mark.parametrize("schedule", [VP, FlowMatching()])
-def test_time_zero_is_clean(schedule: NoiseSchedule) -> None:
     x_0 = latents(2, 4, 2, 2)
     assert torch.equal(schedule.perturb(x_0, latents(2, 4, 2, 2, seed=1), torch.zeros(2)), x_0)
 
@@ -59,10 +55,9 @@ def test_flow_matching_is_the_straight_line() -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
-@pytest.mark.parametrize("t", [0.02, 0.5, 1.0])
-def test_true_output_gives_back_x_0(kind: str, t: float) -> None:
+def test_true_output_gives_back_x_0(kind: str) -> None:
     schedule = FlowMatching() if kind == "flow" else VP
-    times = torch.full((3,), t)
+    times = torch.tensor([0.02, 0.5, 1.0])
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     x_0, noise = latents(3, 4, 2, 2), latents(3, 4, 2, 2, seed=1)
     x_t = schedule.perturb(x_0, noise, times)

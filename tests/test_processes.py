@@ -3,19 +3,19 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
-import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from torch import Tensor
 
 from rdm_rl import RDMConfig
 from rdm_rl.trainers.processes import check_processes, processes_asked_for
 from tests.helpers import same
-from tests.processes_worker import ROOT, gndmr, launch, state_of
+from tests.processes_worker import ROOT, gndmr, results, state_of, two_processes
 
 # Of the samples of one update, these are the numbers of the first micro-batch of one process alone.
 OF_THE_FIRST_BATCH = {"fake_score/fresh_loss", "fake_score/lag"}
@@ -27,20 +27,15 @@ def largest_difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
 
 
 @pytest.fixture(scope="module")
-def launched(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+def launched(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes, which train, and then train once more with a reward that fails on one of them."""
-    folder, start = tmp_path_factory.mktemp("two"), time.monotonic()
-    done = launch("processes", base, base, folder)
-    assert done.returncode != 0
-    return folder, done.stderr, time.monotonic() - start
+    return two_processes(tmp_path_factory, base)
 
 
 @pytest.fixture(scope="module")
-def two(launched: tuple[Path, str, float]) -> tuple[list[dict[str, Any]], Path]:
+def two(launched: Path) -> tuple[list[dict[str, Any]], Path]:
     """What two processes end with, and where."""
-    folder, errors, _ = launched
-    assert (folder / "1.pt").is_file(), errors[-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)], folder
+    return results(launched, "processes"), launched / "processes"
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +108,15 @@ def test_but_not_with_another_number_of_samples(base: Path, two: Any, tmp_path: 
         gndmr(str(base), tmp_path).train(two[1] / "run" / "checkpoint-1")
 
 
-def test_a_failure_on_one_process_ends_the_others(launched: tuple[Path, str, float]) -> None:
-    _, errors, seconds = launched
+def test_a_failure_on_one_process_ends_the_others(launched: Path) -> None:
+    errors = (launched / "errors.txt").read_text(encoding="utf-8")
     assert "The reward 'fragile' failed" in errors
     assert "the reward's server is gone" in errors
+    seconds = (launched / "ended").stat().st_mtime - (launched / "failing").stat().st_mtime
     assert seconds < 200  # Waiting for a process that is gone takes 30 minutes.
 
 
-SCRIPTS = {
-    "trainer.py": """
+SCRIPT = """
 import warnings
 from rdm_rl import RDMConfig
 from rdm_rl.trainers.loop import TrainingLoop
@@ -131,58 +126,52 @@ with warnings.catch_warnings(record=True) as seen:
     loop = TrainingLoop(RDMConfig(output_dir="out", use_cpu=True), 1)
 print("processes:", loop.accelerator.num_processes)
 print("\\n".join(str(one.message) for one in seen))
-""",
-    "short.py": """
-import warnings
-from rdm_rl.trainers.processes import check_processes
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    check_processes(1)
-print("processes: 1", *(one.message for one in seen))
-""",
-}
+"""
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a run says under `accelerate launch` with different numbers of processes; all run at the same time."""
-    folder = tmp_path_factory.mktemp("launches")
-    for name, text in SCRIPTS.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    (folder / "two.yaml").write_text("num_processes: 2\ndistributed_type: MULTI_CPU\nuse_cpu: true\n", encoding="utf-8")
-    launches = {
-        "two": ["--cpu", "--num_processes", "2", "trainer.py"],
-        "two by file": ["--config_file", "two.yaml", "short.py"],
-        "one": ["--cpu", "--num-processes=1", "short.py"],
-    }
-    running = {
-        name: subprocess.Popen(
-            # The last words are the script's own.
-            [sys.executable, "-m", "accelerate.commands.launch", *words, "--num_processes", "7"],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, words in launches.items()
-    }
-    answers = {name: process.communicate(timeout=200) for name, process in running.items()}
-    for name, process in running.items():
-        assert process.returncode == 0, answers[name][1][-2000:]
-    return {name: out for name, (out, _) in answers.items()}
+def test_fewer_processes_than_asked_for_are_reported(tmp_path: Path) -> None:
+    """By a run that accelerate itself launches."""
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    words = ["--cpu", "--num_processes", "2", "script.py", "--num_processes", "7"]  # The last two are the script's own.
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "processes: 1" in done.stdout
+    assert "was asked for 2 processes, but started 1" in done.stdout
+    assert "torchrun --nproc_per_node 2" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["two", "two by file"])
-def test_fewer_processes_than_asked_for_are_reported(name: str, said: dict[str, str]) -> None:
-    assert "processes: 1" in said[name]
-    assert "was asked for 2 processes, but started 1" in said[name]
-    assert "torchrun --nproc_per_node 2" in said[name]
-
-
-def test_as_many_as_asked_for_are_not(said: dict[str, str]) -> None:
-    assert "processes: 1" in said["one"]
-    assert "asked for" not in said["one"]
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ("--config_file two.yaml script.py --num_processes 7", 2),
+        ("--cpu --num-processes=1 script.py --num_processes 7", 1),
+        ("--cpu script.py", None),
+        ("--config_file nowhere.yaml script.py", None),
+    ],
+)
+def test_the_number_is_read_from_the_command_of_the_launching_process(
+    words: str, asked: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "two.yaml").write_text(
+        "num_processes: 2\ndistributed_type: MULTI_CPU\nuse_cpu: true\n", encoding="utf-8"
+    )
+    command = ["python", "-m", "accelerate.commands.launch", *words.split()]
+    launcher = SimpleNamespace(cmdline=lambda: command, cwd=lambda: str(tmp_path))
+    monkeypatch.setattr(psutil.Process, "parent", lambda _: launcher)
+    assert processes_asked_for() == asked
+    if asked == 2:
+        with pytest.warns(UserWarning, match=r"asked for 2 processes, but started 1.*torchrun --nproc_per_node 2"):
+            check_processes(1)
+    else:
+        check_processes(1)  # Warnings are errors here.
 
 
 def test_nothing_is_said_without_accelerate_launch() -> None:

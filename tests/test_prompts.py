@@ -39,9 +39,8 @@ def test_other_columns_follow_their_samples() -> None:
     assert other_columns([{"prompt": "a"}], 3) == {}
 
 
-@pytest.mark.parametrize(
-    ("dataset", "message"),
-    [
+def test_unusable_data_are_refused() -> None:
+    for dataset, message in (
         ([], "train_dataset is empty"),
         (Dataset.from_list([]), "train_dataset is empty"),
         ([{"text": "a"}], r"no 'prompt' column; its rows hold \['text'\]"),
@@ -50,8 +49,6 @@ def test_other_columns_follow_their_samples() -> None:
         ([{"prompt": 3}], "holds int, not text"),
         (({"prompt": "a"} for _ in range(3)), "is a generator, which has no length"),
         (Dataset.from_list(ROWS).to_iterable_dataset(), "is a IterableDataset, which has no length"),
-    ],
-)
-def test_unusable_data_are_refused(dataset: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PromptSource(dataset, seed=0)
+    ):
+        with pytest.raises(ValueError, match=message):
+            PromptSource(dataset, seed=0)

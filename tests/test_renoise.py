@@ -17,9 +17,6 @@ def test_named_distributions() -> None:
     assert beta_parameters("annealed_beta", 0.5) == pytest.approx((2.5, 1.25))
     assert beta_parameters("annealed_beta", 1.0) == (1, 1)
     assert beta_parameters("annealed_beta", 7.0) == (1, 1)
-
-
-def test_annealing_is_monotone() -> None:
     first = [beta_parameters("annealed_beta", progress)[0] for progress in np.linspace(0, 1, 21)]
     assert all(later < earlier for earlier, later in pairwise(first))
 
@@ -46,16 +43,12 @@ def test_moments(distribution: str, progress: float, mean: float, variance: floa
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "beta"])
-def test_a_group_shares_its_time(distribution: str) -> None:
+def test_a_group_shares_its_time_in_any_batch(distribution: str) -> None:
     ids = torch.tensor([9, 9, 9, 4, 4, 4])
     t = group_times(ids, torch.Generator().manual_seed(0), distribution=distribution)
     assert (t[:3] == t[0]).all()
     assert (t[3:] == t[3]).all()
     assert t[0] != t[3]
-
-
-@pytest.mark.parametrize("distribution", ["uniform", "beta"])
-def test_the_time_of_a_group_does_not_depend_on_the_batch(distribution: str) -> None:
     ids, samples = torch.tensor([0, 0, 1, 1, 2, 2]), range(6)
     whole = group_times(ids, seeded_generators(0, "t", 0, samples), distribution=distribution)
     part = group_times(ids[2:4], seeded_generators(0, "t", 0, [2, 3]), distribution=distribution)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -10,8 +9,6 @@ from torch.nn import functional
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    SiglipConfig,
-    SiglipModel,
     ViTConfig,
     ViTModel,
 )
@@ -20,44 +17,9 @@ from rdm_rl.rewards.aesthetic import AestheticScore, load_predictor
 from rdm_rl.rewards.clip import CLIPScore, HPSv2, HPSv21, PickScore
 from rdm_rl.rewards.open_clip import convert_checkpoint, convert_open_clip, load_open_clip, open_clip_config
 from tests.helpers import tiny_tokenizer
+from tests.tiny_rewards import save_clip
 
 PROMPTS = ["a red fox", "two cats & a dog", "A very long prompt of which the text encoder reads the first part only"]
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 190}
-VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION |= {"image_size": 28, "patch_size": 14}
-
-
-def sharpen(model):
-    """Random weights four times the usual: otherwise all images look alike to the model."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.mul_(1 if weight.ndim < 2 or "embedding" in name else 4)
-    return model
-
-
-def save_clip(folder, kind="clip", *, processor=True):
-    """A tiny saved CLIP or SigLIP model; returns the folder and the pieces to compute its value otherwise."""
-    name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        ends = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
-        if kind == "clip":
-            text = TEXT | ends | {"max_position_embeddings": 16, "projection_dim": 20}
-            config = CLIPConfig(text_config=text, vision_config=VISION | {"projection_dim": 20}, projection_dim=20)
-            model = sharpen(CLIPModel(config))
-            settings = {"size": {"shortest_edge": 28}, "crop_size": 28}
-        else:
-            text = TEXT | ends | {"max_position_embeddings": 12, "projection_size": 24}
-            model = sharpen(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)))
-            settings = {"size": {"height": 28, "width": 28}}
-    model.save_pretrained(folder)
-    tokenizer = tiny_tokenizer(folder / "source")
-    new = getattr(transformers, f"{name}ImageProcessorPil", None)  # version 5 names the one with Pillow so
-    images = (new or getattr(transformers, f"{name}ImageProcessor"))(**settings)
-    if processor:
-        tokenizer.save_pretrained(folder)
-        images.save_pretrained(folder)
-    return folder, model.eval(), tokenizer, images
 
 
 @pytest.fixture(scope="module")
@@ -158,28 +120,37 @@ def test_prompts_are_cut_to_what_the_encoder_reads(clip_folder):
     assert values[0] == values[1] == values[2]  # 16 places: 14 letters between the marks of start and end
 
 
-def make_rewards(tmp_path):
-    """One of each reward, with weights on disk."""
-    folder, *_ = save_clip(tmp_path / "clip")
-    torch.save({"state_dict": open_clip_weights()}, tmp_path / "HPS_v2_compressed.pt")
-    torch.save({"state_dict": open_clip_weights()}, tmp_path / "HPS_v2.1_compressed.pt")
-    torch.save(predictor_weights(20), tmp_path / "predictor.pth")
+@pytest.fixture(scope="module")
+def weights_on_disk(tmp_path_factory, clip_folder):
+    """What each reward reads."""
+    root = tmp_path_factory.mktemp("rewards")
+    save_clip(root / "siglip", "siglip")
+    torch.save({"state_dict": open_clip_weights()}, root / "HPS_v2_compressed.pt")
+    torch.save({"state_dict": open_clip_weights()}, root / "HPS_v2.1_compressed.pt")
+    torch.save(predictor_weights(20), root / "predictor.pth")
     return {
-        "clip_score": lambda **options: CLIPScore(folder, **options),
-        "siglip": lambda **options: CLIPScore(save_clip(tmp_path / "siglip", "siglip")[0], **options),
-        "pickscore": lambda **options: PickScore(folder, **options),
-        "hpsv2": lambda **options: HPSv2(tmp_path / "HPS_v2_compressed.pt", processor=folder, **options),
-        "hpsv2.1": lambda **options: HPSv21(tmp_path, processor=folder, **options),
-        "aesthetic": lambda **options: AestheticScore(tmp_path / "predictor.pth", encoder=folder, **options),
+        "clip_score": (CLIPScore, clip_folder, {}),
+        "siglip": (CLIPScore, root / "siglip", {}),
+        "pickscore": (PickScore, clip_folder, {}),
+        "hpsv2": (HPSv2, root / "HPS_v2_compressed.pt", {"processor": clip_folder}),
+        "hpsv2.1": (HPSv21, root, {"processor": clip_folder}),
+        "aesthetic": (AestheticScore, root / "predictor.pth", {"encoder": clip_folder}),
     }
+
+
+@pytest.fixture
+def make(request, weights_on_disk):
+    """Makes the reward of the test's name."""
+    kind, model, settings = weights_on_disk[request.getfixturevalue("name")]
+    return lambda **options: kind(model, **settings, **options)
 
 
 NAMES = ["clip_score", "siglip", "pickscore", "hpsv2", "hpsv2.1", "aesthetic"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_reaches_the_images_and_not_the_weights(name, tmp_path):
-    reward = make_rewards(tmp_path)[name]()
+def test_gradient_reaches_the_images_and_not_the_weights(name, make):
+    reward = make()
     images = torch.rand(3, 3, 56, 56, generator=torch.Generator().manual_seed(0), requires_grad=True)
     values = reward(images, PROMPTS)
     assert values.shape == (3,) and values.dtype == torch.float32 and reward.differentiable
@@ -190,8 +161,8 @@ def test_gradient_reaches_the_images_and_not_the_weights(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_is_the_finite_difference(name, tmp_path):
-    reward = make_rewards(tmp_path)[name]()
+def test_the_gradient_is_the_finite_difference(name, make):
+    reward = make()
     # Far from 0 and 1, so that the clamp after the resize does not act.
     images = 0.3 + 0.4 * torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     images.requires_grad_()
@@ -203,8 +174,8 @@ def test_the_gradient_is_the_finite_difference(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_values_in_a_batch_are_those_of_single_images(name, tmp_path):
-    reward = make_rewards(tmp_path)[name]()
+def test_values_in_a_batch_are_those_of_single_images(name, make):
+    reward = make()
     images = torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(0))
     values = reward(images, PROMPTS)
     singles = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
@@ -213,8 +184,7 @@ def test_values_in_a_batch_are_those_of_single_images(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bfloat16(name, tmp_path):
-    make = make_rewards(tmp_path)[name]
+def test_bfloat16(name, make):
     images = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     exact, reward = make()(images, PROMPTS), make(dtype="bfloat16")
     values = reward(images, PROMPTS)
@@ -225,9 +195,9 @@ def test_bfloat16(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_release_moves_the_network_only_if_it_is_offloaded(name, tmp_path, monkeypatch):
+def test_release_moves_the_network_only_if_it_is_offloaded(name, make, monkeypatch):
     # Without a second device only the request can be seen; test_offload_on_cuda sees the move.
-    make, asked = make_rewards(tmp_path)[name], []
+    asked = []
     images = torch.rand(3, 3, 40, 40)
     for offload in (False, True):
         asked.clear()
@@ -243,8 +213,8 @@ def test_release_moves_the_network_only_if_it_is_offloaded(name, tmp_path, monke
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
-def test_offload_on_cuda(name, tmp_path):
-    reward = make_rewards(tmp_path)[name](offload=True, dtype="bfloat16")
+def test_offload_on_cuda(name, make):
+    reward = make(offload=True, dtype="bfloat16")
     images = torch.rand(3, 3, 40, 40, device="cuda", requires_grad=True)
     values = reward(images, PROMPTS)
     assert values.device == images.device and torch.autograd.grad(values.sum(), images)[0].any()
@@ -420,9 +390,3 @@ def test_memory_that_the_facts_state(tmp_path):
         count = sum(weight.numel() for part in parts for weight in part.parameters())
         assert f"{count / 1e6:.0f} M parameters" in reward.info.memory
         assert f"{count * 4 / 1e9:.1f} GB in float32" in reward.info.memory
-
-
-@pytest.mark.parametrize("reward", [CLIPScore, PickScore, HPSv2, HPSv21, AestheticScore])
-def test_all_facts_are_given(reward):
-    facts = vars(reward.info)
-    assert all(value for name, value in facts.items() if name != "columns") and facts["columns"] == ()

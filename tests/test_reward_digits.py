@@ -46,24 +46,13 @@ def script() -> ModuleType:
 # Which digit is meant
 
 
-@pytest.mark.parametrize("digit", range(10))
-def test_every_known_phrasing_names_its_digit(digit: int) -> None:
-    assert {named_digit(prompt) for prompt in digit_prompts(digit)} == {digit}
-
-
-@pytest.mark.parametrize(
-    ("prompt", "digit"),
-    [
-        ("", None),
-        ("a bone of someone", None),
-        ("the number 10", None),
-        ("two or three", None),
-        ("Seven.", 7),
-        ("seven, the digit 7", 7),
-    ],
-)
-def test_only_whole_words_name_a_digit_and_only_one(prompt: str, digit: int | None) -> None:
-    assert named_digit(prompt) == digit
+def test_only_whole_words_name_a_digit_and_only_one() -> None:
+    for digit in range(10):
+        assert {named_digit(prompt) for prompt in digit_prompts(digit)} == {digit}
+    for prompt in ("", "a bone of someone", "the number 10", "two or three"):
+        assert named_digit(prompt) is None
+    for prompt in ("Seven.", "seven, the digit 7"):
+        assert named_digit(prompt) == 7
 
 
 def test_half_of_the_demos_prompts_name_a_digit() -> None:
@@ -84,16 +73,13 @@ def test_the_log_probability_is_the_networks_own() -> None:
     named = torch.stack([value for value in values if value is not None])
     assert named.ndim == 1
     torch.testing.assert_close(named, expected[::2])
+    assert reward(TRAIN.images[:2], ["", "a bone"]) == [None, None]
 
 
 def test_real_digits_get_more_than_wrong_prompts() -> None:
     right, wrong = log_probabilities(TRAIN), log_probabilities(TRAIN, shift=1)
     assert -0.12 < right.min() and right.max() < 0
     assert wrong.max() < -3
-
-
-def test_prompts_that_name_nothing_get_none() -> None:
-    assert DigitLogProb()(TRAIN.images[:2], ["", "a bone"]) == [None, None]
 
 
 def test_a_gradient_step_on_the_images_raises_the_reward_and_leaves_the_network_alone() -> None:
@@ -123,10 +109,10 @@ def test_half_precision_is_close_and_gives_float32() -> None:
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 1, 32, 32)])
-def test_other_images_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"reads \(N, 3, 32, 32\)"):
-        DigitLogProb()(torch.zeros(shape), ["the digit 3"])
+def test_other_images_are_refused() -> None:
+    for shape in ((1, 3, 64, 64), (1, 1, 32, 32)):
+        with pytest.raises(ValueError, match=r"reads \(N, 3, 32, 32\)"):
+            DigitLogProb()(torch.zeros(shape), ["the digit 3"])
 
 
 # The two that are easily gamed
@@ -157,13 +143,10 @@ def test_symmetry_of_known_pictures() -> None:
     assert symmetry(left.transpose(2, 3), [""]).item() == 0  # up and down does not count
 
 
-@pytest.mark.parametrize("reward", [ink, symmetry, DigitLogProb()])
-def test_rewards_say_what_they_are(reward: object) -> None:
-    assert reward.differentiable is True  # type: ignore[attr-defined]
-    assert isinstance(reward.info, RewardInfo)  # type: ignore[attr-defined]
-
-
-def test_the_stated_memory_is_that_of_the_weights() -> None:
+def test_rewards_say_what_they_are() -> None:
+    for reward in (ink, symmetry, DigitLogProb()):
+        assert reward.differentiable is True
+        assert isinstance(reward.info, RewardInfo)
     count = sum(weight.numel() for weight in DigitLogProb().load().parameters())
     assert f"{count:,} parameters" in DigitLogProb.info.memory
     assert DigitLogProb.info.memory.startswith(f"{4 * count / 1e6:.2f} MB in float32")
@@ -177,14 +160,15 @@ def test_the_evaluation_networks_are_the_ones_that_were_always_shipped() -> None
     assert digest == "5730bb24a272dcb8a18b9716fbec6992dff0bc45e855495fc0144e564fbc493e"
 
 
-@pytest.mark.parametrize("name", WIDTHS)
-def test_the_rewards_network_is_none_of_the_evaluations(name: str) -> None:
+def test_the_rewards_network_is_none_of_the_evaluations() -> None:
     assert REWARD_NETWORK_WIDTH not in WIDTHS.values()
-    own, other = load_file(REWARD_NETWORK_FILE), load_network(name).state_dict()  # type: ignore[arg-type]
-    assert own.keys() == other.keys()
-    same_shape = [key for key in own if own[key].shape == other[key].shape]
-    assert "head.1.weight" in same_shape
-    assert all((own[key] - other[key]).abs().max() > 0.01 for key in same_shape)
+    own = load_file(REWARD_NETWORK_FILE)
+    for name in WIDTHS:
+        other = load_network(name).state_dict()
+        assert own.keys() == other.keys()
+        same_shape = [key for key in own if own[key].shape == other[key].shape]
+        assert "head.1.weight" in same_shape
+        assert all((own[key] - other[key]).abs().max() > 0.01 for key in same_shape)
 
 
 def test_neither_side_loads_the_others_network() -> None:

@@ -22,7 +22,7 @@ def test_sizes_are_those_of_files_that_pillow_writes() -> None:
     assert JpegCompressibility()(images, ["", ""]) == [-size for size in expected]
 
 
-def test_more_detail_is_a_larger_file() -> None:
+def test_more_detail_and_more_pixels_are_a_larger_file() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(1, 3, 64, 64, generator=generator)
     smooth = torch.nn.functional.avg_pool2d(noise, 9, 1, 4)
@@ -30,18 +30,13 @@ def test_more_detail_is_a_larger_file() -> None:
     sizes = jpeg_sizes(torch.cat([flat, smooth, noise]))
     assert sizes[0] < sizes[1] < sizes[2]
     assert all(low < high for low, high in zip(jpeg_sizes(noise, 20), jpeg_sizes(noise, 95), strict=True))
-
-
-def test_larger_images_are_larger_files() -> None:
     small, large = (jpeg_sizes(torch.full((1, 3, side, side), 0.5))[0] for side in (64, 128))
     assert small < large
 
 
-@pytest.mark.parametrize(
-    ("value", "level"), [(0.0, 0), (1.0, 255), (0.4 / 255, 0), (0.6 / 255, 1), (-1.0, 0), (2.0, 255)]
-)
-def test_levels_are_rounded_and_clamped(value: float, level: int) -> None:
-    assert to_pil(torch.full((1, 3, 1, 1), value))[0].getpixel((0, 0)) == (level,) * 3
+def test_levels_are_rounded_and_clamped() -> None:
+    for value, level in ((0.0, 0), (1.0, 255), (0.4 / 255, 0), (0.6 / 255, 1), (-1.0, 0), (2.0, 255)):
+        assert to_pil(torch.full((1, 3, 1, 1), value))[0].getpixel((0, 0)) == (level,) * 3
 
 
 def test_pictures_keep_rows_columns_and_channels() -> None:
@@ -59,18 +54,11 @@ def test_images_with_a_graph_or_in_bfloat16_are_fine() -> None:
     assert jpeg_sizes(images.bfloat16()) == jpeg_sizes(images.bfloat16().float())
 
 
-def test_nan_is_refused() -> None:
+def test_what_is_refused_and_what_is_claimed() -> None:
     with pytest.raises(ValueError, match="NaN"):
         JpegCompressibility()(torch.full((1, 3, 4, 4), float("nan")), [""])
-
-
-@pytest.mark.parametrize("quality", [0, 101])
-def test_quality_is_checked(quality: int) -> None:
     for reward in (JpegCompressibility, JpegIncompressibility):
-        with pytest.raises(ValueError, match=f"quality={quality}"):
-            reward(quality)
-
-
-def test_neither_claims_a_gradient() -> None:
-    assert not JpegCompressibility.differentiable
-    assert not JpegIncompressibility.differentiable
+        assert not reward.differentiable
+        for quality in (0, 101):
+            with pytest.raises(ValueError, match=f"quality={quality}"):
+                reward(quality)

@@ -103,19 +103,15 @@ def says(*texts: str) -> TextMatch:
 IMAGE = torch.zeros(1, 3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "distance"),
-    [
+def test_edit_distance() -> None:
+    for first, second, distance in (
         ("", "", 0),
         ("abc", "", 3),
-        ("", "abc", 3),
         ("abc", "abc", 0),
         ("flaw", "lawn", 2),
         ("intention", "execution", 5),
-    ],
-)
-def test_edit_distance(first: str, second: str, distance: int) -> None:
-    assert edit_distance(first, second) == edit_distance(second, first) == distance
+    ):
+        assert edit_distance(first, second) == edit_distance(second, first) == distance, (first, second)
 
 
 def test_similarity_is_the_distance_over_the_wanted_length() -> None:
@@ -126,9 +122,8 @@ def test_similarity_is_the_distance_over_the_wanted_length() -> None:
     assert text_similarity("hello!", "hello", allow_extra_text=False) == pytest.approx(1 - 1 / 5)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "text"),
-    [
+def test_quoted_text() -> None:
+    for prompt, text in (
         ("a cat", ""),
         ('a sign "OPEN"', "OPEN"),
         ("a sign “Caffè Roma”", "Caffè Roma"),
@@ -137,10 +132,8 @@ def test_similarity_is_the_distance_over_the_wanted_length() -> None:
         ('"A" above "B"', "A B"),
         ("the dog's 'bowl'", ""),
         ('an empty "" sign', ""),
-    ],
-)
-def test_quoted_text(prompt: str, text: str) -> None:
-    assert quoted_text(prompt) == text
+    ):
+        assert quoted_text(prompt) == text
 
 
 def test_prompts_that_ask_for_no_text_are_not_applicable() -> None:
@@ -154,26 +147,19 @@ def test_prompts_that_ask_for_no_text_are_not_applicable() -> None:
     values = TextMatch(recogniser=read)(images, ["a cat", 'a "OPEN" sign', 'only " "', 'a "OPEN" door'])
     assert values == [None, 1.0, None, 0.75]
     assert torch.equal(seen[0], images[[1, 3]])
-
-
-def test_nothing_is_read_if_no_sample_asks() -> None:
-    def read(images: torch.Tensor) -> list[str]:
-        raise AssertionError("read")
-
     assert TextMatch(recogniser=read)(IMAGE, ["a cat"]) == [None]
+    assert len(seen) == 1, "nothing is read if no sample asks"
 
 
 def test_the_column_goes_before_the_prompt() -> None:
     images = IMAGE.expand(3, 3, 8, 8)
     prompts = ['"wrong"'] * 3
     assert says("right")(images, prompts, text=["right", None, ""]) == [1.0, None, None]
-
-
-def test_further_columns_are_ignored() -> None:
+    # Others are ignored.
     assert says("a")(IMAGE, ['"a"'], style=["oil"]) == [1.0]
 
 
-def test_case_and_spaces_count_only_if_asked() -> None:
+def test_case_spaces_and_extra_text_count_only_if_asked() -> None:
     prompts = ['"Open Now"']
     read = "open\nnow"
     assert says(read)(IMAGE, prompts) == [1.0]
@@ -183,21 +169,16 @@ def test_case_and_spaces_count_only_if_asked() -> None:
     ]
     # A line break is a space.
     assert TextMatch(recogniser=lambda images: [read], ignore_spaces=False)(IMAGE, prompts) == [1.0]
+    # And so does extra text.
+    assert says("open 24 hours")(IMAGE, ['"open"']) == [1.0]
+    assert TextMatch(recogniser=lambda images: ["open 2"], allow_extra_text=False)(IMAGE, ['"open"']) == [0.75]
 
 
-def test_extra_text_costs_only_if_asked() -> None:
-    images = IMAGE
-    assert says("open 24 hours")(images, ['"open"']) == [1.0]
-    assert TextMatch(recogniser=lambda images: ["open 2"], allow_extra_text=False)(images, ['"open"']) == [0.75]
-
-
-@pytest.mark.parametrize("answer", [["a", "b"], [], [None]])
-def test_a_recogniser_that_answers_otherwise_is_refused(answer: list[Any]) -> None:
-    with pytest.raises(TypeError, match="one string each"):
-        TextMatch(recogniser=lambda images: answer)(IMAGE, ['"a"'])
-
-
-def test_one_reader_only() -> None:
+def test_a_recogniser_that_answers_otherwise_is_refused_and_so_are_two_readers() -> None:
+    answers: list[list[Any]] = [["a", "b"], [], [None]]
+    for answer in answers:
+        with pytest.raises(TypeError, match="one string each"):
+            TextMatch(recogniser=lambda images, answer=answer: answer)(IMAGE, ['"a"'])
     with pytest.raises(ValueError, match="only one can read"):
         TextMatch("folder", recogniser=lambda images: [""])
 
@@ -211,8 +192,10 @@ def test_the_model_reads_up_to_its_end_token(speaker: Path, dtype: str) -> None:
     assert reward(images, ['"open"', "no text", '"opened"']) == [1.0, None, pytest.approx(1 - 2 / 6)]
 
 
-def test_reading_stops_after_so_many_tokens(speaker: Path) -> None:
+def test_reading_stops_after_so_many_tokens_and_needs_no_gradient(speaker: Path) -> None:
     assert TextMatch(speaker, max_new_tokens=2)(IMAGE, ['"open"']) == [0.5]
+    assert not TextMatch.differentiable
+    assert TextMatch(speaker, max_new_tokens=2)(IMAGE.clone().requires_grad_(), ['"open"']) == [0.5]
 
 
 def test_reading_is_greedy_on_what_the_processor_makes_of_the_image(random_reader: Path) -> None:
@@ -234,8 +217,3 @@ def test_reading_is_greedy_on_what_the_processor_makes_of_the_image(random_reade
     assert reward.read(network, images) == expected
     assert expected[0] != expected[1]  # The images matter.
     assert reward(images, ['"a"', '"a"'], text=expected) == [1.0, 1.0]
-
-
-def test_no_gradient_is_claimed_and_none_is_needed(speaker: Path) -> None:
-    assert not TextMatch.differentiable
-    assert TextMatch(speaker)(IMAGE.clone().requires_grad_(), ['"open"']) == [1.0]

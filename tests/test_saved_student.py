@@ -1,4 +1,8 @@
-"""What is saved works in plain diffusers, in a process that has never heard of this library, bit for bit."""
+"""What is saved works in plain diffusers, in a process that has never heard of this library, bit for bit.
+
+Weights are brought to aligned memory on both sides (``align_weights``): with weights that are mapped from a file, a
+single image may differ in its last bits on some processors.
+"""
 
 import json
 import os
@@ -16,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from rdm_rl import RDMTrainer
 from rdm_rl.student import load_student
-from tests.helpers import changed, randomize, tiny_trainer
+from tests.helpers import QUICK, changed, randomize, tiny_trainer
+from tests.tiny_pipelines import align_weights
 
 PROMPTS = ["the digit 3", "the digit 4", "the digit 5"]
 
@@ -40,6 +45,9 @@ for case in json.load(open(sys.argv[1])):
     else:
         pipe = DiffusionPipeline.from_pretrained(case["student"])
     pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
+            parameter.data = parameter.data.clone()
     for name, generator in generators().items():
         settings = {"num_inference_steps": case["steps"], "guidance_scale": 1.0, "output_type": "pt"}
         images[case["name"] + "/" + name] = pipe(case["prompts"], generator=generator, **settings).images.contiguous()
@@ -63,15 +71,17 @@ class Case:
         return f"{kind}-{self.prediction_type}{'-zero_snr' if self.zero_snr else ''}-{self.steps}"
 
 
+# tests/test_family_contract.py crosses all numbers of steps with all prediction types, in one process.
 CASES = [
     *(Case("epsilon", False, steps) for steps in (1, 2, 3, 4)),
-    *(Case("v_prediction", False, steps) for steps in (1, 2, 3, 4)),
-    *(Case("v_prediction", True, steps) for steps in (1, 2, 3, 4)),
+    *(Case("v_prediction", False, steps) for steps in (1, 3)),
+    *(Case("v_prediction", True, steps) for steps in (1, 4)),
     *(Case("v_prediction", False, steps, lora=False) for steps in (1, 4)),
 ]
 
 
 def images(trainer: RDMTrainer) -> dict[str, torch.Tensor]:
+    align_weights(trainer.family.pipeline)
     return {
         "one": trainer.generate(PROMPTS, generator=torch.Generator().manual_seed(3)),
         "list": trainer.generate(PROMPTS, generator=[torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]),
@@ -95,10 +105,12 @@ def both(bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
             fake_score_updates_per_policy_update=1,
             learning_rate=1e-2,
             lr_scheduler_type="constant",
+            max_steps=1,
         )
         before[case.name] = images(trainer)["one"]
         trainer.train()
         trainer.save_model()
+        align_weights(trainer.family.pipeline)
         ours |= {f"{case.name}/{name}": value for name, value in images(trainer).items()}
         place = {"base": str(base), "student": str(folder / case.name), "name": case.name, "prompts": PROMPTS}
         description.append({**asdict(case), **place})
@@ -113,21 +125,20 @@ def both(bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
     return ours, load_file(folder / "images.safetensors"), before
 
 
-@pytest.mark.parametrize("generator", ["one", "list"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_plain_diffusers_makes_our_images(both: tuple[dict, dict, dict], case: Case, generator: str) -> None:
-    ours, plain = (images[f"{case.name}/{generator}"] for images in both[:2])
-    assert torch.equal(ours, plain)
-    assert ours.shape == (3, 3, 16, 16)
-    assert ours.min() >= 0
-    assert ours.max() <= 1
-    assert not torch.allclose(ours, both[2][case.name], atol=1e-3), "an untrained student would show nothing"
+def test_plain_diffusers_makes_our_images(both: tuple[dict, dict, dict]) -> None:
+    for case in CASES:
+        for generator in ("one", "list"):
+            ours, plain = (images[f"{case.name}/{generator}"] for images in both[:2])
+            assert torch.equal(ours, plain), f"{case.name}/{generator}"
+            assert ours.shape == (3, 3, 16, 16)
+            assert ours.min() >= 0
+            assert ours.max() <= 1
+            assert not torch.allclose(ours, both[2][case.name], atol=1e-3), "an untrained student would show nothing"
 
 
 def trained(base: Path, folder: Path, **settings) -> RDMTrainer:
-    trainer = tiny_trainer(
-        base, folder, warm_start="none", learning_rate=1e-2, lr_scheduler_type="constant", max_steps=3, **settings
-    )
+    quick = {**QUICK, "ema_decay": 0.999, "num_inference_steps": 2}
+    trainer = tiny_trainer(base, folder, **{**quick, "learning_rate": 1e-2, "max_steps": 3, **settings})
     trainer.train()
     return trainer
 
@@ -146,40 +157,33 @@ def saved_policy(trainer: RDMTrainer, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_averaged_policy_is_what_is_saved(base: Path, tmp_path: Path) -> None:
-    averaged, raw = trained(base, tmp_path / "a"), trained(base, tmp_path / "b", save_ema=False)
-    without = trained(base, tmp_path / "c", ema_decay=0.0)
+    averaged, without = trained(base, tmp_path / "a"), trained(base, tmp_path / "c", ema_decay=0.0)
     last = policy(averaged)
-    assert not changed(last, policy(raw)), "averaging must not change the run"
+    assert not changed(last, policy(without)), "averaging must not change the run"
     with averaged.averaged_policy():
         average = policy(averaged)
     assert not changed(last, policy(averaged)), "looking at the average must not change the run"
     assert changed(last, average) == last.keys()
     assert not changed(saved_policy(averaged, tmp_path / "as"), average)
-    assert not changed(saved_policy(raw, tmp_path / "bs"), last)
+    assert not torch.equal(images(averaged)["one"], images(without)["one"]), "the average draws"
+    averaged.args.save_ema = False
+    assert not changed(saved_policy(averaged, tmp_path / "bs"), last)
+    assert torch.equal(images(averaged)["one"], images(without)["one"])
     assert not changed(saved_policy(without, tmp_path / "cs"), last)
-    assert not torch.equal(images(averaged)["one"], images(raw)["one"])
-    assert torch.equal(images(raw)["one"], images(without)["one"])
 
 
-def test_policy_init_continues_a_saved_student(base: Path, tmp_path: Path) -> None:
+def test_policy_init_continues_a_saved_student_of_its_own_rank_and_scale(base: Path, tmp_path: Path) -> None:
     first = trained(base, tmp_path / "first")
     first.save_model(tmp_path / "student")
-    second = tiny_trainer(base, tmp_path / "second", warm_start="none", given={"policy_init": tmp_path / "student"})
+    given = {"policy_init": tmp_path / "student", "peft_config": LoraConfig(r=2, lora_alpha=8)}
+    second = tiny_trainer(base, tmp_path / "second", warm_start="none", given=given)
     assert torch.equal(images(second)["one"], images(first)["one"])
+    settings = [second.networks.family.network.peft_config[role] for role in ("policy", "fake_score")]
+    assert [(one.r, one.lora_alpha) for one in settings] == [(4, 4), (2, 8)]
     fake_score = second.networks.state_dict("fake_score")
     assert all(value.abs().sum() == 0 for name, value in fake_score.items() if "lora_B" in name)
     second.train()
     assert not torch.equal(images(second)["one"], images(first)["one"])
-
-
-def test_policy_init_keeps_its_own_rank_and_scale(base: Path, tmp_path: Path) -> None:
-    first = trained(base, tmp_path)
-    first.save_model(tmp_path / "student")
-    given = {"policy_init": tmp_path / "student", "peft_config": LoraConfig(r=2, lora_alpha=8)}
-    second = tiny_trainer(base, tmp_path / "other", warm_start="none", given=given)
-    assert torch.equal(images(second)["one"], images(first)["one"])
-    settings = [second.networks.family.network.peft_config[role] for role in ("policy", "fake_score")]
-    assert [(one.r, one.lora_alpha) for one in settings] == [(4, 4), (2, 8)]
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -204,15 +208,12 @@ def test_folder_of_a_student(lora: bool, base: Path, tmp_path: Path) -> None:
     assert len(student.draw(PROMPTS, generator=torch.Generator().manual_seed(3))) == 3
 
 
-def test_a_student_called_like_its_base(base: Path, tmp_path: Path) -> None:
-    tiny_trainer(base, tmp_path / "run").save_model(tmp_path / base.name)
-    card = (tmp_path / base.name / "README.md").read_text()
-    assert f'from_pretrained("path/to/the/base/{base.name}")' in card
-    assert f'load_lora_weights("{base.name}", ' in card
-
-
 def test_code_on_the_model_card_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = tiny_trainer(base, tmp_path / "run")
+    trainer.save_model(tmp_path / "namesake" / base.name)
+    card = (tmp_path / "namesake" / base.name / "README.md").read_text()
+    assert f'from_pretrained("path/to/the/base/{base.name}")' in card, "two folders of one name"
+    assert f'load_lora_weights("{base.name}", ' in card
     trainer.save_model(tmp_path / "student")
     code = (tmp_path / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)  # The card calls a local base by its folder's name.

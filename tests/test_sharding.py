@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
 from rdm_rl import RDMTrainer
@@ -14,36 +14,36 @@ from rdm_rl.networks.offload import OffloadedNetwork
 from rdm_rl.networks.sharding import blocks, check_sharding
 from rdm_rl.student import load_student
 from tests.helpers import one_rollout, same, tiny_trainer
-from tests.processes_worker import SHARDED, launch, sharded_case, state_of
-
-
-@pytest.fixture(scope="module")
-def other(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pipeline with another network, as a separate teacher."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in pipeline.unet.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("other")
-    pipeline.save_pretrained(folder)
-    return folder
-
+from tests.processes_worker import SHARDED, results, sharded_case, state_of, two_processes
+from tests.tiny_pipelines import align_weights
 
 Whole = dict[str, tuple[RDMTrainer, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sharding")
+def launched(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return two_processes(tmp_path_factory, base)
 
 
 @pytest.fixture(scope="module")
-def whole(base: Path, other: Path, folder: Path) -> Whole:
+def other(launched: Path) -> Path:
+    """The same pipeline with another network, as a separate teacher."""
+    return launched / "other"
+
+
+@pytest.fixture(scope="module")
+def folder(launched: Path) -> Path:
+    """Where the sharded runs are."""
+    return launched / "sharding"
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, other: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Every run in one process, which accumulates two batches."""
-    runs = {}
+    runs, folder = {}, tmp_path_factory.mktemp("whole")
     for name in SHARDED:
-        trainer = sharded_case(name, str(base), str(other), folder / "one" / name, gradient_accumulation_steps=2)
+        trainer = sharded_case(name, str(base), str(other), folder / name, gradient_accumulation_steps=2)
+        align_weights(*(trainer.networks.module(role) for role in ("policy", "teacher", "fake_score")))
         batch = next(trainer.prompt_batches(0))
         rollout = trainer.generate_rollout(batch)
         trainer.train()
@@ -52,11 +52,9 @@ def whole(base: Path, other: Path, folder: Path) -> Whole:
 
 
 @pytest.fixture(scope="module")
-def cut(base: Path, other: Path, folder: Path, whole: Whole) -> list[dict[str, Any]]:
+def cut(launched: Path) -> list[dict[str, Any]]:
     """Every run in two processes with sharded networks."""
-    done = launch("sharding", base, other, folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return results(launched, "sharding")
 
 
 def differences(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
@@ -81,16 +79,12 @@ def test_sharded_networks_train_as_whole_ones_do(name: str, whole: Whole, cut: l
 
 
 @each
-def test_processes_agree(name: str, cut: list[dict[str, Any]]) -> None:
+def test_processes_agree_and_each_holds_half_of_a_frozen_network(name: str, cut: list[dict[str, Any]]) -> None:
+    """A little more where an adapter, which stays whole, is on it."""
     first, second = (process[name] for process in cut)
     for kind in ("weights", "average", "optimizers", "log", "pictures"):
         assert same(first[kind], second[kind]), kind
-
-
-@each
-def test_a_process_holds_half_of_a_frozen_network(name: str, cut: list[dict[str, Any]]) -> None:
-    """A little more where an adapter, which stays whole, is on it."""
-    assert all(0.49 < process[name]["share"] < (0.51 if name == "full" else 0.7) for process in cut)
+    assert all(0.49 < one["share"] < (0.51 if name == "full" else 0.7) for one in (first, second))
 
 
 @each
@@ -124,7 +118,7 @@ def test_a_sharded_run_resumes_as_if_it_had_not_stopped(cut: list[dict[str, Any]
 
 
 def test_checkpoints_fit_any_number_of_processes(
-    base: Path, other: Path, folder: Path, tmp_path: Path, whole: Whole, cut: list[dict[str, Any]]
+    base: Path, other: Path, folder: Path, tmp_path: Path, whole: Whole
 ) -> None:
     """What two processes with sharded networks saved goes on in one, whole."""
     expected = whole["full"][1]["weights"]
@@ -145,13 +139,13 @@ def test_one_process_cannot_shard(base: Path, tmp_path: Path, monkeypatch: pytes
         tiny_trainer(base, tmp_path, shard=True)
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_weights_that_autocast_casts_are_not_kept_if_they_are_sharded(base: Path, tmp_path: Path, shard: bool) -> None:
+def test_weights_that_autocast_casts_are_not_kept_if_they_are_sharded(base: Path, tmp_path: Path) -> None:
     trainer = tiny_trainer(base, tmp_path, bf16=True)
-    trainer.args.shard = shard
-    with trainer.networks.autocast():
-        assert torch.is_autocast_enabled("cpu")
-        assert torch.is_autocast_cache_enabled() is not shard
+    for shard in (False, True):
+        trainer.args.shard = shard
+        with trainer.networks.autocast():
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_cache_enabled() is not shard
 
 
 def test_old_torch_cannot_shard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +180,7 @@ def test_an_offloaded_teacher_changes_nothing_and_leaves(base: Path, tmp_path: P
     settings = {"lora": False, "warm_start": "none", "num_inference_steps": 1}
     plain = tiny_trainer(base, tmp_path / "plain", **settings)
     offloaded = tiny_trainer(base, tmp_path / "offloaded", offload=["teacher"], **settings)
+    align_weights(plain.networks.module("teacher"))  # What comes to the device is a copy.
     teacher = offloaded.networks.module("teacher")
     weights = next(teacher.parameters())
     waiting = weights.data_ptr()
@@ -213,11 +208,8 @@ def test_a_trained_network_cannot_be_offloaded() -> None:
         OffloadedNetwork(torch.nn.Linear(1, 1), torch.device("cpu"))
 
 
-def test_an_adapters_teacher_cannot_be_offloaded(base: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_cannot_be_offloaded(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to move"):
         tiny_trainer(base, tmp_path, offload=["teacher"])
-
-
-def test_a_sharded_teacher_cannot_be_offloaded(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Leave one out"):
         tiny_trainer(base, tmp_path, lora=False, offload=["teacher"], shard=True)
