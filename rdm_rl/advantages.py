@@ -18,9 +18,8 @@ from torch import Tensor
 
 from rdm_rl.noise_schedule import append_dims
 from rdm_rl.records import Transition
+from rdm_rl.renoise import Group, Normalization
 
-Normalization = Literal["sample", "group", "group_rms", "none"]
-Group = Literal["prompt", "renoise", "prompt_renoise"]
 RewardScale = Literal["group", "batch", "none"]
 RewardBaseline = Literal["group", "batch"]
 LARGEST_LOG_RATIO = 20.0  # A bad sample pushes no harder than with a ratio of 5e8; further up, float32 overflows.

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from rdm_rl import RDMConfig
-from rdm_rl.trainers.rdm_config import HONOURED, method_settings
+from rdm_rl.trainers.rdm_config import method_settings
 from tests.helpers import PROMPTS, WITHOUT_RDM, changed, quick_trainer, tiny_sd, trained_weights
 from tests.test_docs import table_rows
 from tests.test_examples import EXAMPLES, example

@@ -19,7 +19,7 @@ from rdm_rl.cli import main as cli
 from rdm_rl.cli.train import TrainArguments
 from rdm_rl.evaluation.metrics import SamplerMetrics
 from rdm_rl.rewards import registry
-from rdm_rl.trainers.rdm_config import HONOURED, METHODS
+from rdm_rl.trainers.rdm_config import METHODS
 from tests.helpers import tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[1]

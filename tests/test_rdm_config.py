@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rdm_rl import RDMConfig
-from rdm_rl.trainers.rdm_config import HONOURED
+from rdm_rl.trainers.inherited import HONOURED
 from tests.helpers import tiny_config
 
 # A changed value for every inherited field that is not honoured and whose default does not suggest one.

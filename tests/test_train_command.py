@@ -17,7 +17,7 @@ from rdm_rl.cli import main as cli
 from rdm_rl.cli.parser import GROUPS, HELP, OWN_GROUP, WITHOUT_EFFECT, SettingsParser
 from rdm_rl.cli.train import TrainArguments, load_prompts, make_trainer
 from rdm_rl.demo.data import TEACHER_FOLDER
-from rdm_rl.trainers.rdm_config import HONOURED
+from rdm_rl.trainers.inherited import HONOURED
 
 DIGITS = "--model_name_or_path digits --dataset digits --use_cpu".split()
 
