@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rdm_rl.noise_schedule import append_dims
 from rdm_rl.records import Transition
-from rdm_rl.renoise import Group, Normalization
+from rdm_rl.renoise import Group as Group
+from rdm_rl.renoise import Normalization as Normalization
 
 RewardScale = Literal["group", "batch", "none"]
 RewardBaseline = Literal["group", "batch"]

@@ -145,7 +145,8 @@ class DistributionMatchingSettings:
         "What the direction of `rdm` is divided by: `group` (GNDM), `sample` (DMD), `group_rms` or `none`.",
     )
     dm_group: Group = setting(
-        "prompt", "What a group is: the generations of a `prompt`, the `renoise` draws of one sample, or both."
+        "prompt",
+        "What a group is: the generations of a `prompt`, the `renoise` draws of one sample, or `prompt_renoise`.",
     )
     dm_scale_floor: Size = setting(1e-6, "The smallest scale that the direction is divided by.")
     num_renoise: Count = setting(1, "Re-noisings R of each sample that the direction is averaged over.")

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import Field, field, fields
 from difflib import get_close_matches
 from enum import Enum
-from functools import cache
 from os import PathLike, fspath
 from os.path import expanduser
 from types import NoneType, UnionType
@@ -97,7 +96,7 @@ def convert(settings: Any, names: Collection[str] | None = None) -> None:
         >>> demo
         DemoSettings(sizes=[0.001], folder='runs')
     """
-    hints = _hints(type(settings))
+    hints = get_type_hints(type(settings), include_extras=True)
     for each in fields(settings):
         if each.init and (names is None or each.name in names):
             value, hint = getattr(settings, each.name), hints[each.name]
@@ -119,7 +118,7 @@ def check(settings: Any, names: Collection[str] | None = None) -> None:
     Raises:
         ValueError: If a value cannot be.
     """
-    hints = _hints(type(settings))
+    hints = get_type_hints(type(settings), include_extras=True)
     for each in fields(settings):
         if names is None or each.name in names:
             _check(each.name, getattr(settings, each.name), hints[each.name])
@@ -170,11 +169,6 @@ def did_you_mean(value: Any, known: Iterable[Any]) -> str:
 
 class _UnsavableError(Exception):
     """A value has no form in JSON."""
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
 
 
 def _plain(value: Any) -> Any:

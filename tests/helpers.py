@@ -1,6 +1,7 @@
 """Tiny real pipelines, built on the fly."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from rdm_rl.records import Conditioning, DenseAdvantage, PromptBatch, Rollout
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in RDMConfig.__dataclass_fields__
 )
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROMPTS = [{"prompt": f"the digit {digit}", "digit": digit} for digit in range(10)]
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """The rows of every table on a page of docs, outside of code."""
+    prose = re.sub(r"^```.*?^```$", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\|(.+)\|$", prose, re.MULTILINE)]
 
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -137,14 +137,13 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
     per_device_train_batch_size: Count = 8
     per_device_eval_batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
-    output_dir: Folder | None = None
     resume_from_checkpoint: Folder | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded, and settle defaults that depend on others."""
         processes.refuse_foreign_sharding()
         self._refuse_ignored_fields()
-        if self.resume_from_checkpoint is True:  # The newest one, which the command line calls by this text.
+        if str(self.resume_from_checkpoint) == "True":  # The newest one, which the command line calls by this text.
             self.resume_from_checkpoint = "true"
         own = {each.name for each in fields(self)} - {each.name for each in fields(TrainingArguments)}
         convert(self, own | HONOURED)

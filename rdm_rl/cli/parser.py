@@ -27,12 +27,12 @@ OLD_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
 # What stands for a value; the others follow from the type.
 METAVARS = {
     **{"config": "FILE.yaml", "method": "NAME", "lr_scheduler_type": "NAME", "optim": "NAME"},
-    **{"ddp_backend": "{nccl,gloo}"},
+    **{"ddp_backend": "{nccl,gloo}", "output_dir": "PATH"},
     # RDMConfig refuses the other choices.
     **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "{steps,no}"),
 }
 _REFUSED = {each.name for each in fields(TrainingArguments)} - HONOURED
-_INHERITED_HELP = {name: text for group in INHERITED.values() for name, text in group.items()}
+_HELP = {"help": "Show this text."} | {name: text for group in INHERITED.values() for name, text in group.items()}
 
 
 class SettingsFormatter(argparse.HelpFormatter):
@@ -110,10 +110,10 @@ class SettingsParser(TrlParser):
         if RDMConfig in kinds:  # A class derived from it is a method of its own.
             self.add_argument("--method", help=f"A method's settings: {', '.join(METHODS)}. The others win over them.")
         hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind, include_extras=True).items()}
-        texts = {each.name: help_of(kind, each.name) for kind in kinds for each in fields(kind)} | _INHERITED_HELP
+        texts = {each.name: help_of(kind, each.name) for kind in kinds for each in fields(kind)} | _HELP
         converted = {each.name for kind in kinds if groups(kind) for each in fields(kind)} - _REFUSED
         for action in self._actions:
-            action.help = texts.get(action.dest, action.help or "Show this text.").replace("`", "")
+            action.help = texts.get(action.dest, action.help or "").replace("`", "")
             action.metavar = METAVARS.get(action.dest) or _metavar(hints.get(action.dest, str), action.choices)
             if action.dest in converted:  # By the class itself, wherever a value comes from.
                 action.type = action.choices = None
@@ -191,10 +191,10 @@ class SettingsParser(TrlParser):
         for action in self._actions:  # The second of --save_ema and --no_save_ema is not shown.
             if action.dest not in _REFUSED and action.dest not in INHERITED[UNUSED]:
                 left.setdefault(action.dest, action)
-        names = {FIRST_GROUP: ["help", "config", "method"], OWN_GROUP: []}
-        for group in (*map(groups, self.kinds), INHERITED):
-            for title, members in group.items():
-                names.setdefault(title, []).extend(members)
+        names: dict[str, list[str]] = {FIRST_GROUP: ["help", "config", "method"], OWN_GROUP: []}
+        declared = [(title, [*members]) for kind in self.kinds for title, members in groups(kind).items()]
+        for title, members in [*declared, *((title, [*members]) for title, members in INHERITED.items())]:
+            names.setdefault(title, []).extend(members)
         grouped = {title: [left.pop(name) for name in members if name in left] for title, members in names.items()}
         grouped[OWN_GROUP] = [*left.values()]
         yield from ((title, actions) for title, actions in grouped.items() if actions)
