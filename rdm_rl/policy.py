@@ -39,9 +39,10 @@ References:
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ from torch import Tensor
 from rdm_rl.noise_schedule import FlowMatching, NoiseSchedule, append_dims
 from rdm_rl.randomness import Generators, normal, seeded_generator
 from rdm_rl.records import Conditioning, PromptBatch, Rollout, Transition
+from rdm_rl.settings import Count, Finite, Size, Within, setting
 
 # A network wrapped to predict x_0: (x_t of shape (N, C, H, W), t of shape (N,), conditioning) -> shape (N, C, H, W).
 X0Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -56,6 +58,7 @@ Level = Literal["dimension", "sample"]
 # Standard normal noise: (shape, generator, device) -> a tensor of the shape.
 StepNoise = Callable[[Sequence[int], Generators, torch.device], Tensor]
 SamplerName = Literal["renoise", "ddim", "flow_sde", "cps"]
+NoisePool = Annotated[int, Within(1, 2**24)]
 
 # How random each sampler is when the user does not say: as in DDPO, Flow-GRPO and RTDMD.
 DEFAULT_ETA: dict[SamplerName, float] = {"ddim": 1.0, "flow_sde": 0.7, "cps": 0.9}
@@ -375,3 +378,37 @@ def kl_divergence(x_0: Tensor, reference_x_0: Tensor, transition: Transition, le
     """
     scaled = append_dims(transition.x_0_scale / transition.std, x_0) * (x_0 - reference_x_0)
     return over_dimensions(0.5 * scaled.square(), level)
+
+
+@dataclass
+class PolicySettings:
+    """The few-step policy."""
+
+    num_inference_steps: Count = setting(4, "Steps K of the student.")
+    num_generations: Count = setting(
+        8,
+        "Samples G of each prompt; a group is never split. `per_device_train_batch_size` counts samples and must be a "
+        "multiple of it.",
+    )
+    sampler: SamplerName = setting(
+        "renoise",
+        "How the policy goes from step to step: `renoise`, `ddim`, or, for flow models, `flow_sde` or `cps`.",
+    )
+    eta: Size | None = setting(
+        None,
+        "How random `ddim`, `flow_sde` and `cps` are in training. Default: 1, 0.7 and 0.9. The saved student walks "
+        "with 0.",
+    )
+    guidance_scale: Finite = setting(
+        1.0,
+        "Guidance of the policy itself, in rollouts and updates alike. The saved student needs it too. Refused beside "
+        "`rdm` and a warm start, except for a network that is told its guidance (FLUX.1-dev, an LCM U-Net).",
+    )
+    group_noise: Literal["own", "shared"] = setting(
+        "own", "Whether each generation starts from its `own` noise, or those of one prompt from a `shared` one."
+    )
+    noise_pool: NoisePool | None = setting(
+        None,
+        "Number of initial noises for each prompt, drawn from again and again, so that a teacher's images of them can "
+        "be kept. Default: always new ones.",
+    )

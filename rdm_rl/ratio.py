@@ -13,13 +13,15 @@ the current prediction alone. On unchanged weights it is 1, and :func:`check_unm
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from rdm_rl.noise_schedule import append_dims
 from rdm_rl.policy import Level, log_ratio
-from rdm_rl.rdm import LARGEST_LOG_RATIO, policy_gradient
+from rdm_rl.rdm import LARGEST_LOG_RATIO, RewardBaseline, RewardScale, policy_gradient
 from rdm_rl.records import Direction, Reweighted, Transition
+from rdm_rl.settings import Count, Positive, Share, Size, setting
 
 # How far from 0 the log ratio of unchanged weights may be, by precision and level. Equal batch shapes give exactly 0 on
 # a CPU; other kernels round differently, and the sum over D dimensions adds their errors up.
@@ -186,3 +188,51 @@ def check_unmoved(name: str, log_ratio: Tensor, level: Level, *, exact: bool) ->
             "generate_rollout and replay_step alike, or set guidance_scale), dropout or train() mode, a change of "
             "dtype or autocast, another batch shape, or weights changed between them."
         )
+
+
+@dataclass
+class PolicyGradientSettings:
+    """Policy gradient and reuse of rollouts."""
+
+    num_replayed_steps: Count = setting(
+        1, "Recorded steps that are replayed in each policy update, at most all those that a reward acts on."
+    )
+    num_iterations: Count = setting(
+        1, "Policy updates M on each rollout. Fake-score updates and rewards come once for each rollout."
+    )
+    importance_weight_clip: Share = setting(
+        0.2,
+        "When a rollout is used again, the direction of `rdm` is weighted by the likelihood ratio, clipped to 1 plus "
+        "and minus this; 0 leaves the ratio out.",
+    )
+    importance_sampling_level: Level = setting(
+        "dimension",
+        "The log ratio is the mean over a sample's dimensions (`dimension`: a trust region), or their sum (`sample`: "
+        "the likelihood, for small models).",
+    )
+    epsilon: Size | None = setting(
+        None,
+        "How far a step's likelihood ratio may fall below 1 before its bad sample stops pushing. Default: 1e-4 at "
+        "level `dimension` and 0.2 at `sample`.",
+    )
+    epsilon_high: Size | None = setting(
+        None, "How far it may rise above 1 before its good sample does. Default: `epsilon`."
+    )
+    reward_baseline: RewardBaseline = setting(
+        "group",
+        "What a black box's rewards are centred on: the mean of the `group`, or of the whole `batch`.",
+    )
+    scale_rewards: RewardScale = setting(
+        "group",
+        "What they are then divided by to make advantages: the standard deviation of the `group` or of the `batch` (a "
+        "running one), or 1 (`none`).",
+    )
+    advantage_clip: Positive = setting(5.0, "Advantages are clipped to plus and minus this.")
+    step_weighting: Literal["none", "std"] = setting(
+        "none",
+        "A factor for each step of a policy gradient: `none`, or in proportion to the `std` of its noise, because the "
+        "direction grows as the noise shrinks.",
+    )
+    beta: Size = setting(
+        0.0, "Weight of the divergence of the policy's random steps from those it had before the first update."
+    )

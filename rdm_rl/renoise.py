@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rdm_rl.randomness import Generators, uniform
+from rdm_rl.rdm import Group, Normalization
+from rdm_rl.settings import Count, Finite, Share, Size, Whole, setting
 
 RenoiseDistribution = Literal["uniform", "beta", "annealed_beta"]
 
@@ -127,3 +130,33 @@ def group_times(
         generator = [generator[first] for first in firsts]
     times = renoise_times(len(groups), generator, distribution=distribution, interval=interval, progress=progress)
     return times[inverse].to(group_ids.device)
+
+
+@dataclass
+class DistributionMatchingSettings:
+    """Distribution matching."""
+
+    teacher_guidance_scale: Finite | None = setting(
+        None, "Guidance of the teacher, baked into the student. Default: the family's published value."
+    )
+    dm_normalization: Normalization = setting(
+        "group",
+        "What the direction of `rdm` is divided by: `group` (GNDM), `sample` (DMD), `group_rms` or `none`.",
+    )
+    dm_group: Group = setting(
+        "prompt",
+        "What a group is: the generations of a `prompt`, the `renoise` draws of one sample, or `prompt_renoise`.",
+    )
+    dm_scale_floor: Size = setting(1e-6, "The smallest scale that the direction is divided by.")
+    num_renoise: Count = setting(1, "Re-noisings R of each sample that the direction is averaged over.")
+    renoise_distribution: RenoiseDistribution = setting(
+        "uniform",
+        "Distribution of the re-noising time: `uniform`, `beta` (biased to high noise), or `annealed_beta` (from the "
+        "second to the first, as DMDR's DynaRS). The fake score's times have the same one, over (0.001, 1).",
+    )
+    renoise_range: list[Share] = setting(
+        lambda: [0.02, 0.98], "The lowest and the highest re-noising time of distribution matching."
+    )
+    renoise_anneal_steps: Whole | None = setting(
+        None, "Policy updates over which `annealed_beta` anneals. Default: 2,000 for it."
+    )

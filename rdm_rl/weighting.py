@@ -31,6 +31,7 @@ from torch import Tensor
 from rdm_rl.noise_schedule import append_dims
 from rdm_rl.rdm import combine
 from rdm_rl.records import Direction, Judgement
+from rdm_rl.settings import Finite, Positive, Whole, setting
 
 Reference = Literal["cold_start", "online"]
 RDM = "rdm"  # The reward whose force the others are measured by.
@@ -579,3 +580,43 @@ def reward_metrics(statistics: DirectionStatistics, weighting: Weighting) -> dic
         }
         metrics |= {f"rewards/{name}/{key}": value for key, value in numbers.items() if value is not None}
     return metrics
+
+
+@dataclass
+class WeightingSettings:
+    """Rewards and their weights."""
+
+    reward_weights: list[Finite] | None = setting(
+        None,
+        "Weight of each reward, in the order of `reward_funcs`. Default: 1 for `rdm` and 0.3 for each other one, or 1 "
+        "for all with `fixed` weights or without `rdm`.",
+    )
+    reward_weighting: Literal["adaptive", "fixed", "budget"] = setting(
+        "adaptive",
+        "How rewards are combined: `adaptive` (GNDMR: each pushes with its weight times the force of distribution "
+        "matching), `fixed` weights (DMDR), or `budget` (adaptive, within `fidelity_budget`).",
+    )
+    adaptive_reference: Reference = setting(
+        "cold_start",
+        "The force that adaptive weights refer to: that of the `cold_start`, or the running one (`online`).",
+    )
+    fidelity_budget: Positive | None = setting(
+        None,
+        "How many times its average in the cold start `rewards/rdm/gap` may be. Default: 1.5 with "
+        "`reward_weighting=budget`; it is refused with the others.",
+    )
+    reward_start_step: Whole = setting(
+        0, "Updates with distribution matching alone before the other rewards begin to count."
+    )
+    reward_ramp_steps: Whole = setting(0, "Updates over which their weights then grow to their values.")
+    reward_conflict: Literal["keep", "project"] = setting(
+        "keep", "`project` removes the part of a reward's direction that opposes distribution matching."
+    )
+    reward_gradient: Literal["pathwise", "score_function"] = setting(
+        "pathwise",
+        "How rewards that are differentiable act: by their own gradient (`pathwise`), or as black boxes through the "
+        "policy's likelihood (`score_function`), as those that are not always do.",
+    )
+    pathwise_steps: Literal["last", "any"] = setting(
+        "last", "The steps on which gradients of rewards act: the `last`, or `any`."
+    )

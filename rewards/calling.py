@@ -28,7 +28,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from rdm_rl.records import PromptBatch
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import RewardError
+from rdm_rl.settings import Count, Folder, Positive, setting
 
 logger = logging.getLogger(__name__)
 
@@ -416,3 +417,31 @@ class PlainReward:
             f"{what}: {reason}. {saved}. Mend the reward and resume, or set on_reward_error='skip' to go on without "
             "these samples."
         ) from error
+
+
+@dataclass
+class RewardCallSettings:
+    """Calling the rewards."""
+
+    decode_batch_size: Count = setting(4, "Samples that are decoded at once for rewards: memory against speed.")
+    reward_decoder: Folder | None = setting(
+        None, "Folder or hub name of a tiny autoencoder that makes the rewards' images. Default: the model's own."
+    )
+    reward_batch_size: Count | None = setting(
+        None, "Most samples that a reward is called with. Default: all of a micro-batch."
+    )
+    reward_timeout: Positive | None = setting(
+        600.0, "Seconds after which a reward counts as hung; `none` waits for ever."
+    )
+    on_reward_error: Literal["raise", "skip"] = setting(
+        "raise", "What happens when a reward fails: `raise`, or `skip` the samples concerned."
+    )
+    teacher_num_inference_steps: Count = setting(50, "Steps of the teacher's images, for rewards that ask for them.")
+    teacher_cache_dir: Folder | None = setting(
+        None,
+        "Where the teacher's images are kept on disk, for rewards that ask for them. Default: nowhere, or for "
+        "`ReDiFConfig` in `output_dir/teacher-images`.",
+    )
+    teacher_cache_gib: Positive | None = setting(
+        20.0, "Most disk space that they take, in GiB; the least recently used go first. `none` is without a limit."
+    )

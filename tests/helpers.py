@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from rdm_rl.records import Conditioning, Direction, PromptBatch, Rollout
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in RDMConfig.__dataclass_fields__
 )
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROMPTS = [{"prompt": f"the digit {digit}", "digit": digit} for digit in range(10)]
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """The rows of every table on a page of docs, outside of code."""
+    prose = re.sub(r"^```.*?^```$", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\|(.+)\|$", prose, re.MULTILINE)]
 
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:

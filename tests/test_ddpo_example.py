@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from rdm_rl import RDMConfig
-from rdm_rl.trainers.rdm_config import HONOURED, method_settings
-from tests.helpers import PROMPTS, WITHOUT_RDM, changed, quick_trainer, tiny_sd, trained_weights
-from tests.test_docs import table_rows
+from rdm_rl.trainers.inherited import HONOURED
+from rdm_rl.trainers.rdm_config import method_settings
+from tests.helpers import PROMPTS, WITHOUT_RDM, changed, quick_trainer, table_rows, tiny_sd, trained_weights
 from tests.test_examples import EXAMPLES, example
 
 # The fields of TRL 0.23.1's configurations.

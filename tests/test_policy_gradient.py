@@ -28,7 +28,6 @@ from tests.helpers import (
     quick_trainer,
     randomize,
     same,
-    tiny_config,
     trained_weights,
 )
 
@@ -606,62 +605,6 @@ def test_what_cannot_act_is_refused(
     basis = QUICK if "rdm" in rewards else WITHOUT_RDM
     with pytest.raises(ValueError, match=message):
         quick_trainer(base, tmp_path, rewards, **{**basis, "num_inference_steps": 3, **settings})
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sampler": "dimm"}, "sampler='dimm' is unknown. Did you mean 'ddim'"),
-        ({"importance_sampling_level": "token"}, "importance_sampling_level='token' is unknown"),
-        ({"step_weighting": "sdt"}, "step_weighting='sdt' is unknown. Did you mean 'std'"),
-        ({"reward_gradient": "pathways"}, "reward_gradient='pathways' is unknown. Did you mean 'pathwise'"),
-        ({"reward_baseline": "prompt"}, "reward_baseline='prompt' is unknown"),
-        ({"group_noise": "common"}, "group_noise='common' is unknown"),
-        ({"reward_baseline": "batch"}, "reward_baseline='batch' .* scale_rewards='group' .* Set scale_rewards to"),
-        ({"eta": 0.5}, "eta=0.5 is set, but sampler='renoise'"),
-        ({"importance_weight_clip": 0.1}, "importance_weight_clip=0.1 is set, but no rollout is used twice"),
-        ({"importance_weight_clip": 1.5, "num_iterations": 2}, "importance_weight_clip=1.5, .* between 0 and 1"),
-        ({"beta": 0.1, "num_inference_steps": 1}, "beta=0.1 compares .* num_inference_steps=1"),
-        ({"beta": 0.1, "sampler": "ddim", "eta": 0.0}, "beta=0.1 compares .* eta=0.0"),
-        ({"beta": -0.1}, "beta=-0.1, but it must be at least 0"),
-        ({"sampler": "ddim", "eta": 1.2}, "eta=1.2, but it must be between 0 and 1"),
-        ({"sampler": "cps", "eta": 1.2}, "eta=1.2, but it must be between 0 and 1"),
-        ({"sampler": "flow_sde", "eta": -0.1}, "eta=-0.1, but it must be at least 0"),
-        ({"epsilon": -0.1}, "epsilon=-0.1, but it must be at least 0"),
-        ({"epsilon_high": -0.1}, "epsilon_high=-0.1, but it must be at least 0"),
-        ({"noise_pool": 0}, "noise_pool=0, but it must be at least 1"),
-        ({"num_iterations": 0}, "num_iterations=0, but it must be at least 1"),
-        ({"num_replayed_steps": 0}, "num_replayed_steps=0, but it must be at least 1"),
-        ({"advantage_clip": 0.0}, "advantage_clip=0.0, but it must be a positive number"),
-        ({"teacher_cache_gib": 0.0}, "teacher_cache_gib=0.0, but it must be a positive number"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny_config(tmp_path, **{"warm_start": "none", **settings})
-
-
-def test_more_noise_than_1_suits_the_flow_alone(tmp_path: Path) -> None:
-    assert tiny_config(tmp_path, sampler="flow_sde", eta=1.4).eta == 1.4
-
-
-def test_the_clip_range_follows_the_level(tmp_path: Path) -> None:
-    def clips(**settings: Any) -> tuple[float, float]:
-        return tiny_config(tmp_path, **settings).clip_range
-
-    assert clips() == (1e-4, 1e-4)
-    assert clips(importance_sampling_level="sample") == (0.2, 0.2)
-    assert clips(epsilon=0.3) == (0.3, 0.3)
-    assert clips(epsilon=0.3, epsilon_high=0.5) == (0.3, 0.5)
-    assert clips(epsilon_high=0.5) == (1e-4, 0.5)
-
-
-@pytest.mark.parametrize("name", ["beta", "epsilon", "epsilon_high", "eta", "guidance_scale", "importance_weight_clip"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_are_finite(name: str, value: float, tmp_path: Path) -> None:
-    extra = {"eta": {"sampler": "flow_sde"}, "importance_weight_clip": {"num_iterations": 2}}.get(name, {})
-    with pytest.raises(ValueError, match=name):
-        tiny_config(tmp_path, warm_start="none", **{name: value, **extra})
 
 
 @pytest.mark.parametrize("method", ["ddpo", "redif", "hybrid"])

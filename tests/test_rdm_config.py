@@ -1,6 +1,8 @@
 """Settings that cannot work are refused when they are made, and inherited ones are honoured or refused."""
 
 import dataclasses
+import math
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rdm_rl import RDMConfig
-from rdm_rl.trainers.rdm_config import HONOURED
+from rdm_rl.trainers.inherited import HONOURED
 from tests.helpers import tiny_config
 
 # A changed value for every inherited field that is not honoured and whose default does not suggest one.
@@ -45,6 +47,17 @@ CHANGED: dict[str, Any] = {
     "deepspeed": "config.json",
     "debug": "underflow_overflow",
 }
+STRATEGIES = ("logging_strategy", "eval_strategy", "save_strategy")
+AT_LEAST_1 = """
+    resolution num_inference_steps num_generations num_renoise reward_batch_size decode_batch_size num_replayed_steps
+    teacher_num_inference_steps warm_start_steps warm_start_num_states warm_start_ode_steps num_iterations
+    gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size
+""".split()
+AT_LEAST_0 = """
+    dm_scale_floor reward_start_step reward_ramp_steps epsilon epsilon_high beta learning_rate
+    fake_score_updates_per_policy_update fake_score_warmup_steps fake_score_max_grad_norm fake_score_learning_rate
+""".split()
+ABOVE_0 = "advantage_clip reward_timeout fidelity_budget teacher_cache_gib".split()
 IGNORED = [one for one in fields(TrainingArguments) if one.init and one.name not in HONOURED]
 
 
@@ -81,50 +94,83 @@ def test_defaults_work_and_differ_where_documented() -> None:
     assert made.warm_start == "ode"
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"dm_normalization": "gruop"}, r"dm_normalization='gruop' is unknown\. Did you mean 'group'\?"),
-        ({"dm_group": "promt"}, r"Did you mean 'prompt'\?"),
-        ({"renoise_distribution": "unifrom"}, r"Did you mean 'uniform'\?"),
-        ({"reward_weighting": "fixt"}, r"Did you mean 'fixed'\?"),
-        ({"warm_start": "odes"}, r"Did you mean 'ode'\?"),
-        ({"warm_start": "xyz"}, r"is unknown\. Use one of"),
-        ({"dm_group": "renoise", "dm_normalization": "sample", "num_renoise": 2}, "uses no group"),
-        ({"dm_group": "renoise", "num_renoise": 1}, "Set num_renoise to 2 or more"),
-        ({"renoise_anneal_steps": 10}, "needs renoise_distribution='annealed_beta'"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0, but it must be at least 1"),
-        ({"num_inference_steps": -4}, "num_inference_steps=-4, but it must be at least 1"),
-        ({"num_generations": 0}, "num_generations=0, but it must be at least 1"),
-        ({"num_renoise": 0}, "num_renoise=0, but it must be at least 1"),
-        ({"fake_score_updates_per_policy_update": -1}, "must be at least 0"),
-        ({"fake_score_warmup_steps": -1}, "must be at least 0"),
-        ({"warm_start_steps": 0}, "must be at least 1"),
-        ({"warm_start_num_states": 0}, "must be at least 1"),
-        ({"warm_start_ode_steps": 0}, "must be at least 1"),
-        ({"dm_scale_floor": -0.1}, "must be at least 0"),
-        ({"fake_score_max_grad_norm": -1.0}, "must be at least 0"),
-        ({"gradient_accumulation_steps": 0}, "must be at least 1"),
-        (
-            {"per_device_train_batch_size": 12, "num_generations": 8},
-            r"not a multiple of num_generations=8.*Set it to 16",
-        ),
-        ({"per_device_train_batch_size": 2, "num_generations": 8}, "Set it to 8"),
-        ({"renoise_range": [0.0, 0.98]}, "0 < low <= high <= 1"),
-        ({"renoise_range": [0.9, 0.2]}, "0 < low <= high <= 1"),
-        ({"renoise_range": [0.02]}, "must be two times"),
-        ({"ema_decay": 1.0}, r"must be in \[0, 1\)"),
-        ({"logging_strategy": "epoch"}, "logging_strategy='epoch'"),
-        ({"eval_strategy": "epoch"}, "eval_strategy='epoch'"),
-        ({"save_strategy": "epoch"}, "save_strategy='epoch'"),
-        ({"save_strategy": "best"}, "save_strategy='best'"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau'"),
-        ({"push_to_hub": True}, "hub_model_id"),
-    ],
-)
+# What is set, and a part of what is said of it.
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    # A choice that there is not.
+    ({"dm_normalization": "gruop"}, "dm_normalization='gruop' is unknown. Did you mean 'group'? Use one of ('sample',"),
+    ({"dm_group": "promt"}, "Did you mean 'prompt'?"),
+    ({"renoise_distribution": "unifrom"}, "Did you mean 'uniform'?"),
+    ({"reward_weighting": "fixt"}, "Did you mean 'fixed'?"),
+    ({"warm_start": "odes"}, "Did you mean 'ode'?"),
+    ({"warm_start": "xyz"}, "is unknown. Use one of ('ode', 'none')"),
+    ({"sampler": "dimm"}, "sampler='dimm' is unknown. Did you mean 'ddim'?"),
+    ({"importance_sampling_level": "token"}, "importance_sampling_level='token' is unknown"),
+    ({"step_weighting": "sdt"}, "Did you mean 'std'?"),
+    ({"reward_gradient": "pathways"}, "Did you mean 'pathwise'?"),
+    ({"reward_baseline": "prompt"}, "reward_baseline='prompt' is unknown"),
+    ({"group_noise": "common"}, "group_noise='common' is unknown"),
+    ({"offload": ["text_encoder"]}, "offload[0]='text_encoder' is unknown. Did you mean 'text_encoders'?"),
+    # A number out of range.
+    *(({name: 0}, f"{name}=0, but it must be at least 1") for name in AT_LEAST_1),
+    *(({name: -1}, f"{name}=-1, but it must be at least 0") for name in AT_LEAST_0),
+    *(({name: 0.0}, f"{name}=0.0, but it must be above 0") for name in ABOVE_0),
+    ({"noise_pool": 0}, "noise_pool=0, but it must be between 1 and 16777216, or None."),
+    ({"ema_decay": 1.0}, "ema_decay=1.0, but it must be between 0 and 1, and not 1"),
+    (
+        {"importance_weight_clip": 1.5, "num_iterations": 2},
+        "importance_weight_clip=1.5, but it must be between 0 and 1",
+    ),
+    ({"renoise_range": [0.1, 1.5]}, "renoise_range[1]=1.5, but it must be between 0 and 1"),
+    ({"sampler": "flow_sde", "eta": -0.1}, "eta=-0.1, but it must be at least 0"),
+    ({"sampler": "ddim", "eta": 1.2}, "eta=1.2, but it must be between 0 and 1"),
+    ({"sampler": "cps", "eta": 1.2}, "eta=1.2, but it must be between 0 and 1"),
+    ({"sampler": "flow_sde", "eta": math.inf}, "eta=inf, but it must be a finite number"),
+    *(({name: math.nan}, f"{name}=nan, but it must be a finite number") for name in ("beta", "guidance_scale")),
+    ({"reward_weights": [1.0, math.inf]}, "reward_weights[1]=inf, but it must be a finite number"),
+    # Settings that do not go together.
+    ({"dm_group": "renoise", "dm_normalization": "sample", "num_renoise": 2}, "uses no group"),
+    ({"dm_group": "renoise", "num_renoise": 1}, "Set num_renoise to 2 or more"),
+    ({"renoise_anneal_steps": 10}, "needs renoise_distribution='annealed_beta'"),
+    ({"renoise_range": [0.0, 0.98]}, "0 < low <= high <= 1"),
+    ({"renoise_range": [0.9, 0.2]}, "0 < low <= high <= 1"),
+    ({"renoise_range": [0.02]}, "must be two times"),
+    ({"fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 3}, "Set both to 0, or neither"),
+    ({"per_device_train_batch_size": 12}, "is not a multiple of num_generations=8, so a prompt's group would be split"),
+    ({"per_device_train_batch_size": 12}, "Set it to 16"),
+    ({"per_device_train_batch_size": 2}, "Set it to 8"),
+    ({"adaptive_reference": "online", "reward_weighting": "fixed"}, "uses no reference"),
+    ({"fidelity_budget": 2.0}, "needs reward_weighting='budget', not 'adaptive'"),
+    ({"reward_baseline": "batch"}, "Set scale_rewards to 'batch' or 'none'"),
+    ({"pathwise_steps": "any", "reward_gradient": "score_function"}, "pathwise_steps='any' is set, but"),
+    ({"group_noise": "shared", "num_inference_steps": 1}, "so they would be copies"),
+    ({"eta": 0.5}, "eta=0.5 is set, but sampler='renoise'"),
+    ({"importance_weight_clip": 0.1}, "importance_weight_clip=0.1 is set, but no rollout is used twice"),
+    ({"beta": 0.1, "num_inference_steps": 1}, "beta=0.1 compares the policy's random steps"),
+    ({"beta": 0.1, "sampler": "ddim", "eta": 0.0}, "sampler='ddim', eta=0.0. Set beta=0."),
+    # Inherited fields.
+    *(({name: "epoch"}, f"{name}='epoch', but a run counts") for name in STRATEGIES),
+    ({"save_strategy": "best"}, "save_strategy='best'"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau'"),
+    ({"push_to_hub": True}, "hub_model_id"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=str)
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         config(**settings)
+
+
+def test_more_noise_than_1_suits_the_flow_alone() -> None:
+    assert config(sampler="flow_sde", eta=1.4).eta == 1.4
+
+
+def test_the_clip_range_follows_the_level() -> None:
+    assert config().clip_range == (1e-4, 1e-4)
+    assert config(importance_sampling_level="sample").clip_range == (0.2, 0.2)
+    assert config(epsilon=0.3).clip_range == (0.3, 0.3)
+    assert config(epsilon=0.3, epsilon_high=0.5).clip_range == (0.3, 0.5)
+    assert config(epsilon_high=0.5).clip_range == (1e-4, 0.5)
 
 
 def test_methods() -> None:
@@ -166,13 +212,6 @@ def test_yaml_is_parsed_and_flags_win(tmp_path: Path) -> None:
     (args,) = TrlParser((RDMConfig,)).parse_args_and_config(words)
     assert (args.num_inference_steps, args.num_generations, args.ema_decay) == (2, 2, 0.99)
     assert args.reward_weights == [1.0, 0.5]
-
-
-def test_every_own_field_is_documented() -> None:
-    own = {one.name for one in fields(RDMConfig)} - {one.name for one in fields(TrainingArguments)}
-    assert RDMConfig.__doc__ is not None
-    assert {name for name in own if f"        {name}: " not in RDMConfig.__doc__} == set()
-    assert all(one.metadata.get("help") for one in fields(RDMConfig) if one.name in own)
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("no", "no"), ("bf16", "bf16"), ("fp16", "fp16")])

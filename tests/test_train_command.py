@@ -14,10 +14,11 @@ from transformers import TrainingArguments
 
 from rdm_rl import RDMConfig, RDMTrainer, ReDiFConfig
 from rdm_rl.cli import main as cli
-from rdm_rl.cli.parser import GROUPS, HELP, OWN_GROUP, WITHOUT_EFFECT, SettingsParser
+from rdm_rl.cli.parser import FIRST_GROUP, OWN_GROUP, SettingsParser
 from rdm_rl.cli.train import TrainArguments, load_prompts, make_trainer
 from rdm_rl.demo.data import TEACHER_FOLDER
-from rdm_rl.trainers.rdm_config import HONOURED
+from rdm_rl.settings import groups, help_of
+from rdm_rl.trainers.inherited import HONOURED, INHERITED, UNUSED
 
 DIGITS = "--model_name_or_path digits --dataset digits --use_cpu".split()
 
@@ -37,20 +38,20 @@ def help_text(one: SettingsParser, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_setting_is_under_one_heading() -> None:
-    found = [action.dest for _, actions in parser().groups() for action in actions]
+    shown = [action.dest for _, actions in parser().groups() for action in actions]
     ours = {one.name for kind in (TrainArguments, RDMConfig) for one in fields(kind)}
     refused = {one.name for one in fields(TrainingArguments)} - HONOURED
-    assert sorted(found) == sorted((ours - refused - WITHOUT_EFFECT) | {"help", "config", "method"})
-    assert OWN_GROUP not in dict(parser().groups())  # A new field belongs into GROUPS.
+    assert sorted(shown) == sorted((ours - refused - {*INHERITED[UNUSED]}) | {"help", "config", "method"})
+    assert OWN_GROUP not in dict(parser().groups())  # A field is declared in a settings class, or inherited.
 
 
-def test_the_headings_name_nothing_that_does_not_exist() -> None:
-    names = [name for names in GROUPS.values() for name in names.split()]
-    assert len(names) == len({*names})
-    ours = {one.name for kind in (TrainArguments, RDMConfig) for one in fields(kind)}
-    assert {*names} <= ours | HONOURED | {"help", "config", "method"}  # Older transformers lack some of HONOURED.
-    assert {*HELP} <= {*names}
-    assert WITHOUT_EFFECT <= HONOURED
+def test_every_setting_says_what_it_does() -> None:
+    said = {one.name: help_of(kind, one.name) for kind in (TrainArguments, RDMConfig) for one in fields(kind)}
+    said |= {name: text for group in INHERITED.values() for name, text in group.items()}
+    declared = {name for kind in (TrainArguments, RDMConfig) for group in groups(kind).values() for name in group}
+    assert declared.isdisjoint(HONOURED)
+    assert not [name for name in declared | HONOURED if not said[name].endswith((".", "..."))]
+    assert help_of(ReDiFConfig, "sampler") == said["sampler"]  # Another default is no other setting.
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Own(TrainArguments):
 def test_settings_of_a_script_have_a_heading_of_their_own() -> None:
     groups = dict(parser(Own, RDMConfig).groups())
     assert [action.dest for action in groups[OWN_GROUP]] == ["pages"]
-    assert list(groups)[:2] == ["where settings come from", OWN_GROUP]
+    assert list(groups)[:2] == [FIRST_GROUP, OWN_GROUP]
 
 
 @pytest.mark.parametrize("columns", [70, 100, 300])
@@ -72,8 +73,8 @@ def test_the_help_can_be_read(
     text = help_text(parser(Own, RDMConfig, prog="rdm-rl train"), capsys)
     assert text.startswith("usage: rdm-rl train [--config FILE.yaml] [--setting VALUE ...]\n\nA run.\n\nIn brackets: ")
     assert "More of it" not in text
-    for title in GROUPS:
-        assert f"\n{title}:\n" in text
+    for title, _ in parser().groups():
+        assert f"\n{title[0].lower()}{title[1:]}:\n" in text
     flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
     assert len(flags) == len({*flags}) > 100
     assert {"--num_inference_steps", "--teacher_adapter", "--max_steps", "--pages"} <= {*flags}
@@ -90,15 +91,15 @@ def test_the_help_shows_the_values_that_a_run_would_have(tmp_path: Path, capsys:
     file.write_text("method: gndm\nlearning_rate: 3e-6\nreward_weights: [1, 0.5]\nbf16: true\n", encoding="utf-8")
     text = " ".join(help_text(parser(config=file), capsys).split())
     for shown in (
-        "--learning_rate X Learning rate of the policy. [3e-6]",
+        "--learning_rate X Learning rate of the policy. The fake score has its own. [3e-6]",
         "[gndm]",
-        "reward. [1 0.5]",
+        "without rdm. [1 0.5]",
         "[4]",
         "[true]",
     ):
         assert shown in text
     assert "run.yaml beside the script" in text
-    assert "'digits' is the embedded teacher. [needed]" in text
+    assert "digits is the embedded teacher. [needed]" in text
 
 
 # ----- where settings come from -----

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,12 @@ from transformers import Trainer
 from transformers.optimization import get_scheduler
 
 from rdm_rl.networks.sharding import cut_like, local, whole, with_local
+from rdm_rl.settings import Size, Whole, Within, setting
 
 if TYPE_CHECKING:
     from rdm_rl.trainers.rdm_config import RDMConfig
 
+Decay = Annotated[float, Within(0, 1, but_not=1)]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -195,3 +197,34 @@ class PolicyAverage:
         for (name, parameter), average in zip(self._parameters.items(), self._averages, strict=True):
             average.copy_(local(cut_like(tensors[name], parameter)))
         self._updates = updates
+
+
+@dataclass
+class FakeScoreSettings:
+    """Fake score."""
+
+    fake_score_learning_rate: Size = setting(
+        1e-4, "Learning rate of the fake score; it must be well above the policy's."
+    )
+    fake_score_updates_per_policy_update: Whole = setting(
+        5,
+        "Updates of the fake score before each policy update, or, with `num_iterations`, on each rollout; 0 does "
+        "without it.",
+    )
+    fake_score_warmup_steps: Whole = setting(
+        0, "Updates of the fake score on the initial policy before the first policy update."
+    )
+    fake_score_max_grad_norm: Size = setting(
+        1.0, "Gradient norm that the fake score's gradients are clipped to; 0 does not clip."
+    )
+
+
+@dataclass
+class AverageSettings:
+    """The averaged policy."""
+
+    ema_decay: Decay = setting(
+        0.999,
+        "Decay of the averaged policy, reached after about 9 / (1 - decay) updates; 0 switches averaging off.",
+    )
+    save_ema: bool = setting(True, "Save and evaluate the averaged policy instead of the last one.")

@@ -1,17 +1,20 @@
 """``ReDiFTrainer``: distillation by policy gradient towards the teacher's own image of the same prompt and noise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from rdm_rl.policy import SamplerName
+from rdm_rl.policy import NoisePool, SamplerName
 from rdm_rl.randomness import seeded_generators
+from rdm_rl.rdm import RewardScale
 from rdm_rl.records import PromptBatch
 from rdm_rl.rewards.kinds import AskedReward
 from rdm_rl.rewards.registry import RewardSpec, find_reward
+from rdm_rl.settings import Count, Finite, Size, Whole, convert, setting
+from rdm_rl.trainers.optimization import Decay
 from rdm_rl.trainers.rdm_config import RDMConfig, method_settings
 from rdm_rl.trainers.rdm_trainer import EVALUATION_SEED, RDMTrainer
 
@@ -65,44 +68,29 @@ class ReDiFConfig(RDMConfig):
         (1.0, 8, 'out/teacher-images')
     """
 
-    num_inference_steps: int = field(default=_RECOMMENDED["num_inference_steps"], metadata={"help": "Student steps K."})
-    reward_weighting: Literal["adaptive", "fixed", "budget"] = field(
-        default=_RECOMMENDED["reward_weighting"], metadata={"help": "How rewards are combined."}
+    num_inference_steps: Count = _RECOMMENDED["num_inference_steps"]
+    reward_weighting: Literal["adaptive", "fixed", "budget"] = _RECOMMENDED["reward_weighting"]
+    reward_gradient: Literal["pathwise", "score_function"] = setting(
+        _RECOMMENDED["reward_gradient"], "`score_function` is the policy gradient, `pathwise` the DRaFT control."
     )
-    reward_gradient: Literal["pathwise", "score_function"] = field(
-        default=_RECOMMENDED["reward_gradient"], metadata={"help": "Policy gradient, or 'pathwise': the DRaFT control."}
+    fake_score_updates_per_policy_update: Whole = setting(0, "There is no fake score.")
+    warm_start: Literal["ode", "none"] = _RECOMMENDED["warm_start"]
+    sampler: SamplerName = _RECOMMENDED["sampler"]
+    eta: Size | None = setting(
+        None, "How random the sampler is in training. Default: 0.4, or 0 with `reward_gradient=pathwise`."
     )
-    fake_score_updates_per_policy_update: int = field(default=0, metadata={"help": "There is no fake score."})
-    warm_start: Literal["ode", "none"] | None = field(
-        default=_RECOMMENDED["warm_start"], metadata={"help": "Regression on the teacher's ODE solutions first."}
-    )
-    sampler: SamplerName = field(default=_RECOMMENDED["sampler"], metadata={"help": "How the policy goes on."})
-    eta: float | None = field(
-        default=None, metadata={"help": "Randomness of the sampler in training; default: 0.4, or 0 with 'pathwise'."}
-    )
-    guidance_scale: float = field(default=_RECOMMENDED["guidance_scale"], metadata={"help": "Guidance of the student."})
-    teacher_guidance_scale: float | None = field(
-        default=_RECOMMENDED["teacher_guidance_scale"], metadata={"help": "Guidance of the teacher."}
-    )
-    num_replayed_steps: int = field(
-        default=_RECOMMENDED["num_replayed_steps"], metadata={"help": "Recorded steps replayed in each update."}
-    )
-    step_weighting: Literal["none", "std"] = field(
-        default=_RECOMMENDED["step_weighting"], metadata={"help": "A factor for each step."}
-    )
-    group_noise: Literal["own", "shared"] = field(
-        default=_RECOMMENDED["group_noise"], metadata={"help": "Whether a group shares its initial noise."}
-    )
-    noise_pool: int | None = field(
-        default=_RECOMMENDED["noise_pool"], metadata={"help": "Initial noises for each prompt to draw from."}
-    )
-    scale_rewards: Literal["group", "batch", "none"] = field(
-        default=_RECOMMENDED["scale_rewards"], metadata={"help": "What centred rewards are divided by."}
-    )
-    ema_decay: float = field(default=_RECOMMENDED["ema_decay"], metadata={"help": "Decay of the averaged policy."})
+    guidance_scale: Finite = _RECOMMENDED["guidance_scale"]
+    teacher_guidance_scale: Finite | None = _RECOMMENDED["teacher_guidance_scale"]
+    num_replayed_steps: Count = _RECOMMENDED["num_replayed_steps"]
+    step_weighting: Literal["none", "std"] = _RECOMMENDED["step_weighting"]
+    group_noise: Literal["own", "shared"] = _RECOMMENDED["group_noise"]
+    noise_pool: NoisePool | None = _RECOMMENDED["noise_pool"]
+    scale_rewards: RewardScale = _RECOMMENDED["scale_rewards"]
+    ema_decay: Decay = _RECOMMENDED["ema_decay"]
 
     def __post_init__(self) -> None:
         """Give the teacher's images a place beside the run's other files, and settle ``eta``."""
+        convert(self, {"eta"})
         if self.eta is None:
             self.eta = _RECOMMENDED["eta"] if self.reward_gradient == "score_function" else 0.0
         if self.reward_gradient == "pathwise" and self.eta == 0 and self.group_noise == "shared":

@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from zlib import crc32
 
 import torch
@@ -31,6 +32,7 @@ from rdm_rl.noise_schedule import NoiseSchedule
 from rdm_rl.policy import X0Predictor, ode_solution
 from rdm_rl.randomness import normal, seeded_generator
 from rdm_rl.records import Conditioning
+from rdm_rl.settings import Count, Folder, Size, setting
 from rdm_rl.trainers.optimization import RoleOptimizer
 
 
@@ -180,3 +182,21 @@ def _read(file: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
                 f"{file} holds solutions of other prompts. Delete the folder, or set another warm_start_cache_dir."
             )
         return content.get_tensor("states"), content.get_tensor("solutions")
+
+
+@dataclass
+class WarmStartSettings:
+    """Warm start."""
+
+    warm_start: Literal["ode", "none"] = setting(
+        "ode",
+        "`ode` regresses the policy on the teacher's ODE solutions first; `none` does not (a student that is already "
+        "distilled).",
+    )
+    warm_start_steps: Count = setting(300, "Updates of that regression.")
+    warm_start_learning_rate: Size = setting(1e-4, "Its highest learning rate.")
+    warm_start_num_states: Count = setting(1000, "Teacher solutions for each student step.")
+    warm_start_ode_steps: Count = setting(
+        20, "Teacher steps of a solution from pure noise; proportionally fewer from lower noise."
+    )
+    warm_start_cache_dir: Folder | None = setting(None, "Where solutions are kept. Default: `output_dir/warm_start`.")

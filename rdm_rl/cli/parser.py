@@ -16,135 +16,23 @@ from typing import Any, get_type_hints
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from rdm_rl.trainers.rdm_config import HONOURED, METHODS, RDMConfig, method_settings
+from rdm_rl.settings import groups, help_of
+from rdm_rl.trainers.inherited import HONOURED, INHERITED, UNUSED
+from rdm_rl.trainers.rdm_config import METHODS, RDMConfig, method_settings
 
-# Every setting is in one group (a test looks). Those of a script itself come under OWN_GROUP.
-GROUPS = {
-    "where settings come from": "help config method",
-    "model and data": """
-        model_name_or_path teacher teacher_adapter policy_init dataset dataset_split prompt_column resolution
-    """,
-    "adapters": "lora_r lora_alpha lora_target_modules full",
-    "the few-step policy": """
-        num_inference_steps num_generations sampler eta guidance_scale group_noise noise_pool ema_decay save_ema
-    """,
-    "distribution matching": """
-        teacher_guidance_scale dm_normalization dm_group dm_scale_floor num_renoise renoise_distribution renoise_range
-        renoise_anneal_steps
-    """,
-    "fake score": """
-        fake_score_learning_rate fake_score_updates_per_policy_update fake_score_warmup_steps fake_score_max_grad_norm
-    """,
-    "rewards and their weights": """
-        reward_funcs reward_options reward_weights reward_weighting adaptive_reference fidelity_budget
-        reward_start_step reward_ramp_steps reward_conflict reward_gradient pathwise_steps
-    """,
-    "calling the rewards": """
-        decode_batch_size reward_decoder reward_batch_size reward_timeout on_reward_error teacher_num_inference_steps
-        teacher_cache_dir teacher_cache_gib
-    """,
-    "policy gradient and reuse of rollouts": """
-        num_replayed_steps num_iterations importance_weight_clip importance_sampling_level epsilon epsilon_high
-        reward_baseline scale_rewards advantage_clip step_weighting beta
-    """,
-    "warm start": """
-        warm_start warm_start_steps warm_start_learning_rate warm_start_num_states warm_start_ode_steps
-        warm_start_cache_dir
-    """,
-    "optimisation": """
-        max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate
-        lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1
-        adam_beta2 adam_epsilon max_grad_norm seed data_seed
-    """,
-    "memory and processes": """
-        bf16 fp16 tf32 activation_checkpointing gradient_checkpointing offload prompt_cache_dir shard use_cpu
-        ddp_backend ddp_timeout
-    """,
-    "output, checkpoints and sample grids": """
-        output_dir resume_from_checkpoint save_strategy save_steps save_total_limit eval_strategy eval_steps eval_delay
-        eval_on_start per_device_eval_batch_size
-    """,
-    "logging": """
-        logging_strategy logging_steps logging_first_step logging_dir disable_tqdm report_to run_name project
-        trackio_space_id trackio_bucket_id trackio_static_space_id
-    """,
-    "hub": "push_to_hub hub_model_id hub_private_repo hub_revision hub_token",
-}
-OWN_GROUP = "this script"
-# Accepted because launchers and old scripts give them, but a run does nothing with them.
-WITHOUT_EFFECT = frozenset({"do_train", "do_eval", "local_rank", "remove_unused_columns"})
-
+FIRST_GROUP = "Where settings come from"
+OWN_GROUP = "This script"
 # Older transformers know the second name only.
 OLD_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
-
-# Inherited settings, in this library's terms and without what it refuses.
-HELP = {
-    "help": "Show this text.",
-    "max_steps": "Policy updates; -1 counts num_train_epochs instead.",
-    "num_train_epochs": "Times that the prompts are gone through, if max_steps is -1.",
-    "per_device_train_batch_size": "Samples (not prompts) at once on a device: a multiple of num_generations.",
-    "gradient_accumulation_steps": "Batches for each update. An update sees batch size x this x processes samples.",
-    "lr_scheduler_type": "Schedule of both learning rates: constant, constant_with_warmup, linear, cosine, ...",
-    "lr_scheduler_kwargs": "Further arguments of the schedule, as JSON.",
-    "warmup_steps": "Updates over which the learning rate rises from 0; below 1, a share of all.",
-    "warmup_ratio": "The same as a share of all updates.",
-    "optim": "Optimiser: adamw_torch, adamw_torch_fused, adamw_bnb_8bit, adafactor, sgd, ...",
-    "optim_args": "Further arguments of the optimiser: name=value,name=value.",
-    "weight_decay": "Weight decay, of policy and fake score.",
-    "adam_beta1": "Adam's decay of the first moment.",
-    "adam_beta2": "Adam's decay of the second moment.",
-    "adam_epsilon": "Adam's epsilon.",
-    "max_grad_norm": "Gradient norm the policy is clipped to; 0 does not clip.",
-    "seed": "Seed of everything that is drawn.",
-    "data_seed": "Seed of the order of the prompts; default: seed.",
-    "bf16": "Networks in bfloat16, adapters in float32.",
-    "fp16": "Networks in float16, with loss scaling.",
-    "tf32": "TF32 for what is left in float32, on Ampere GPUs and newer.",
-    "activation_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
-    "gradient_checkpointing": "The same under its older name.",
-    "use_cpu": "Stay on the CPU even if there is a GPU.",
-    "ddp_backend": "Backend between processes: nccl or gloo; default: by device.",
-    "ddp_timeout": "Seconds that processes wait for each other.",
-    "output_dir": "Where the student, checkpoints and sample grids go.",
-    "resume_from_checkpoint": "Folder of a checkpoint, or 'true' for the newest one in output_dir.",
-    "save_strategy": "Write checkpoints: steps or no.",
-    "save_steps": "Policy updates between checkpoints.",
-    "save_total_limit": "Checkpoints that are kept; default: all.",
-    "eval_strategy": "Draw sample grids: steps or no.",
-    "eval_steps": "Policy updates between sample grids; default: logging_steps.",
-    "eval_delay": "Updates before the first sample grid.",
-    "eval_on_start": "Draw a sample grid before the first update.",
-    "per_device_eval_batch_size": "Prompts in a sample grid.",
-    "logging_strategy": "Log numbers: steps or no.",
-    "logging_steps": "Policy updates between lines of the log.",
-    "logging_first_step": "Log the first update, too.",
-    "logging_dir": "Folder for TensorBoard.",
-    "disable_tqdm": "No progress bar.",
-    "report_to": "Tracker: tensorboard, wandb, trackio or none.",
-    "run_name": "Name of the run for trackers.",
-    "project": "Project of the run, for Trackio.",
-    "trackio_space_id": "Hub space for Trackio.",
-    "trackio_bucket_id": "Hub bucket for Trackio.",
-    "trackio_static_space_id": "Read-only hub space for Trackio.",
-    "push_to_hub": "Upload the student at the end.",
-    "hub_model_id": "Name to upload to: owner/name.",
-    "hub_private_repo": "Make it a private repository.",
-    "hub_revision": "Branch to upload to.",
-    "hub_token": "Token to upload with; default: the one you are logged in with.",
-}
 # What stands for a value; the others follow from the type.
 METAVARS = {
-    "config": "FILE.yaml",
-    "method": "NAME",
-    "lr_scheduler_type": "NAME",
-    "optim": "NAME",
-    "ddp_backend": "{nccl,gloo}",
+    **{"config": "FILE.yaml", "method": "NAME", "lr_scheduler_type": "NAME", "optim": "NAME"},
+    **{"ddp_backend": "{nccl,gloo}", "output_dir": "PATH"},
     # RDMConfig refuses the other choices.
-    "save_strategy": "{steps,no}",
-    "eval_strategy": "{steps,no}",
-    "logging_strategy": "{steps,no}",
-    **dict.fromkeys(("output_dir", "warm_start_cache_dir", "teacher_cache_dir", "prompt_cache_dir"), "FOLDER"),
+    **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "{steps,no}"),
 }
+_REFUSED = {each.name for each in fields(TrainingArguments)} - HONOURED
+_HELP = {"help": "Show this text."} | {name: text for group in INHERITED.values() for name, text in group.items()}
 
 
 class SettingsFormatter(argparse.HelpFormatter):
@@ -207,7 +95,7 @@ class SettingsParser(TrlParser):
             prog=prog,
             usage="%(prog)s [--config FILE.yaml] [--setting VALUE ...]",
             description=description.split("\n\n", 1)[0],
-            epilog="Each setting is explained in docs/reference.md and in the docstring of its class.",
+            epilog="docs/reference.md has the same, with links.",
             formatter_class=SettingsFormatter,
             allow_abbrev=False,
         )
@@ -221,10 +109,14 @@ class SettingsParser(TrlParser):
         self.add_argument("--config", help=f"Settings by name. Flags win over them.{source}")
         if RDMConfig in kinds:  # A class derived from it is a method of its own.
             self.add_argument("--method", help=f"A method's settings: {', '.join(METHODS)}. The others win over them.")
-        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind, include_extras=True).items()}
+        texts = {each.name: help_of(kind, each.name) for kind in kinds for each in fields(kind)} | _HELP
+        converted = {each.name for kind in kinds if groups(kind) for each in fields(kind)} - _REFUSED
         for action in self._actions:
-            action.help = HELP.get(action.dest, action.help)
+            action.help = texts.get(action.dest, action.help or "").replace("`", "")
             action.metavar = METAVARS.get(action.dest) or _metavar(hints.get(action.dest, str), action.choices)
+            if action.dest in converted:  # By the class itself, wherever a value comes from.
+                action.type = action.choices = None
 
     def parse(self, words: Sequence[str] | None = None) -> tuple[Any, ...]:
         """The dataclasses, filled.
@@ -295,16 +187,17 @@ class SettingsParser(TrlParser):
 
     def groups(self) -> Iterator[tuple[str, list[argparse.Action]]]:
         """The headings of the help text, and the flags under each."""
-        refused = ({one.name for one in fields(TrainingArguments)} - HONOURED) | WITHOUT_EFFECT
         left: dict[str, argparse.Action] = {}
         for action in self._actions:  # The second of --save_ema and --no_save_ema is not shown.
-            if action.dest not in refused:
+            if action.dest not in _REFUSED and action.dest not in INHERITED[UNUSED]:
                 left.setdefault(action.dest, action)
-        grouped = {title: [left.pop(name) for name in names.split() if name in left] for title, names in GROUPS.items()}
-        first, *others = grouped.items()
-        for title, actions in (first, (OWN_GROUP, list(left.values())), *others):
-            if actions:
-                yield title, actions
+        names: dict[str, list[str]] = {FIRST_GROUP: ["help", "config", "method"], OWN_GROUP: []}
+        declared = [(title, [*members]) for kind in self.kinds for title, members in groups(kind).items()]
+        for title, members in [*declared, *((title, [*members]) for title, members in INHERITED.items())]:
+            names.setdefault(title, []).extend(members)
+        grouped = {title: [left.pop(name) for name in members if name in left] for title, members in names.items()}
+        grouped[OWN_GROUP] = [*left.values()]
+        yield from ((title, actions) for title, actions in grouped.items() if actions)
 
     def format_help(self) -> str:
         """The help text."""
@@ -313,7 +206,7 @@ class SettingsParser(TrlParser):
         formatter.add_text(self.description)
         formatter.add_text("In brackets: the value of a run without the flag.")
         for title, actions in self.groups():
-            formatter.start_section(title)
+            formatter.start_section(title[0].lower() + title[1:])
             formatter.add_arguments(actions)
             formatter.end_section()
         formatter.add_text(self.epilog)
@@ -326,4 +219,6 @@ def _metavar(hint: Any, choices: Any) -> str:
     if choices:
         return "{" + ",".join(map(str, choices)) + "}"
     words = str(hint)
+    if "expanduser" in words:
+        return "PATH"
     return "{true,false}" if "bool" in words else "X" if "float" in words else "N" if "int" in words else "TEXT"

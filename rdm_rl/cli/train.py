@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from peft import LoraConfig
 from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.rewards.registry import get_reward
+from rdm_rl.settings import Count, Folder, check, convert, setting
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
@@ -19,56 +20,63 @@ Trainer = TypeVar("Trainer", bound=RDMTrainer)
 
 
 @dataclass
-class TrainArguments:
-    """What is trained on what.
+class SourceSettings:
+    """Model and data."""
 
-    Args:
-        model_name_or_path: The pipeline: a folder or a hub name; ``digits`` is the embedded teacher.
-        dataset: Prompts: a ``.txt`` file with one a line, a ``.csv``, ``.json`` or ``.jsonl`` file with a ``prompt``
-            column, a folder that ``datasets`` wrote, or the hub name of a data set; ``digits`` are the embedded
-            teacher's prompts.
-        teacher: Another pipeline of the same family as the teacher; None is the model itself.
-        teacher_adapter: A style LoRA that only the teacher has: a folder, a hub name, or
-            ``owner/name/file.safetensors``.
-        policy_init: An already distilled student to start from: a LoRA, a pipeline or a bare network, as a folder or a
-            hub name. With ``warm_start="none"``.
-        dataset_split: Split of a data set that has several.
-        prompt_column: Name of the text column.
-        reward_funcs: Names of rewards, ``module:attribute`` or ``path.py:attribute``.
-        reward_options: What rewards take, by name: ``{hpsv2: {device: "cuda:1"}}`` in YAML, JSON as a flag.
-        full: Train two full copies of the network instead of adapters.
-        lora_r: Rank of the adapters.
-        lora_alpha: Their scale times the rank; None is the rank.
-        lora_target_modules: Modules with adapters; None is the family's default.
-    """
+    model_name_or_path: Folder = setting(
+        MISSING, "The pipeline: a folder or a hub name; `digits` is the embedded teacher."
+    )
+    dataset: Folder = setting(
+        MISSING,
+        "Prompts: a `.txt` file with one a line, a `.csv`, `.json` or `.jsonl` file, a folder that `datasets` wrote, "
+        "a hub name, or `digits`. In a YAML file, a path beside that file.",
+    )
+    teacher: Folder | None = setting(
+        None, "Another pipeline of the same family as the teacher. Default: the model itself."
+    )
+    teacher_adapter: Folder | None = setting(
+        None, "A style LoRA that only the teacher has: a folder, a hub name, or `owner/name/file.safetensors`."
+    )
+    policy_init: Folder | None = setting(
+        None,
+        "An already distilled student to start from, with `warm_start=none`: a LoRA, a pipeline or a bare network, as "
+        "a folder or a hub name.",
+    )
+    dataset_split: str = setting("train", "Split of a data set that has several.")
+    prompt_column: str = setting("prompt", "Name of the text column.")
 
-    model_name_or_path: str = field(metadata={"help": "Pipeline folder or hub name; 'digits' is the embedded teacher."})
-    dataset: str = field(
-        metadata={"help": "Prompts: .txt, .csv, .json or .jsonl file, folder, hub data set, or 'digits'."}
+
+@dataclass
+class AdapterSettings:
+    """Adapters."""
+
+    full: bool = setting(False, "Train two full copies of the network instead of adapters.")
+    lora_r: Count = setting(64, "Rank of the adapters.")
+    lora_alpha: Count | None = setting(None, "Their scale times the rank. Default: the rank.")
+    lora_target_modules: list[str] | None = setting(
+        None, "Modules with adapters; `all-linear` are all linear layers. Default: the family's own."
     )
-    teacher: str | None = field(
-        default=None, metadata={"help": "Another pipeline of the same family as the teacher; default: the model."}
-    )
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "Style LoRA that only the teacher has: folder, hub name, or owner/name/file."}
-    )
-    policy_init: str | None = field(
-        default=None, metadata={"help": "Already distilled student to start from: LoRA, pipeline or network."}
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of a data set that has several."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Name of the text column."})
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["rdm"],
-        metadata={"help": "Names of rewards, module:attribute or path.py:attribute."},
-    )
+
+
+@dataclass
+class RewardNameSettings:
+    """Rewards and their weights."""
+
+    reward_funcs: list[str] = setting(lambda: ["rdm"], "Rewards: names, `module:attribute` or `path.py:attribute`.")
     # The order of the union is TrainingArguments': transformers' argument parser does not read another.
-    reward_options: dict | str | None = field(  # type: ignore[type-arg]
-        default=None, metadata={"help": 'What rewards take, by name, as JSON: \'{"hpsv2": {"device": "cuda:1"}}\'.'}
+    reward_options: dict[str, Any] | str | None = setting(
+        None, 'What rewards take, by name: a mapping in YAML, JSON as a flag: `\'{"hpsv2": {"device": "cuda:1"}}\'`.'
     )
-    full: bool = field(default=False, metadata={"help": "Train full copies of the network instead of adapters."})
-    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapters; default: the rank."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get adapters."})
+
+
+@dataclass
+class TrainArguments(RewardNameSettings, AdapterSettings, SourceSettings):  # In reverse, as a dataclass orders fields.
+    """What is trained on what: the flags of ``rdm-rl train`` that are no settings of ``RDMConfig``."""
+
+    def __post_init__(self) -> None:
+        """Read every value as its type."""
+        convert(self)
+        check(self)
 
 
 def load_prompts(arguments: TrainArguments) -> Any:
@@ -156,7 +164,10 @@ def lora_config(arguments: TrainArguments) -> LoraConfig | None:
     if arguments.full:
         return None
     alpha = arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha
-    return LoraConfig(r=arguments.lora_r, lora_alpha=alpha, target_modules=arguments.lora_target_modules)
+    modules: Any = arguments.lora_target_modules
+    if modules == ["all-linear"]:  # Which PEFT knows as text alone.
+        modules = "all-linear"
+    return LoraConfig(r=arguments.lora_r, lora_alpha=alpha, target_modules=modules)
 
 
 def make_trainer(

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
 from rdm_rl.policy import SamplerName
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.records import Conditioning
+from rdm_rl.settings import Count, setting
 
 
 class Family(PromptEncoding, ABC):
@@ -379,3 +381,10 @@ class Family(PromptEncoding, ABC):
             without, with_prompt = self.forward(network, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
             output = without + guidance_scale * (with_prompt - without)
         return x_0_from_output(output, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)
+
+
+@dataclass
+class ModelSettings:
+    """Model and data."""
+
+    resolution: Count | None = setting(None, "Height and width of the images in pixels. Default: the model's own.")

@@ -1,9 +1,12 @@
 """Networks that wait on the CPU while they are not used."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from rdm_rl.settings import Folder, setting
 
 
 class OffloadedNetwork:
@@ -52,3 +55,20 @@ class OffloadedNetwork:
         for tensor, weights in self._waiting:
             tensor.data = weights
         self.is_present = False
+
+
+@dataclass
+class MemorySettings:
+    """Memory and processes."""
+
+    offload: list[Literal["text_encoders", "rewards", "teacher"]] = setting(
+        list,
+        "What waits on the CPU while it is not used: `text_encoders`, `rewards` (those with a network), and, when full "
+        "copies are trained, the `teacher`.",
+    )
+    prompt_cache_dir: Folder | None = setting(
+        None,
+        "Where encoded prompts are kept: each is encoded once, and the text encoders then leave the GPU. Default: "
+        "nowhere, and each batch is encoded anew.",
+    )
+    shard: bool = setting(False, "Divide the frozen networks, or the full copies, among the processes (FSDP2).")

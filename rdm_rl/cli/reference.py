@@ -1,0 +1,85 @@
+"""The tables of settings on the reference page, from their declarations.
+
+``python -m rdm_rl.cli.reference docs/reference.md`` writes them anew between the page's markers.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Any
+
+from rdm_rl.cli.train import TrainArguments
+from rdm_rl.settings import groups, help_of
+from rdm_rl.trainers.inherited import INHERITED
+from rdm_rl.trainers.rdm_config import RDMConfig
+
+# An inherited field shows a default where it is this library's own: transformers' differ from version to version.
+_OURS = {name: RDMConfig.__dataclass_fields__[name] for name in RDMConfig.__annotations__}
+
+
+def settings_tables() -> dict[str, str]:
+    """The tables of the reference page, in Markdown, by their marker.
+
+    Returns:
+        ``arguments`` are the flags of ``rdm-rl train`` alone, ``settings`` those of the method, and ``inherited`` those
+        of transformers.
+    """
+    inherited = {
+        title: {name: (_default(_OURS[name]) if name in _OURS else "", text) for name, text in members.items()}
+        for title, members in INHERITED.items()
+    }
+    return {
+        "arguments": _tables(_declared(TrainArguments)),
+        "settings": _tables(_declared(RDMConfig)),
+        "inherited": _tables(inherited),
+    }
+
+
+def with_tables(page: str) -> str:
+    """A page whose tables of settings are up to date.
+
+    Args:
+        page: Its text, where ``<!-- table: settings -->`` and ``<!-- end of table -->`` enclose one.
+
+    Returns:
+        The text with the present tables.
+
+    Example:
+        >>> "| `lora_r` | `64` |" in with_tables("<!-- table: arguments --><!-- end of table -->")
+        True
+    """
+    tables = settings_tables()
+    return re.sub(
+        r"<!-- table: (\w+) -->.*?<!-- end of table -->",
+        lambda match: f"<!-- table: {match[1]} -->\n\n{tables[match[1]]}\n<!-- end of table -->",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def _declared(kind: type) -> dict[str, dict[str, tuple[str, str]]]:
+    return {
+        title: {name: (_default(each), help_of(kind, name)) for name, each in members.items()}
+        for title, members in groups(kind).items()
+    }
+
+
+def _tables(rows: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
+    return "\n".join(
+        f"**{title}**\n\n| setting | default | meaning |\n|---|---|---|\n"
+        + "".join(f"| `{name}` | {default} | {text} |\n" for name, (default, text) in members.items())
+        for title, members in rows.items()
+    )
+
+
+def _default(each: Field[Any]) -> str:
+    if each.default is each.default_factory is MISSING:
+        return "needed"
+    return f"`{each.default_factory() if each.default_factory is not MISSING else each.default}`"
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
