@@ -94,7 +94,7 @@ class MeasuredTrainer(RDMTrainer):
         self.spent["evaluations"] = self.by_role.total()
         if not fresh:
             for name, values in self.ratios.items():
-                values.append(metrics[f"policy/rdm/{name}"])
+                values.append(metrics[f"rewards/rdm/{name}"])
         if self.look and self.spent["updates"] % JUDGED_EVERY == 0:
             self.look(self)
         return metrics

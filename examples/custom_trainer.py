@@ -8,9 +8,10 @@ A reward that is never satisfied gets gamed: ``ink`` wants bright pictures, and 
 until they close. A *target* says what is enough. Samples that have reached it are left to the other rewards and to
 distribution matching; those below are pushed on. (DMDR trains on ``relu(0.7 - reward)``, which is the same idea.)
 
-``RDMTrainer`` is a list of such hooks, each with one job: ``generate_rollout``, ``compute_rewards``, ``normalize``,
-``compute_advantages``, ``draw_steps``, ``compute_policy_loss``, ... Override the one whose job changes and call
-``super()`` for the rest; everything else (logging, checkpoints, several processes, saving) goes on working.
+``RDMTrainer`` is a list of such hooks, each with one job: ``generate_rollout``, ``compute_fake_score_loss``,
+``compute_rewards``, ``compute_advantages``, ``compute_directions``, ``compute_policy_loss``, ... Override the one whose
+job changes and call ``super()`` for the rest; everything else (logging, checkpoints, several processes, saving) goes on
+working. ``docs/tutorials/your_own_trainer.md`` has a table of them.
 
 ========  ============================================================================================================
 hardware  One CPU core.
@@ -28,11 +29,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.cli.train import TrainArguments, make_trainer
-from rdm_rl.records import Direction, Rollout
+from rdm_rl.records import Direction, Judgement, Rollout
 
 
 class TargetTrainer(RDMTrainer):
@@ -40,13 +43,15 @@ class TargetTrainer(RDMTrainer):
 
     reward_targets: Mapping[str, float] = {}
 
-    def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Direction]:
+    def compute_directions(
+        self, rollout: Rollout, step: int, judgements: Mapping[str, Judgement], advantages: Mapping[str, Tensor]
+    ) -> dict[str, Direction]:
         """Every reward's direction; "not applicable" where the sample has enough of it."""
-        directions = super().compute_rewards(rollout, step)
+        directions = super().compute_directions(rollout, step, judgements, advantages)
         for name, target in self.reward_targets.items():
-            one = directions[name]
-            if one.reward is not None:  # The values, shape (N,), NaN where there is none: that is not enough.
-                directions[name] = replace(one, applicable=one.applicable & ~(one.reward >= target))
+            direction, rewards = directions[name], judgements[name].rewards
+            if rewards is not None:  # Shape (N,), NaN where it does not apply: that is not enough.
+                directions[name] = replace(direction, applicable=direction.applicable & ~(rewards >= target))
         return directions
 
 

@@ -150,21 +150,20 @@ def test_statistics_never_mix_prompts(
         return 100.0 * torch.tensor(digit) + images.mean((1, 2, 3))
 
     own = {"per_device_train_batch_size": batch, "num_generations": generations}
-    own |= {"gradient_accumulation_steps": accumulation}
+    own |= {"gradient_accumulation_steps": accumulation, "max_steps": 1}
     trainer = quick_trainer(base, tmp_path, far_apart, train_dataset=PROMPTS, **settings(**own))
-    rollouts, _ = trainer.collect_rollouts(0)
-    trainer.collect_experiences(rollouts, 0)
+    trainer.train()
     assert len(trainer.experiences) == 3 * accumulation
     for one in trainer.experiences:
-        direction = one.directions["far_apart"]
-        rewards, prompts = direction.reward.double(), one.rollout.batch.prompts
+        rewards = trainer.compute_rewards(one.rollout, one.step)["far_apart"].rewards.double()
+        advantages, prompts = one.directions["far_apart"].recorded.advantages, one.rollout.batch.prompts
         assert len(set(prompts)) == batch // generations
         for prompt in set(prompts):
             mine = torch.tensor([index for index, other in enumerate(prompts) if other == prompt])
             assert len(mine) == generations
             values = rewards[mine]
             expected = (values - values.mean()) / values.std(correction=0)
-            found = direction.advantage[mine].double()
+            found = advantages[mine].double()
             assert found.sum().abs() < 1e-4
             # The spread of the batch, some hundreds, has a share of 1e-4 in the denominator.
             assert torch.equal(found.argsort(), expected.argsort())

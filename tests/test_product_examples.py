@@ -117,17 +117,18 @@ def test_a_reward_leaves_alone_what_has_enough_of_it(base: Path, tmp_path: Path)
     rewards = [brightness(), brightness(name="again")]
     trainer = quick_trainer(base, tmp_path, rewards, kind=kind, **WITHOUT_RDM, reward_weights=[1.0, 1.0])
     rollout = one_rollout(trainer)
-    before = trainer.compute_rewards(rollout, 0)["brightness"]
+    judgements = trainer.compute_rewards(rollout, 0)
+    before = trainer.compute_directions(rollout, 0, judgements, {})["brightness"]
     assert before.applicable.all()
-    values = before.reward.sort().values
-    trainer.reward_targets = {"brightness": float(values[1:3].mean())}  # Two of the four have enough.
-    after = trainer.compute_rewards(rollout, 0)
-    assert after["brightness"].applicable.tolist() == (before.reward < values[1:3].mean()).tolist()
-    assert after["brightness"].applicable.sum() == 2
-    assert (after["brightness"].reward == before.reward).all()  # The log still sees all of them.
-    assert after["again"].applicable.all()
-    combined = trainer.compute_advantages(after)
+    rewards = judgements["brightness"].rewards
+    enough = rewards.sort().values[1:3].mean()
+    trainer.reward_targets = {"brightness": float(enough)}  # Two of the four have enough.
+    after = trainer.compute_directions(rollout, 0, judgements, {})
     still = after["brightness"].applicable
+    assert still.tolist() == (rewards < enough).tolist()
+    assert still.sum() == 2
+    assert after["again"].applicable.all()
+    combined = trainer.weighting.combine(after)
     assert combined.values[still].abs().sum() > 1.5 * combined.values[~still].abs().sum() > 0
 
 
