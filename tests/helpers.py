@@ -1,8 +1,12 @@
 """Tiny real pipelines, built on the fly."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from rdm_rl.records import Conditioning, DenseAdvantage, PromptBatch, Rollout
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in RDMConfig.__dataclass_fields__
 )
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PROMPTS = [{"prompt": f"the digit {digit}", "digit": digit} for digit in range(10)]
 
 
@@ -255,3 +260,45 @@ def declare(reward: Any, **declarations: Any) -> Any:
 def brightness(scale: float = 1.0, shift: float = 0.0, name: str = "brightness") -> Any:
     """A differentiable reward: the mean grey level, in other units."""
     return declare(lambda images, prompts: scale * images.mean((1, 2, 3)) + shift, differentiable=True, __name__=name)
+
+
+@contextmanager
+def batches_of(module: nn.Module) -> Iterator[list[int]]:
+    """The batch sizes of the module's forward passes."""
+    sizes: list[int] = []
+    hook = module.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    yield sizes
+    hook.remove()
+
+
+def stock_images(pipeline: StableDiffusionPipeline, vae: nn.Module, x_0: Tensor) -> Tensor:
+    """What diffusers makes of latents."""
+    with torch.no_grad():
+        decoded = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(decoded, output_type="pt")
+
+
+def count_convolutions(work: Callable[[], None]) -> int:
+    """How many forward convolutions some work takes."""
+    count = 0
+
+    def see(module: nn.Module, _: object) -> None:
+        nonlocal count
+        count += isinstance(module, nn.Conv2d)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(see)
+    work()
+    hook.remove()
+    return count
+
+
+def example(name: str) -> ModuleType:
+    spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The rows of every table in a text of Markdown."""
+    return [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\|(.+)\|$", text, re.MULTILINE)]

@@ -20,7 +20,7 @@ from rdm_rl.cli.train import TrainArguments
 from rdm_rl.evaluation.metrics import SamplerMetrics
 from rdm_rl.rewards import registry
 from rdm_rl.trainers.rdm_config import HONOURED, METHODS
-from tests.helpers import tiny_trainer
+from tests.helpers import table_rows, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,14 +78,12 @@ def slugs(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def table_rows(page: str) -> list[list[str]]:
-    """The rows of every table on a page of docs."""
-    rows = re.findall(r"^\|(.+)\|$", read(ROOT / "docs" / page).prose, re.MULTILINE)
-    return [[cell.strip() for cell in row.split("|")] for row in rows]
+def rows_of(page: str) -> list[list[str]]:
+    return table_rows(read(ROOT / "docs" / page).prose)
 
 
 def names_in_first_column(page: str) -> set[str]:
-    return {name for cells in table_rows(page) for name in re.findall(r"`([^`]+)`", cells[0])}
+    return {name for cells in rows_of(page) for name in re.findall(r"`([^`]+)`", cells[0])}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=relative)
@@ -154,7 +152,7 @@ def test_metrics_page_describes_every_evaluation_number() -> None:
 
 
 def test_reference_lists_every_setting_with_its_default() -> None:
-    listed = {cells[0].strip("`"): cells[1].strip("`") for cells in table_rows("reference.md") if len(cells) == 3}
+    listed = {cells[0].strip("`"): cells[1].strip("`") for cells in rows_of("reference.md") if len(cells) == 3}
     for one in fields(RDMConfig):
         if one.name in RDMConfig.__annotations__:
             default = one.default if one.default is not MISSING else one.default_factory()

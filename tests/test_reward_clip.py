@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -10,8 +9,6 @@ from torch.nn import functional
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    SiglipConfig,
-    SiglipModel,
     ViTConfig,
     ViTModel,
 )
@@ -20,44 +17,9 @@ from rdm_rl.rewards.aesthetic import AestheticScore, load_predictor
 from rdm_rl.rewards.clip import CLIPScore, HPSv2, HPSv21, PickScore
 from rdm_rl.rewards.open_clip import convert_checkpoint, convert_open_clip, load_open_clip, open_clip_config
 from tests.helpers import tiny_tokenizer
+from tests.tiny_pipelines import save_clip
 
 PROMPTS = ["a red fox", "two cats & a dog", "A very long prompt of which the text encoder reads the first part only"]
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 190}
-VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION |= {"image_size": 28, "patch_size": 14}
-
-
-def sharpen(model):
-    """Random weights four times the usual: otherwise all images look alike to the model."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.mul_(1 if weight.ndim < 2 or "embedding" in name else 4)
-    return model
-
-
-def save_clip(folder, kind="clip", *, processor=True):
-    """A tiny saved CLIP or SigLIP model; returns the folder and the pieces to compute its value otherwise."""
-    name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        ends = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
-        if kind == "clip":
-            text = TEXT | ends | {"max_position_embeddings": 16, "projection_dim": 20}
-            config = CLIPConfig(text_config=text, vision_config=VISION | {"projection_dim": 20}, projection_dim=20)
-            model = sharpen(CLIPModel(config))
-            settings = {"size": {"shortest_edge": 28}, "crop_size": 28}
-        else:
-            text = TEXT | ends | {"max_position_embeddings": 12, "projection_size": 24}
-            model = sharpen(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)))
-            settings = {"size": {"height": 28, "width": 28}}
-    model.save_pretrained(folder)
-    tokenizer = tiny_tokenizer(folder / "source")
-    new = getattr(transformers, f"{name}ImageProcessorPil", None)  # version 5 names the one with Pillow so
-    images = (new or getattr(transformers, f"{name}ImageProcessor"))(**settings)
-    if processor:
-        tokenizer.save_pretrained(folder)
-        images.save_pretrained(folder)
-    return folder, model.eval(), tokenizer, images
 
 
 @pytest.fixture(scope="module")

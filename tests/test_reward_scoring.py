@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from rdm_rl import RDMTrainer
 from rdm_rl.records import DenseAdvantage, Rollout
 from rdm_rl.rewards.calling import PlainReward, RewardOutput, check_columns, needs, read_answer
-from rdm_rl.rewards.http import HTTPReward
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import RewardError
+from rdm_rl.rewards.server import HTTPReward
 from rdm_rl.trainers.checkpointing import read_checkpoint
 from tests.helpers import (
     WITHOUT_RDM,

@@ -41,7 +41,7 @@ from rdm_rl.rewards.teacher_match import (
     histogram,
 )
 from tests.helpers import QUICK, WITHOUT_RDM, changed, declare, one_rollout, quick_trainer, trained_weights
-from tests.test_reward_clip import save_clip, sharpen
+from tests.tiny_pipelines import save_clip, sharpen
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PROMPTS = ["a red fox", "two cats", "a dog", ""]

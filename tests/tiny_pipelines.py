@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -41,6 +43,8 @@ from diffusers import (
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -48,6 +52,8 @@ from transformers import (
     Gemma2Model,
     GemmaTokenizerFast,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -462,3 +468,57 @@ def draw(pipeline: DiffusionPipeline, seed: int = 0, **overrides: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "output_type": "np", **CALLS[type(pipeline).__name__], **overrides}
     return pipeline(generator=torch.Generator().manual_seed(seed), **options).images
+
+
+def tiny_autoencoder(folder: Path, latent_channels: int = 4) -> Path:
+    """A tiny autoencoder of random weights that doubles the size, as the tiny pipelines' own does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderTiny(
+            latent_channels=latent_channels,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ).save_pretrained(folder)
+    return folder
+
+
+# ----- CLIP -----
+
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 190}
+VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+
+
+def sharpen(model):
+    """Random weights four times the usual: otherwise all images look alike to the model."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(1 if weight.ndim < 2 or "embedding" in name else 4)
+    return model
+
+
+def save_clip(folder, kind="clip", *, processor=True):
+    """A tiny saved CLIP or SigLIP model; returns the folder and the pieces to compute its value otherwise."""
+    name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ends = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
+        if kind == "clip":
+            text = TEXT | ends | {"max_position_embeddings": 16, "projection_dim": 20}
+            config = CLIPConfig(text_config=text, vision_config=VISION | {"projection_dim": 20}, projection_dim=20)
+            model = sharpen(CLIPModel(config))
+            settings = {"size": {"shortest_edge": 28}, "crop_size": 28}
+        else:
+            text = TEXT | ends | {"max_position_embeddings": 12, "projection_size": 24}
+            model = sharpen(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)))
+            settings = {"size": {"height": 28, "width": 28}}
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer(folder / "source")
+    new = getattr(transformers, f"{name}ImageProcessorPil", None)  # version 5 names the one with Pillow so
+    images = (new or getattr(transformers, f"{name}ImageProcessor"))(**settings)
+    if processor:
+        tokenizer.save_pretrained(folder)
+        images.save_pretrained(folder)
+    return folder, model.eval(), tokenizer, images
