@@ -49,6 +49,15 @@ prompt asks for and has no visible flaw. """
 NUMBER_ONLY = "Answer with one number from {low} to {high} and nothing else."
 JSON_ONLY = 'Answer with a JSON object {{"score": x}}, where x is a number from {low} to {high}, and nothing else.'
 
+# The field of a request that makes the server enforce JSON.
+_SCHEMA = {"type": "object", "properties": {"score": {"type": "number"}}, "required": ["score"]}
+_STRICT = {"name": "rating", "schema": {**_SCHEMA, "additionalProperties": False}, "strict": True}
+_FORMATS: dict[ResponseFormat | None, dict[str, Any]] = {
+    None: {},
+    "json_object": {"response_format": {"type": "json_object"}},
+    "json_schema": {"response_format": {"type": "json_schema", "json_schema": _STRICT}},
+}
+
 # The last number of a text. The end of the scale may follow it ("7/10", "7 out of 10"), which would otherwise be taken
 # for the rating. No other digit may come after it: a text whose last digits are no plain number ("7,5", "0-10", "90%",
 # "3rd", "0 to 10") has no last number, rather than an earlier one.
@@ -99,12 +108,6 @@ class Connection:
 
     Raises:
         ValueError: If an option is out of range, the address is none, or an environment variable is not set.
-
-    Example:
-        >>> Connection(url="localhost:8000")
-        Traceback (most recent call last):
-        ...
-        ValueError: url='localhost:8000' is no address of a server. Write it like 'http://127.0.0.1:8000/rewards'.
     """
 
     url: str
@@ -126,9 +129,7 @@ class Connection:
         except ValueError:  # a port that is no number, half an IPv6 address
             complete = False
         if not complete:
-            raise ValueError(
-                f"url={self.url!r} is no address of a server. Write it like 'http://127.0.0.1:8000/rewards'."
-            )
+            raise ValueError(f"url={self.url!r} is no address of a server, such as 'http://host:8000/rewards'.")
         for name, low in (("retries", 0), ("backoff", 0), ("max_wait", 0), ("concurrency", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)} is too small: use at least {low}.")
@@ -147,9 +148,6 @@ class Connection:
         Args:
             request: Makes the request's body; called in a thread, because pictures take time to encode.
             read: Reads the answer; raises :class:`BadAnswer` for an unusable one.
-
-        Returns:
-            What ``read`` returned.
 
         Raises:
             RewardServerError: If the request fails for good, or not all is done by the deadline.
@@ -206,7 +204,7 @@ class Connection:
         if response.status_code not in (408, 429) and response.status_code < 500:
             raise RewardServerError(failure)
         passing = _Passing(failure)
-        passing.wait = retry_after(response.headers.get("Retry-After"))
+        passing.wait = retry_after(response.headers.get("Retry-After", ""))
         raise passing
 
     def _wait(self, state: RetryCallState) -> float:
@@ -266,34 +264,19 @@ def _decoded(text: str | bytes, name: str) -> Any:
         raise BadAnswer(f"{name} is no JSON") from None
 
 
-def retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for: a number or a date; 0 if it is absent or neither."""
-    if value is None:
-        return 0.0
-    if value.strip().isdecimal():
-        return float(value)
+def retry_after(value: str) -> float:
+    """Seconds that a Retry-After header asks for: a number or a date; 0 if it is neither."""
     try:
-        return parsedate_to_datetime(value).timestamp() - time.time()
+        return float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
     except (ValueError, OverflowError):
         return 0.0
 
 
 def finite_number(value: object, name: str) -> float:
-    """A JSON value that must be a finite number.
-
-    Args:
-        value: The value.
-        name: What it is, for the message.
-
-    Returns:
-        The number.
+    """A JSON value that must be a finite number, and what it is called.
 
     Raises:
         BadAnswer: If it is anything else; booleans and texts are no numbers.
-
-    Example:
-        >>> finite_number(3, "score")
-        3.0
     """
     # Python's reader lets NaN and Infinity through, and whole numbers beyond any float; this comparison does not.
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
@@ -302,12 +285,7 @@ def finite_number(value: object, name: str) -> float:
 
 
 def encode_png(picture: Image.Image) -> str:
-    """A picture as the base64 text of a PNG file, without loss and without line breaks.
-
-    Example:
-        >>> encode_png(Image.new("RGB", (1, 1)))[:11]
-        'iVBORw0KGgo'
-    """
+    """A picture as the base64 text of a PNG file, without loss and without line breaks."""
     file = io.BytesIO()
     # Level 1: on smooth pictures the default takes up to four times as long, for files a fifth smaller.
     picture.save(file, format="PNG", compress_level=1)
@@ -320,22 +298,15 @@ class HTTPReward:
     ``docs/reward_protocol.md`` describes the protocol, with an example server. The images are sent as PNG files, so the
     server gets them rounded to 256 levels. An answer that is not as the protocol says is an error, never a value.
 
-    It holds no state between calls, so threads and processes may share it or copies of it.
-
     Args:
         url: Where to post.
         columns: Columns of the data set to send along. Their entries must be texts, numbers, booleans, None, or lists
             and dictionaries of those.
         batch_size: Most images in a request.
-        connection: Options of :class:`Connection`: ``headers`` (tokens come from the environment), ``timeout``,
-            ``retries``, ``backoff``, ``max_wait``, ``concurrency``, ``deadline``.
+        connection: Options of :class:`Connection` but ``url``.
 
     Raises:
         ValueError: If an option is out of range or names an environment variable that is not set.
-
-    Example:
-        >>> HTTPReward("http://127.0.0.1:8000/rewards", columns=["caption"], timeout=10).info.columns
-        ('caption',)
     """
 
     name = "http"
@@ -358,15 +329,7 @@ class HTTPReward:
         self.info = replace(self.info, columns=self.required_columns)
 
     async def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float | None]:
-        """The values of some images, from one request.
-
-        Args:
-            images: Images, shape (N, 3, H, W), in [0, 1].
-            prompts: Their prompts, length N.
-            columns: The data set's columns, each of length N; those in ``info.columns`` must be among them.
-
-        Returns:
-            One value for each image, finite; None where the server says that it does not apply.
+        """What the server answers to one request about images of shape (N, 3, H, W): N values, or None.
 
         Raises:
             RewardServerError: If the server gives no usable values.
@@ -398,11 +361,10 @@ class VLMJudge:
     """The rating that a vision-language model gives an image, rescaled to [0, 1].
 
     One request to ``chat/completions`` for each image, with the image as a PNG in a data address. vLLM, SGLang and the
-    server of llama.cpp offer this interface, and so do hosted services; a model on your own machine is used in the same
-    way, by starting one of these servers for it.
+    server of llama.cpp offer this interface for models of your own, and so do hosted services.
 
-    A rating is a model's opinion: it changes with the model, the instruction and even their versions, and a policy
-    trained on it learns what pleases the judge. An answer without a rating on the scale is an error, never a value.
+    A rating is a model's opinion: a policy trained on it learns what pleases the judge. An answer without a rating on
+    the scale is an error, never a value.
 
     Args:
         url: Base address of the interface, for example ``http://127.0.0.1:8000/v1``.
@@ -411,32 +373,19 @@ class VLMJudge:
             other name in braces for that column of the data set; braces of the text itself are doubled. None for a
             question about prompt and quality together (``INSTRUCTION``).
         scale: The lowest and the highest rating.
-        response_format: How the rating is read. None takes the last number of the answer, see ``LAST_NUMBER``.
-            ``"json_object"`` and ``"json_schema"`` make the server enforce JSON; the answer must then be an object with
-            a number ``score``, and an instruction of your own must ask for that.
+        response_format: None takes the last number of the answer (``LAST_NUMBER``). ``"json_object"`` and
+            ``"json_schema"`` make the server enforce JSON, an object with a number ``score``, which an instruction of
+            your own must ask for.
         temperature: Sampling temperature; 0 for the most probable answer. None leaves the choice to the server.
         max_tokens: Longest answer. Models that think aloud first need far more. None leaves the choice to the server.
         seed: Seed of the server's sampling, where it has one; None sends none.
         extra: Further fields of the request, for example ``{"max_completion_tokens": 2000}`` with ``max_tokens=None``.
         api_key_env: Environment variable with the key, sent as a bearer token if it is set when the reward is made.
             None sends none.
-        connection: Options of :class:`Connection`: ``headers``, ``timeout``, ``retries``,
-            ``backoff``, ``max_wait``, ``concurrency``, ``deadline``.
+        connection: Options of :class:`Connection` but ``url``.
 
     Raises:
         ValueError: If an option is out of range, or a name in the instruction is none.
-
-    Example:
-        >>> judge = VLMJudge(
-        ...     "http://127.0.0.1:8000/v1",
-        ...     "my-model",
-        ...     instruction="Is {text} written in the image, without a mistake? Answer 0 for no or 1 for yes.",
-        ...     scale=(0, 1),
-        ... )
-        >>> judge.info.columns
-        ('text',)
-        >>> judge.rating("I would say: 1.")
-        1.0
     """
 
     name = "vlm_judge"
@@ -465,7 +414,7 @@ class VLMJudge:
         """Check the options; nothing is sent yet."""
         if len(scale) != 2 or not float("-inf") < scale[0] < scale[1] < float("inf"):
             raise ValueError(f"scale={scale!r} is no scale. Write the lowest and the highest rating, such as (0, 10).")
-        if response_format not in (None, "json_object", "json_schema"):
+        if response_format not in _FORMATS:
             raise ValueError(f"response_format={response_format!r}: use None, 'json_object' or 'json_schema'.")
         self.model = model
         self.instruction = instruction or INSTRUCTION + (JSON_ONLY if response_format else NUMBER_ONLY)
@@ -482,15 +431,7 @@ class VLMJudge:
         self.info = replace(self.info, columns=self.required_columns)
 
     async def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float | None]:
-        """The ratings of some images, one request after the other.
-
-        Args:
-            images: Images, shape (N, 3, H, W), in [0, 1]; the model gets them rounded to 256 levels.
-            prompts: Their prompts, length N.
-            columns: The data set's columns, each of length N; those that the instruction names must be among them.
-
-        Returns:
-            One rating for each image, in [0, 1]; None where a column that the instruction names is None.
+        """The N ratings of images of shape (N, 3, H, W), in [0, 1]; None where a column of the instruction is None.
 
         Raises:
             RewardServerError: If the server fails, or an answer holds no rating on the scale.
@@ -508,16 +449,10 @@ class VLMJudge:
         text = self.instruction.format(prompt=prompt, low=self.low, high=self.high, **row)
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_png(picture)}"}}
         message = {"role": "user", "content": [image, {"type": "text", "text": text}]}
-        return {"model": self.model, "messages": [message], **self._format(), **self.settings}
+        return {"model": self.model, "messages": [message], **_FORMATS[self.response_format], **self.settings}
 
     def rating(self, answer: str) -> float:
-        """The rating that an answer of the model holds.
-
-        Args:
-            answer: The text.
-
-        Returns:
-            The rating, rescaled to [0, 1].
+        """The rating that a text holds, rescaled to [0, 1].
 
         Raises:
             BadAnswer: If there is none, or it is not on the scale.
@@ -552,25 +487,6 @@ class VLMJudge:
         if not isinstance(content, str):
             raise BadAnswer(f"it holds no text (finish_reason {reason!r})")
         return self.rating(content)
-
-    def _format(self) -> dict[str, Any]:
-        """The field that asks for JSON, if any."""
-        if self.response_format is None:
-            return {}
-        if self.response_format == "json_object":
-            return {"response_format": {"type": "json_object"}}
-        schema = {
-            "type": "object",
-            "properties": {"score": {"type": "number"}},
-            "required": ["score"],
-            "additionalProperties": False,
-        }
-        return {
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "rating", "schema": schema, "strict": True},
-            }
-        }
 
     def _columns(self) -> tuple[str, ...]:
         """The columns that the instruction names, in the order of their first use."""
