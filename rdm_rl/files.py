@@ -1,15 +1,22 @@
 """Files that several processes may write: named by what is in them, and there whole or not at all."""
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
+from secrets import token_hex
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from xxhash import xxh3_128
+
+# What a saved configuration says beside what the network computes.
+_NOT_COMPUTED = ("transformers_version", "dtype", "torch_dtype", "base_model_name_or_path", "inference_mode")
 
 
 @contextmanager
@@ -31,7 +38,7 @@ def written_whole(file: Path) -> Iterator[Path]:
         'all of it'
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}-{token_hex(4)}.partial")
     try:
         yield partial
         partial.replace(file)
@@ -40,22 +47,71 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 
 @torch.no_grad()
-def fingerprint(network: nn.Module | None, **settings: object) -> str:
-    """A short name for a network's weights and some settings: files made with others never mix.
+def fingerprint(network: nn.Module | None, **facts: object) -> str:
+    """A short name for a network's weights and some facts: every value counts.
 
     Args:
-        network: The network, or None; a sample of each of its weights is read, and of a teacher's adapter.
-        settings: Anything that JSON can hold.
+        network: The network, or None; of adapters, only one that is called ``teacher`` counts.
+        facts: What JSON can hold, tensors, sets and dataclasses of those; anything else counts as its text.
 
     Returns:
         16 hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, parameter in () if network is None else network.named_parameters():
+    digest = xxh3_128(json.dumps(facts, sort_keys=True, default=_plain).encode())  # Models are large: faster than SHA.
+    for name, weight in ({} if network is None else network.state_dict()).items():
         if "lora_" not in name or ".teacher." in name:  # Those of policy and fake score are trained.
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            flat = whole.flatten()
-            part = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
             # Adapters wrap a layer as base_layer; the weights are the same.
-            digest.update(name.replace(".base_layer", "").encode() + part.tobytes())
+            digest.update(name.replace(".base_layer", "").encode())
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            content: Any = whole.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(content)
     return digest.hexdigest()[:16]
+
+
+def cache_key(networks: Mapping[str, nn.Module | None], **facts: object) -> str:
+    """The name under which a cache keeps what some networks make: whatever determines the content is in it.
+
+    Args:
+        networks: The networks, by their part in it: their weights, configurations and precisions count, those of an
+            adapter called ``teacher``, too, and so do the versions of the libraries that they are made of.
+        facts: Everything else that the content depends on, as in :func:`fingerprint`.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Example:
+        >>> one = cache_key({"teacher": nn.Linear(2, 2)}, steps=4)
+        >>> len(one), one == cache_key({"teacher": nn.Linear(2, 2)}, steps=5)
+        (16, False)
+    """
+    parts = {name: None if network is None else _network_facts(network) for name, network in networks.items()}
+    versions = {library: version(library) for library in ("diffusers", "transformers")}
+    return fingerprint(None, networks=parts, versions=versions, facts=facts)
+
+
+def _network_facts(network: Any) -> dict[str, object]:
+    """What a network computes with: its weights, its configuration, and that of its adapter ``teacher``."""
+    adapter = getattr(network, "peft_config", {}).get("teacher")
+    return {
+        "weights": fingerprint(network),
+        "precision": sorted({str(parameter.dtype) for parameter in network.parameters()}),
+        "config": config_facts(getattr(network, "config", {})),
+        "adapter": None if adapter is None else config_facts(adapter),
+    }
+
+
+def config_facts(config: Any) -> dict[str, object]:
+    """What a configuration of diffusers, transformers or PEFT says, without what changes with the place and the day."""
+    settings: Mapping[str, object] = config if isinstance(config, Mapping) else config.to_dict()
+    return {name: value for name, value in settings.items() if name[:1] != "_" and name not in _NOT_COMPUTED}
+
+
+def _plain(value: Any) -> Any:
+    """What stands for a value that JSON cannot hold."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if is_dataclass(value):
+        return [type(value).__name__, {one.name: getattr(value, one.name) for one in fields(value)}]
+    return str(value)

@@ -11,12 +11,15 @@ attribute                   meaning
 ``inputs``                  ``"images"``, or ``"latents"``: it is given latents of shape (N, C, H, W) instead
 ``wants_teacher_images``    it is also given ``teacher_images``, the teacher's images from the same noise and prompts
 ``whole_groups``            a batch never splits the generations of one prompt, and ``group_ids`` may be asked for
+``batch_size``              most samples in a call; ``reward_batch_size`` may lower it
+``concurrency``             most calls in flight at the same time, for an ``async def`` reward
 ``required_columns``        columns that it needs beside those that its signature names
 ``prepare``                 a method that is called once, before training: load what must be loaded
 ``release``                 a method that is called after each use
 ==========================  ==========================================================================================
 
-An ``async def`` reward has all of its batches in flight at once.
+An ``async def`` reward has all of its batches in flight at once, unless it declares ``concurrency``. After a failure
+that stops the run no further batch begins, and what is in flight is cancelled.
 """
 
 import asyncio
@@ -42,6 +45,7 @@ from rdm_rl.settings import Count, Folder, Positive, setting
 logger = logging.getLogger(__name__)
 
 Answer = tuple[Tensor, Tensor | None]  # Values, and their gradient at the inputs.
+Call = tuple[Tensor, list[str], dict[str, Any]]  # What a reward is called with: inputs, prompts, columns.
 
 # Names by which a reward may ask for what is no column of the data set.
 EXTRAS = ("teacher_images", "group_ids")
@@ -255,17 +259,8 @@ class PlainReward:
             be skipped.
         """
         cuts = self._cuts(batch)
-        group_ids = batch.group_ids.tolist()
-        given = []
-        for rows in cuts:
-            extra: dict[str, Any] = {name: list(column[rows]) for name, column in batch.columns.items()}
-            extra["group_ids"] = group_ids[rows]
-            if teacher_images is not None:
-                extra["teacher_images"] = teacher_images[rows].clone()
-            part = inputs[rows].detach().clone().requires_grad_(gradient)
-            given.append((part, list(batch.prompts[rows]), self.needs.pick(extra)))
-        answers: list[Answer | Exception | None] = [None] * len(cuts)
-
+        calls = [self._given(inputs, batch, rows, gradient, teacher_images) for rows in cuts]
+        answers: dict[int, Answer | Exception] = {}  # By the number of the call, in the order in which they come.
         given_up = threading.Event()
         together: list[Future[None]] = []
 
@@ -273,13 +268,15 @@ class PlainReward:
             device = torch.cuda.device(inputs.device) if inputs.is_cuda else nullcontext()  # A new thread has its own.
             with device, torch.set_grad_enabled(gradient):
                 if self.is_async:
-                    call = self._answer_together(given, answers)
-                    together.append(asyncio.run_coroutine_threadsafe(call, self._event_loop()))
+                    work_of_all = self._answer_together(calls, answers)
+                    together.append(asyncio.run_coroutine_threadsafe(work_of_all, self._event_loop()))
                     with suppress(CancelledError):
                         together[0].result()
                 else:
-                    for index, one in enumerate(given):
-                        answers[index] = self._answer(one)
+                    for index, call in enumerate(calls):
+                        answers[index] = self._answer(call)
+                        if self._stops_after(answers[index]):
+                            break
                 if hasattr(self.function, "release") and not given_up.is_set():
                     self.function.release()
 
@@ -289,13 +286,14 @@ class PlainReward:
         def wait() -> RewardOutput:
             thread.join(self.timeout)
             missing: Exception = RuntimeError("it ended without an answer")
-            found = list(answers)  # Before calls that are given up answer that they were.
+            found = dict(answers)  # Before calls that are given up answer that they were.
             if thread.is_alive():
                 given_up.set()  # A newer call may use the reward before this one ends.
                 for call in together:
                     call.cancel()
                 missing = TimeoutError(f"no answer within {self.timeout} seconds (reward_timeout)")
-            return self._collect([one or missing for one in found], cuts, inputs, batch, gradient)
+            absent = {index: missing for index in range(len(cuts)) if index not in found}
+            return self._collect({**found, **absent}, cuts, inputs, batch, gradient)
 
         return wait
 
@@ -308,35 +306,55 @@ class PlainReward:
 
     def _cuts(self, batch: PromptBatch) -> list[slice]:
         count = len(batch.prompts)
-        size = self.batch_size or max(1, count)
+        limits = [limit for limit in (self.batch_size, getattr(self.function, "batch_size", None)) if limit]
+        size = min(limits, default=max(1, count))
         if self.whole_groups:
             group = int((batch.group_ids == batch.group_ids[0]).sum())
             size = max(group, size // group * group)
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
-    def _answer(self, given: tuple[Tensor, list[str], dict[str, Any]]) -> Answer | Exception:
-        part, prompts, columns = given
+    def _given(
+        self, inputs: Tensor, batch: PromptBatch, rows: slice, gradient: bool, teacher_images: Tensor | None
+    ) -> Call:
+        """What the reward is called with for some samples: copies, so that it cannot change what others see."""
+        extra: dict[str, Any] = {name: list(column[rows]) for name, column in batch.columns.items()}
+        extra["group_ids"] = batch.group_ids[rows].tolist()
+        if teacher_images is not None:
+            extra["teacher_images"] = teacher_images[rows].clone()
+        part = inputs[rows].detach().clone().requires_grad_(gradient)
+        return part, list(batch.prompts[rows]), self.needs.pick(extra)
+
+    def _answer(self, call: Call) -> Answer | Exception:
+        part, prompts, columns = call
         try:
             return self._read(self.function(part, prompts, **columns), part)
         except Exception as error:  # Whatever it is, the training process decides what becomes of it.
             return error
 
-    async def _answer_together(
-        self, given: Sequence[tuple[Tensor, list[str], dict[str, Any]]], answers: list[Answer | Exception | None]
-    ) -> None:
-        async def one(index: int) -> None:
-            part, prompts, columns = given[index]
-            torch.set_grad_enabled(part.requires_grad)  # The loop's thread has a mode and a device of its own.
-            if part.is_cuda:
-                torch.cuda.set_device(part.device)
+    def _stops_after(self, answer: Answer | Exception) -> bool:
+        return isinstance(answer, Exception) and self.on_error == "raise"
+
+    async def _answer_together(self, calls: Sequence[Call], answers: dict[int, Answer | Exception]) -> None:
+        limit = asyncio.Semaphore(getattr(self.function, "concurrency", None) or max(1, len(calls)))
+
+        async def answer(index: int) -> None:
+            part, prompts, columns = calls[index]
             try:
-                answers[index] = self._read(await self.function(part, prompts, **columns), part)
+                async with limit:
+                    torch.set_grad_enabled(part.requires_grad)  # The loop's thread has a mode and a device of its own.
+                    if part.is_cuda:
+                        torch.cuda.set_device(part.device)
+                    answers[index] = self._read(await self.function(part, prompts, **columns), part)
             except Exception as error:  # As above.
                 answers[index] = error
             except (asyncio.CancelledError, SystemExit) as error:  # These would end the loop, and the others with it.
                 answers[index] = RuntimeError(f"it ended without an answer ({type(error).__name__})")
+            if self._stops_after(answers[index]):
+                for other in tasks:
+                    other.cancel()
 
-        await asyncio.gather(*(one(index) for index in range(len(given))))
+        tasks = [asyncio.ensure_future(answer(index)) for index in range(len(calls))]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _read(self, answer: Any, part: Tensor) -> Answer:
         """The values of one batch, NaN where not applicable and inf where faulty, and their gradient at the inputs.
@@ -352,7 +370,7 @@ class PlainReward:
 
     def _collect(
         self,
-        answers: Sequence[Answer | Exception],
+        answers: Mapping[int, Answer | Exception],
         cuts: Sequence[slice],
         inputs: Tensor,
         batch: PromptBatch,
@@ -363,7 +381,8 @@ class PlainReward:
         slopes = torch.zeros_like(inputs, dtype=torch.float32)
         pathless = torch.zeros(len(values), dtype=torch.bool, device=inputs.device)
         faults = 0
-        for rows, answer in zip(cuts, answers, strict=True):
+        for index, answer in answers.items():
+            rows = cuts[index]
             if isinstance(answer, Exception):
                 faults += self.fault(batch.prompts[rows], answer)
                 continue

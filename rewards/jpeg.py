@@ -6,10 +6,9 @@ They are cheap and exact, and say nothing about quality: good for trying out a t
 import io
 from typing import ClassVar
 
-import torch
-from PIL import Image
 from torch import Tensor
 
+from rdm_rl.pixels import to_pil
 from rdm_rl.rewards.protocol import RewardInfo
 
 _PAPER = "Training Diffusion Models with Reinforcement Learning (Black et al., 2023), https://arxiv.org/abs/2305.13301"
@@ -18,28 +17,6 @@ _RANGE = (
     "uniform noise. Ours, measured with Pillow 13.0 (libjpeg-turbo 3.2): the squares cut from the middle of "
     "scikit-learn's two sample images and resized."
 )
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images as 8-bit RGB pictures, rounded to the nearest of the 256 levels.
-
-    Args:
-        images: Images, shape (N, 3, H, W), in [0, 1]; values outside are clamped.
-
-    Returns:
-        The pictures, length N.
-
-    Raises:
-        ValueError: If a value is NaN, which no picture can show.
-
-    Example:
-        >>> to_pil(torch.full((1, 3, 2, 2), 0.5))[0].getpixel((0, 0))
-        (128, 128, 128)
-    """
-    if images.isnan().any():
-        raise ValueError("Images hold NaN, so they have no 8-bit values. Look for the step that made them.")
-    pixels = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def jpeg_sizes(images: Tensor, quality: int = 95) -> list[float]:
@@ -56,6 +33,7 @@ def jpeg_sizes(images: Tensor, quality: int = 95) -> list[float]:
         The sizes, length N.
 
     Example:
+        >>> import torch
         >>> flat, noise = jpeg_sizes(torch.stack([torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64)]))
         >>> flat < noise
         True
@@ -90,6 +68,7 @@ class JpegIncompressibility:
         ValueError: If ``quality`` is outside that range.
 
     Example:
+        >>> import torch
         >>> reward = JpegIncompressibility()
         >>> reward(torch.zeros(1, 3, 64, 64), ["a cat"])[0] < reward(torch.rand(1, 3, 64, 64), ["a cat"])[0]
         True
@@ -136,6 +115,7 @@ class JpegCompressibility(JpegIncompressibility):
         ValueError: If ``quality`` is outside that range.
 
     Example:
+        >>> import torch
         >>> reward = JpegCompressibility()
         >>> reward(torch.zeros(1, 3, 64, 64), ["a cat"])[0] > reward(torch.rand(1, 3, 64, 64), ["a cat"])[0]
         True

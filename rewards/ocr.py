@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GotOcr2ForConditionalGeneration, GotOcr2Processor
 
-from rdm_rl.rewards.jpeg import to_pil
+from rdm_rl.pixels import to_pil
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import RewardInfo
 
@@ -84,7 +84,7 @@ class TextMatch(RewardModel):
 
     The default reader is GOT-OCR2, since it reads whole scenes. TrOCR, the other candidate in transformers, reads one
     line that something else has found and cut out. Any other reader fits as ``recogniser``;
-    :func:`~rdm_rl.rewards.jpeg.to_pil` makes the 8-bit pictures that most of them take. The reader's own mistakes are
+    :func:`~rdm_rl.pixels.to_pil` makes the 8-bit pictures that most of them take. The reader's own mistakes are
     in the reward, and a policy can learn to please them: read with a second one before you believe a high value.
 
     Checked on small random weights of the architecture only; unchecked against the published weights.

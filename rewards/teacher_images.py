@@ -8,16 +8,12 @@ A teacher image always has 8 bits per channel, with a cache or without: a file h
 back must be the image that was made, or a run with a warm cache would differ from one with a cold cache.
 """
 
-import hashlib
-import json
 import logging
-import math
 import os
-import re
-import secrets
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +22,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
+from rdm_rl.files import fingerprint, written_whole
 from rdm_rl.noise_schedule import NoiseSchedule
+from rdm_rl.pixels import to_pixels
 from rdm_rl.policy import X0Predictor, ode_solution
 from rdm_rl.records import Conditioning, Rollout
 from rdm_rl.rewards.images import ImageDecoder
@@ -34,57 +32,48 @@ from rdm_rl.rewards.images import ImageDecoder
 logger = logging.getLogger(__name__)
 
 # Only files of these names are ever removed: the folder may hold others.
-_PICTURE = re.compile(r"[0-9a-f]{62}\.png")
-_TEMPORARY = re.compile(r"[0-9a-f]{62}\.png\.\d+-[0-9a-f]{16}\.tmp")
+_FILES = "teacher-image-*.png"
 _STALE_AFTER_SECONDS = 3600
-# A full cache is emptied to this share of its limit, so that not every new image starts another scan.
+# A full cache is emptied to this share of its limit, and the folder is looked at again after this process wrote what is
+# missing from it, or as much of the limit: not every new image starts a search.
 _KEPT_SHARE = 0.9
-# Other processes write, too: the folder is looked at again after so large a share of the limit was written by this one.
-_SHARE_BETWEEN_SCANS = 1 / 16
 
 
 class TeacherCache:
     """Teacher images in a folder, one PNG file for each teacher, prompt and initial noise.
 
-    Any number of processes may use one folder. A file appears whole or not at all, so a process that is killed while it
-    writes does no harm; what it leaves behind is removed when a cache is opened an hour later. A file says for which
-    teacher, prompt and seed it is and holds a checksum of its pixels. One that does not fit, or cannot be read, counts
-    as missing: a warning is logged, and the next image of that name replaces it.
+    Any number of processes may use one folder, and be killed while they write. A file says for which teacher, prompt
+    and seed it is and holds a checksum of its pixels. One that does not fit, or cannot be read, counts as missing: a
+    warning is logged, and the next image of that name replaces it.
 
     Args:
         folder: Where the files are; made if it does not exist.
-        key: A short name for all that an image depends on besides its prompt and its noise: the teacher's weights,
-            sampler, steps and guidance, the text encoder, the decoder, the latent shape, the precision.
+        key: A short name for all that an image depends on besides its prompt and its noise
+            (:func:`rdm_rl.files.cache_key`).
         size_limit: Bytes that the images of all keys may take together; None for no limit. Above it, those that were
             used longest ago are removed until a tenth is free. Several processes may together exceed it for a while,
-            by a sixteenth each. A limit below the size of one image keeps nothing, with a warning.
+            by a tenth each.
 
     Raises:
-        ValueError: If ``size_limit`` is not above 0.
         OSError: If the folder cannot be written to.
 
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     cache = TeacherCache(folder, "a teacher")
-        ...     cache.put("a red square", 7, torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 8, 8))
-        ...     cache.get("a red square", 8) is None, cache.get("a red square", 7)[:, 0, 0]
-        (True, tensor([1., 0., 0.]))
+        ...     cache.put("a red square", 7, torch.tensor([255, 0, 0], dtype=torch.uint8).expand(8, 8, 3))
+        ...     cache.get("a red square", 8) is None, cache.get("a red square", 7)[0, 0]
+        (True, tensor([255,   0,   0], dtype=torch.uint8))
     """
 
     def __init__(self, folder: str | Path, key: str, size_limit: float | None = None) -> None:
         """Check that files can be written, and remove what is too old or too much."""
-        if size_limit is not None and not size_limit > 0:
-            raise ValueError(
-                f"The teacher cache's size limit is {size_limit} bytes. Set one above 0, or None for none."
-            )
         self.folder, self.key, self.size_limit = Path(folder), key, size_limit
         self._warned = False
-        probe = _temporary(self.folder / "00" / f"{'0' * 62}.png")
         try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"probe")
-            probe.unlink()
+            with written_whole(self.folder / "teacher-image-probe") as probe:
+                probe.touch()
+            _remove(self.folder / "teacher-image-probe")
         except OSError as error:
             raise OSError(
                 f"Teacher images cannot be kept in {str(folder)!r}: {error}. Set teacher_cache_dir to a folder that "
@@ -100,15 +89,13 @@ class TeacherCache:
             noise_seed: The seed of the initial noise.
 
         Returns:
-            The image, shape (3, H, W), float32 in [0, 1] on the CPU, bit for bit what the 8 bits that :meth:`put` kept
-            stand for; None if there is none.
+            The pixels, shape (H, W, 3), uint8, on the CPU; None if there are none.
         """
         file = self._file(prompt, noise_seed)
         try:
             with PngImageFile(file) as picture:
-                pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0).contiguous()
-                # The pixels are checked, too: Pillow may have been told to accept part of a file
-                # (LOAD_TRUNCATED_IMAGES).
+                pixels = torch.from_numpy(np.array(picture))
+                # Of the pixels, too: Pillow may have been told to accept part of a file (LOAD_TRUNCATED_IMAGES).
                 right = picture.text == self._labels(prompt, noise_seed, pixels)
         except FileNotFoundError:
             return None
@@ -120,9 +107,9 @@ class TeacherCache:
             return None
         with suppress(OSError):  # Another process may have removed it since, or own it.
             os.utime(file)
-        return _images(pixels)
+        return pixels
 
-    def put(self, prompt: str, noise_seed: int, image: Tensor) -> None:
+    def put(self, prompt: str, noise_seed: int, pixels: Tensor) -> None:
         """Keep an image, in the place of any other for the same prompt and noise.
 
         A failure to write (a full disk, say) is logged once, and the image is not kept: the run can do without.
@@ -130,83 +117,67 @@ class TeacherCache:
         Args:
             prompt: The prompt.
             noise_seed: The seed of the initial noise.
-            image: The image, shape (3, H, W), in [0, 1]. It is rounded to 8 bits per channel.
-
-        Raises:
-            ValueError: If the image has another shape or is not finite.
+            pixels: The pixels, shape (H, W, 3), uint8.
         """
-        if image.ndim != 3 or len(image) != 3:
-            raise ValueError(f"A teacher image has shape (3, H, W); got {tuple(image.shape)}.")
-        pixels = _pixels(image)
         text = PngInfo()
         for name, value in self._labels(prompt, noise_seed, pixels).items():
             text.add_text(name, value)
-        file = self._file(prompt, noise_seed)
-        temporary = _temporary(file)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as handle:
-                Image.fromarray(pixels.movedim(0, -1).contiguous().numpy()).save(handle, "PNG", pnginfo=text)
-                size = handle.tell()
-            if self.size_limit is not None and size > self.size_limit:
-                self._not_kept(f"one takes {size} bytes, but teacher_cache_gib allows {self.size_limit:.0f} bytes")
-                return
-            os.replace(temporary, file)
+            with written_whole(self._file(prompt, noise_seed)) as file:
+                Image.fromarray(pixels.numpy()).save(file, "PNG", pnginfo=text)
+                self._left -= file.stat().st_size
         except OSError as error:
-            self._not_kept(str(error))
-            return
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        self._left -= size
+            if not self._warned:
+                logger.warning("Teacher images are not kept in %s: %s. This is said once.", self.folder, error)
+            self._warned = True
         if self._left < 0:
             self._make_room()
 
     def _file(self, prompt: str, noise_seed: int) -> Path:
-        digest = hashlib.sha256(json.dumps([self.key, prompt, int(noise_seed)]).encode()).hexdigest()
-        return self.folder / digest[:2] / f"{digest[2:]}.png"
+        name = fingerprint(None, key=self.key, prompt=prompt, noise_seed=noise_seed)
+        return self.folder / name[:2] / f"teacher-image-{name}.png"
 
     def _labels(self, prompt: str, noise_seed: int, pixels: Tensor) -> dict[str, str]:
         """The text that a file carries beside its picture."""
         return {
             "prompt": prompt.encode(errors="replace").decode(),
-            "noise_seed": str(int(noise_seed)),
+            "noise_seed": str(noise_seed),
             "teacher": self.key,
-            "sha256": hashlib.sha256(f"{list(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest(),
+            "sha256": sha256(f"{list(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest(),
         }
 
-    def _not_kept(self, reason: str) -> None:
-        if not self._warned:
-            logger.warning("Teacher images are not kept in %s: %s. This is said once.", self.folder, reason)
-        self._warned = True
-
     def _make_room(self) -> None:
-        """Look through the folder: remove what killed writers left, and the images used longest ago if it is full."""
-        pictures, now = [], time.time()
-        for file in self.folder.glob("[0-9a-f][0-9a-f]/*"):
-            try:
-                facts = file.stat()
-            except OSError:
-                continue  # Another process removed it, or gave it its final name.
-            if _PICTURE.fullmatch(file.name):
-                pictures.append((facts.st_mtime_ns, facts.st_size, file))
-            elif _TEMPORARY.fullmatch(file.name) and now - facts.st_mtime > _STALE_AFTER_SECONDS:
-                with suppress(OSError):
-                    file.unlink(missing_ok=True)
-        self._left = math.inf
+        """Remove what killed writers left, and the images used longest ago if there are too many."""
+        for file in self.folder.glob(f"*/{_FILES}.*.partial"):
+            if _facts(file)[0] < (time.time() - _STALE_AFTER_SECONDS) * 1e9:
+                _remove(file)
+        self._left = float("inf")
         if self.size_limit is not None:
+            pictures = sorted((*_facts(file), file) for file in self.folder.glob(f"*/{_FILES}"))
             total = sum(size for _, size, _ in pictures)
-            if total > self.size_limit:
-                pictures.sort()
-                # The newest image stays if the limit allows for it at all.
-                target = min(self.size_limit, max(_KEPT_SHARE * self.size_limit, pictures[-1][1]))
-                for _, size, file in pictures:
-                    if total <= target:
-                        break
-                    with suppress(OSError):
-                        file.unlink(missing_ok=True)  # Another process may have been faster.
-                        total -= size
-            self._left = min(self.size_limit - total, _SHARE_BETWEEN_SCANS * self.size_limit)
+            allowed = self.size_limit
+            if total > allowed:  # The newest image stays if the limit allows for it at all.
+                allowed = min(allowed, max(_KEPT_SHARE * allowed, pictures[-1][1]))
+            for _, size, file in pictures:
+                if total <= allowed:
+                    break
+                _remove(file)
+                total -= size
+            self._left = min(self.size_limit - total, (1 - _KEPT_SHARE) * self.size_limit)
+
+
+def _facts(file: Path) -> tuple[int, int]:
+    """When a file was last used, and its size; nothing where another process has removed it."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return 0, 0
+    return facts.st_mtime_ns, facts.st_size
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):  # Another process may have been faster, or own it.
+        file.unlink()
 
 
 class TeacherImages:
@@ -270,48 +241,29 @@ class TeacherImages:
         images: dict[Hashable, Tensor] = {}
         if self.cache is not None:
             for pair in dict.fromkeys(pairs):
-                image = self.cache.get(*pair)
-                if image is not None:
-                    images[pair] = image
+                pixels = self.cache.get(*pair)
+                if pixels is not None:
+                    images[pair] = pixels
         missing: dict[Hashable, int] = {}
         for row, name in enumerate(names):
             if name not in images:
                 missing.setdefault(name, row)
         if self.anywhere(bool(missing)):
             rows = list(missing.values()) or [0]
-            for row, image in zip(rows, self._compute(rollout, rows), strict=True):
-                images[names[row]] = image
+            for row, pixels in zip(rows, self._compute(rollout, rows), strict=True):
+                images[names[row]] = pixels
                 if self.cache is not None and pairs:
-                    self.cache.put(*pairs[row], image)
-        return torch.stack([images[name] for name in names]).to(rollout.states.device)
+                    self.cache.put(*pairs[row], pixels)
+        # Divided on the CPU: GPUs may do so with another last bit.
+        return torch.stack([images[name].movedim(-1, 0) for name in names]).div(255).to(rollout.states.device)
 
     def _compute(self, rollout: Rollout, rows: list[int]) -> Tensor:
-        """The images of some samples, on the CPU."""
+        """The pixels of some samples, shape (N, H', W', 3)."""
         conditioning = Conditioning(
             tensors={name: value[rows] for name, value in rollout.batch.conditioning.tensors.items()}
         )
         noise, start = rollout.states[0][rows], float(rollout.times[0])
         solutions = ode_solution(self.teacher, noise, start, conditioning, self.schedule, self.steps)
-        pixels = [_pixels(self.decoder.decode(part)) for part in solutions.split(self.decoder.batch_size)]
+        pixels = [to_pixels(self.decoder.decode(part)) for part in solutions.split(self.decoder.batch_size)]
         self.computed += len(rows)
-        return _images(torch.cat(pixels))
-
-
-def _temporary(file: Path) -> Path:
-    """A name beside a file that no other process and no other call uses."""
-    return file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
-
-
-def _pixels(images: Tensor) -> Tensor:
-    """The 8-bit values of images in [0, 1], on the CPU."""
-    if not bool(images.isfinite().all()):
-        raise ValueError(
-            "A teacher image is not finite. Look for a network or a decoder that overflowed (fp16?), and run it in "
-            "bfloat16 or float32."
-        )
-    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
-def _images(pixels: Tensor) -> Tensor:
-    """Float32 images of 8-bit values. Always made on the CPU: GPUs may divide with another last bit."""
-    return pixels.float() / 255
+        return torch.cat(pixels)

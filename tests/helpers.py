@@ -3,8 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in RDMConfig.__dataclass_fields__
 )
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PROMPTS = [{"prompt": f"the digit {digit}", "digit": digit} for digit in range(10)]
 
 
@@ -278,3 +282,40 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
             make(root / name)
             (root / f"{name}.made").touch()
     return root / name
+
+
+@contextmanager
+def batches_of(module: nn.Module) -> Iterator[list[int]]:
+    """The batch sizes of the module's forward passes."""
+    sizes: list[int] = []
+    hook = module.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    yield sizes
+    hook.remove()
+
+
+def stock_images(pipeline: StableDiffusionPipeline, vae: nn.Module, x_0: Tensor) -> Tensor:
+    """What diffusers makes of latents."""
+    with torch.no_grad():
+        decoded = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(decoded, output_type="pt")
+
+
+def count_convolutions(work: Callable[[], None]) -> int:
+    """How many forward convolutions some work takes."""
+    count = 0
+
+    def see(module: nn.Module, _: object) -> None:
+        nonlocal count
+        count += isinstance(module, nn.Conv2d)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(see)
+    work()
+    hook.remove()
+    return count
+
+
+def example(name: str) -> ModuleType:
+    spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

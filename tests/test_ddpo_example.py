@@ -18,8 +18,17 @@ from safetensors.torch import load_file
 from rdm_rl import RDMConfig
 from rdm_rl.trainers.inherited import HONOURED
 from rdm_rl.trainers.rdm_config import method_settings
-from tests.helpers import PROMPTS, WITHOUT_RDM, changed, quick_trainer, table_rows, tiny_sd, trained_weights
-from tests.test_examples import EXAMPLES, example
+from tests.helpers import (
+    EXAMPLES,
+    PROMPTS,
+    WITHOUT_RDM,
+    changed,
+    example,
+    quick_trainer,
+    table_rows,
+    tiny_sd,
+    trained_weights,
+)
 
 # The fields of TRL 0.23.1's configurations.
 SHARED_FIELDS = """
@@ -171,7 +180,8 @@ def test_statistics_never_mix_prompts(
 
 
 def test_the_page_has_every_old_field_beside_one_that_exists() -> None:
-    rows = [cells for cells in table_rows("migration_from_trl.md") if re.match(r"`[a-z]", cells[0])]
+    page = (EXAMPLES.parent / "docs" / "migration_from_trl.md").read_text(encoding="utf-8")
+    rows = [cells for cells in table_rows(page) if re.match(r"`[a-z]", cells[0])]
     listed = [re.findall(r"`(\w+)`", cells[0])[0] for cells in rows]
     assert sorted(listed) == sorted([*SHARED_FIELDS, *SHARED_FIELDS, *DDPO_FIELDS, *ALIGN_PROP_FIELDS])
     ours = {name for cells in rows for name in re.findall(r"`(\w+)`", cells[1])}

@@ -1,48 +1,26 @@
 """Latents to images and image gradients back: as the pipeline decodes, in small batches, and no weight is touched."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
-from torch import Tensor, nn
+from diffusers import AutoencoderTiny
 
 from rdm_rl import RDMTrainer
 from rdm_rl.families import load_family
 from rdm_rl.rewards.images import ImageDecoder, load_tiny_decoder
-from tests.helpers import QUICK, StepAway, latents, one_rollout, quick_trainer, snapshot
-
-
-def tiny_autoencoder(folder: Path, latent_channels: int = 4) -> Path:
-    """A tiny autoencoder of random weights that doubles the size, as the tiny pipelines' own does."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoencoderTiny(
-            latent_channels=latent_channels,
-            encoder_block_out_channels=(8, 8),
-            decoder_block_out_channels=(8, 8),
-            num_encoder_blocks=(1, 1),
-            num_decoder_blocks=(1, 1),
-        ).save_pretrained(folder)
-    return folder
-
-
-@contextmanager
-def batches_of(module: nn.Module) -> Iterator[list[int]]:
-    """The batch sizes of the module's forward passes."""
-    sizes: list[int] = []
-    hook = module.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    yield sizes
-    hook.remove()
-
-
-def stock_images(pipeline: StableDiffusionPipeline, vae: nn.Module, x_0: Tensor) -> Tensor:
-    """What diffusers makes of latents."""
-    with torch.no_grad():
-        decoded = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
-    return pipeline.image_processor.postprocess(decoded, output_type="pt")
+from tests.helpers import (
+    QUICK,
+    StepAway,
+    batches_of,
+    count_convolutions,
+    latents,
+    one_rollout,
+    quick_trainer,
+    snapshot,
+    stock_images,
+)
+from tests.tiny_pipelines import tiny_autoencoder
 
 
 @pytest.fixture
@@ -128,20 +106,6 @@ def test_a_tiny_decoder_may_recompute(tmp_path: Path) -> None:
             plain = calls
     assert calls > 1.5 * plain, "the forward pass is repeated in the backward pass"
     torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def count_convolutions(work: Callable[[], None]) -> int:
-    """How many forward convolutions some work takes."""
-    count = 0
-
-    def see(module: nn.Module, _: object) -> None:
-        nonlocal count
-        count += isinstance(module, nn.Conv2d)
-
-    hook = nn.modules.module.register_module_forward_pre_hook(see)
-    work()
-    hook.remove()
-    return count
 
 
 def test_tiny_gradients_survive_a_decoder_in_half_precision() -> None:

@@ -32,7 +32,7 @@ from rdm_rl.evaluation.pictures import (
     curve,
     curves_figure,
     present_panels,
-    to_pixels,
+    tiled,
 )
 from rdm_rl.evaluation.report import cautions, headlines, html_report, metrics_json
 
@@ -216,7 +216,7 @@ def test_pixels_survive_into_the_grid() -> None:
     images = torch.rand(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     grid = image_grid({"a caption": images}, list("0123"), scale=3)
     tile = grid.crop((grid.width - 12 - 24, grid.height - 12 - 24, grid.width - 12, grid.height - 12))
-    expected = to_pixels(images[2:, 3:]).resize((24, 24), Image.Resampling.NEAREST)
+    expected = tiled(images[2:, 3:]).resize((24, 24), Image.Resampling.NEAREST)
     assert tile.tobytes() == expected.tobytes()
 
 
@@ -230,7 +230,7 @@ def test_grid_grows_by_whole_cells() -> None:
 
 
 def test_strip_has_transparent_gaps() -> None:
-    strip = to_pixels(torch.ones(2, 5, 3, 8, 8), gap=1)
+    strip = tiled(torch.ones(2, 5, 3, 8, 8), gap=1)
     assert (strip.size, strip.mode) == ((44, 17), "RGBA")
     assert strip.getpixel((8, 0)) == (0, 0, 0, 0)
     assert strip.getpixel((9, 0)) == (255, 255, 255, 255)

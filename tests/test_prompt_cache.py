@@ -1,6 +1,8 @@
 """Prompts are encoded once, and kept under the name of the encoders that did it."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from rdm_rl.families import load_family
 from rdm_rl.families.encoding import PromptCache
 from tests.helpers import QUICK, quick_trainer, same, tiny_sd, trained_weights
-from tests.tiny_pipelines import tiny_sd3, tiny_sdxl
+from tests.tiny_pipelines import tiny_flux, tiny_sd3, tiny_sdxl
 
 TEXTS = ["the digit 3", "a cat", "the digit 3"]
 
@@ -41,12 +43,36 @@ def test_a_prompt_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert seen == ["the digit 3", "a cat", "a dog"]
 
 
-def test_other_encoders_have_another_name(tmp_path: Path) -> None:
-    names = {
-        load_family(make(tmp_path / str(index))).encoder_fingerprint()
-        for index, make in enumerate([tiny_sd, lambda folder: tiny_sd(folder, seed=1), tiny_sdxl])
-    }
-    assert len(names) == 3
+def one_row_of_the_embedding(pipeline: Any) -> None:
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight[57] += 1e-3  # A learned token.
+
+
+CHANGES = {
+    "a learned token": one_row_of_the_embedding,
+    "length of a prompt": lambda pipeline: setattr(pipeline.tokenizer, "model_max_length", 12),
+    "another token": lambda pipeline: pipeline.tokenizer.add_tokens(["<mine>"]),
+    "precision": lambda pipeline: pipeline.text_encoder.to(torch.bfloat16),
+    "a setting of the encoder": lambda pipeline: setattr(pipeline.text_encoder.config, "eos_token_id", 2),
+    "a setting of the pipeline": lambda pipeline: pipeline.register_to_config(force_zeros_for_empty_prompt=False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_a_row_changes_its_name(change: Callable[[Any], None], tmp_path: Path) -> None:
+    family = load_family(tiny_sdxl(tmp_path / "source"))
+    name = family.encoder_fingerprint()
+    assert load_family(tiny_sdxl(tmp_path / "again")).encoder_fingerprint() == name
+    change(family.pipeline)
+    assert family.encoder_fingerprint() != name
+
+
+def test_flux_dev_and_schnell_share_no_rows(tmp_path: Path) -> None:
+    """They may have the same encoders, but prompts of another length."""
+    family = load_family(tiny_flux(tmp_path / "dev"))
+    name = family.encoder_fingerprint()
+    family.network.register_to_config(guidance_embeds=False)
+    assert family.encoder_fingerprint() != name
 
 
 def test_a_run_with_a_cache_is_the_run_without(base: Path, tmp_path: Path) -> None:

@@ -19,14 +19,17 @@ from tests.helpers import (
     QUICK,
     WITHOUT_RDM,
     StepAway,
+    batches_of,
     changed,
+    count_convolutions,
     declare,
     latents,
     one_rollout,
     quick_trainer,
     snapshot,
+    stock_images,
 )
-from tests.test_decoding import batches_of, count_convolutions, stock_images, tiny_autoencoder
+from tests.tiny_pipelines import tiny_autoencoder
 
 PATTERNS = latents(10, 3, 16, 16, seed=5)
 

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GotOcr2Config, GotOcr2ForConditionalGeneration, GotOcr2Processor, PreTrainedTokenizerFast
 
-from rdm_rl.rewards.jpeg import to_pil
+from rdm_rl.pixels import to_pil
 from rdm_rl.rewards.ocr import TextMatch, edit_distance, quoted_text, text_similarity
 
 # Later versions of transformers give the processor that needs no torchvision a name of its own.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from rdm_rl import RDMTrainer
 from rdm_rl.records import Direction, Experience, Judgement, LossOutput, Rollout
 from rdm_rl.rewards.calling import PlainReward, RewardOutput, check_columns, needs, read_answer
-from rdm_rl.rewards.http import HTTPReward
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import RewardError
+from rdm_rl.rewards.server import HTTPReward
 from rdm_rl.trainers.checkpointing import read_checkpoint
 from tests.helpers import (
     WITHOUT_RDM,
@@ -404,6 +404,43 @@ def test_coroutines_of_all_batches_run_together() -> None:
 
     output = ask(reward, count=6, batch_size=2)
     torch.testing.assert_close(output.values, torch.arange(6) / 10)
+
+
+def test_declared_limits_hold_for_local_rewards() -> None:
+    in_flight, most, sizes = 0, 0, []
+
+    async def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        nonlocal in_flight, most
+        in_flight, most = in_flight + 1, max(most, in_flight + 1)
+        sizes.append(len(prompts))
+        await asyncio.sleep(0.01)
+        in_flight -= 1
+        return images.mean((1, 2, 3))
+
+    declare(reward, batch_size=2, concurrency=3)
+    torch.testing.assert_close(ask(reward, count=10).values, torch.arange(10) / 10)
+    assert (most, sizes) == (3, [2] * 5)
+    ask(reward, count=3, batch_size=1)
+    assert sizes[5:] == [1] * 3
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_nothing_begins_after_a_failure_that_stops_the_run(asynchronous: bool) -> None:
+    seen: list[str] = []
+
+    def plain(images: Tensor, prompts: list[str]) -> Tensor:
+        seen.extend(prompts)
+        return images.mean((1, 2, 3)) if prompts[0] != "2" else 1 / 0
+
+    async def coroutine(images: Tensor, prompts: list[str]) -> Tensor:
+        values = plain(images, prompts)
+        await asyncio.sleep(20 if prompts[0] == "1" else 0)
+        return values
+
+    declare(coroutine, concurrency=2)
+    with pytest.raises(RewardError, match=r"1 sample\(s\) of the prompt\(s\) '2': ZeroDivisionError"):
+        ask(coroutine if asynchronous else plain, count=6, batch_size=1)
+    assert seen == ["0", "1", "2"]
 
 
 def test_coroutines_may_share_a_limit_over_updates() -> None:

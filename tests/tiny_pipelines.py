@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -476,3 +477,17 @@ def align_weights(*owners: DiffusionPipeline | nn.Module) -> None:
             if isinstance(module, nn.Module):
                 for parameter in module.parameters():
                     parameter.data = parameter.data.clone()
+
+
+def tiny_autoencoder(folder: Path, latent_channels: int = 4) -> Path:
+    """A tiny autoencoder of random weights that doubles the size, as the tiny pipelines' own does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderTiny(
+            latent_channels=latent_channels,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ).save_pretrained(folder)
+    return folder

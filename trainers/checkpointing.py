@@ -34,6 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_callback import TrainerState
 
+from rdm_rl.files import written_whole
+
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -164,12 +166,16 @@ def write_checkpoint(
     (folder / "trainer_state.json").unlink(missing_ok=True)
     for name, content in tensors.items():
         weights = {key: value.detach().cpu().contiguous() for key, value in content.items()}
-        save_file(weights, folder / f"{name}.safetensors")
-    torch.save(dict(state), folder / "optimizers.pt")
+        with written_whole(folder / f"{name}.safetensors") as file:
+            save_file(weights, file)
+    with written_whole(folder / "optimizers.pt") as file:
+        torch.save(dict(state), file)
     facts = {**json.loads(settings), "num_processes": processes, "models": dict(models or {})}
-    (folder / "rdm_config.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    with written_whole(folder / "rdm_config.json") as file:
+        file.write_text(json.dumps(facts, indent=2), encoding="utf-8")
     # Last, because a folder counts as complete when this file is there.
-    trainer_state.save_to_json(str(folder / "trainer_state.json"))
+    with written_whole(folder / "trainer_state.json") as file:
+        trainer_state.save_to_json(str(file))
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -23,6 +23,7 @@ from rdm_rl.networks.sharding import check_sharding, is_sharded
 from rdm_rl.trainers.callbacks import make_callback_handler, make_state
 from rdm_rl.trainers.processes import check_processes
 from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.trainers.setup import precision
 
 
 class TrainingLoop(ABC):
@@ -38,8 +39,7 @@ class TrainingLoop(ABC):
     def __init__(self, args: RDMConfig, num_prompts: int) -> None:
         """Find the processes and devices."""
         self.args = args
-        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=args.use_cpu)
+        self.accelerator = Accelerator(mixed_precision=precision(args), cpu=args.use_cpu)
         check_processes(self.accelerator.num_processes)
         if args.shard:
             check_sharding(self.accelerator.num_processes)

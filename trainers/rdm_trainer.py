@@ -18,7 +18,6 @@ from transformers.trainer_callback import TrainerCallback, TrainerState
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family
 from rdm_rl.families.encoding import EMPTY_PROMPT
-from rdm_rl.files import fingerprint
 from rdm_rl.networks.roles import Role
 from rdm_rl.networks.sharding import gather
 from rdm_rl.policy import kl_divergence, make_sampler, rollout
@@ -48,7 +47,7 @@ from rdm_rl.trainers.reward_settings import (
     check_weighting_settings,
     warn_of_reward_settings,
 )
-from rdm_rl.trainers.setup import check_models, load_networks
+from rdm_rl.trainers.setup import check_models, load_networks, teacher_key
 from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import (
     DirectionStatistics,
@@ -706,15 +705,14 @@ class RDMTrainer(TrainingLoop):
         count = -(-args.warm_start_num_states // processes)
         rows = self.prompts.rows(rank * count, count)
         guidance = self.teacher_guidance_scale
-        name = fingerprint(
-            self.networks.module("teacher"),
-            border=self.networks.teacher_family.border(),
-            prediction_type=self.networks.teacher_family.prediction_type,
-            shape=list(self.family.latent_shape),
+        name = teacher_key(
+            self.networks,
+            args,
             guidance=guidance,
-            ode_steps=args.warm_start_ode_steps,
+            steps=args.warm_start_ode_steps,
+            start=self.times[0].item(),
             seed=args.seed,
-            processes=[rank, processes],
+            first=rank * count,
         )
         return collect_pairs(
             self.networks.predictor("teacher", guidance),

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rdm_rl.files import fingerprint
 from rdm_rl.networks.roles import Networks
 from rdm_rl.rewards.images import ImageDecoder, load_tiny_decoder
 from rdm_rl.rewards.protocol import RewardContext
 from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
 from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.trainers.setup import teacher_key
 
 
 def make_reward_context(
@@ -79,18 +79,13 @@ def _teacher_cache(
     """Where the teacher's images are kept, under a name that no other teacher, decoder or setting has."""
     if args.teacher_cache_dir is None:
         return None
-    family = networks.teacher_family
-    key = fingerprint(
-        networks.module("teacher"),
-        border=family.border(),
-        prediction_type=family.prediction_type,
-        shape=list(family.latent_shape),
-        sampler="ddim",
+    key = teacher_key(
+        networks,
+        args,
+        decoder=decoder,
         steps=args.teacher_num_inference_steps,
         guidance=teacher_guidance_scale,
         start=first_time,
-        decoder=fingerprint(decoder),
-        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
     )
     limit = None if args.teacher_cache_gib is None else args.teacher_cache_gib * 2**30
     return TeacherCache(args.teacher_cache_dir, key, limit)

@@ -3,21 +3,25 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from torch import nn
 
 from rdm_rl.families import Family, check_model_name, load_family, load_policy_init
 from rdm_rl.families.encoding import PromptCache
 from rdm_rl.families.hub import adapter_file, check_hub_name
+from rdm_rl.files import cache_key
 from rdm_rl.networks.roles import Networks, make_networks
 from rdm_rl.policy import suits
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.trainers.rdm_config import RDMConfig
 
 Model: TypeAlias = str | Path | DiffusionPipeline
+Precision: TypeAlias = Literal["bf16", "fp16", "no"]
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 class LoadedModels(NamedTuple):
@@ -34,6 +38,35 @@ class LoadedModels(NamedTuple):
     name: str
     is_pipeline: bool
     sources: dict[str, str]
+
+
+def precision(args: RDMConfig) -> Precision:
+    """What networks run in, by accelerate's name; :data:`DTYPES` has torch's."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+
+
+def teacher_key(networks: Networks, args: RDMConfig, *, decoder: nn.Module | None = None, **settings: object) -> str:
+    """The name under which what the teacher makes is kept: that of another teacher or setting has another one.
+
+    Args:
+        networks: The roles of the run. Noise and prompts come from the student's family, or are the teacher's own.
+        args: The run's settings.
+        decoder: What makes images of its latents, if that is kept.
+        settings: How the teacher is sampled: its steps, its guidance, the time it starts from, the noise.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    families = [networks.teacher_family, networks.family]
+    return cache_key(
+        {"teacher": networks.module("teacher"), "decoder": decoder},
+        prompts=[family.encoder_fingerprint() for family in families],
+        schedules=[family.schedule for family in families],
+        prediction_type=families[0].prediction_type,
+        shape=families[0].latent_shape,
+        precision=precision(args),
+        **settings,
+    )
 
 
 def check_models(
@@ -120,7 +153,7 @@ def load_networks(
         ValueError: If the models and settings cannot work together.
         OSError: If a model cannot be loaded.
     """
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    dtype = DTYPES[precision(args)]
     # Full copies are trained in float32, so they are read in it.
     options: dict[str, Any] = {"dtype": dtype if peft_config else torch.float32, "resolution": args.resolution}
     family = load_family(model, **options)

@@ -21,6 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rdm_rl.pixels import to_pixels
+
 History = Sequence[Mapping[str, float]]
 
 
@@ -78,7 +80,7 @@ def first_of_each(images: Tensor, labels: Tensor, count: int = 2) -> Tensor:
     return images.cpu()[torch.stack(rows, 1)]
 
 
-def to_pixels(images: Tensor, *, gap: int = 0) -> Image.Image:
+def tiled(images: Tensor, *, gap: int = 0) -> Image.Image:
     """Images side by side and row upon row, one image pixel to a pixel.
 
     Args:
@@ -89,15 +91,15 @@ def to_pixels(images: Tensor, *, gap: int = 0) -> Image.Image:
         The picture, M * (W + gap) - gap wide and R * (H + gap) - gap high, with an alpha channel if there are gaps.
 
     Example:
-        >>> to_pixels(torch.zeros(2, 5, 3, 8, 8)).size
+        >>> tiled(torch.zeros(2, 5, 3, 8, 8)).size
         (40, 16)
     """
-    pixels = images.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
+    pixels = to_pixels(images.nan_to_num(0))  # A student that diverged is shown, black where it is NaN.
     if gap:
-        opaque = torch.full_like(pixels[:, :, :1], 255)
-        pixels = pad(torch.cat([pixels, opaque], 2), (0, gap, 0, gap))
-    rows, columns, channels, height, width = pixels.shape
-    joined = pixels.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+        opaque = torch.full_like(pixels[..., :1], 255)
+        pixels = pad(torch.cat([pixels, opaque], -1), (0, 0, 0, gap, 0, gap))
+    rows, columns, height, width, channels = pixels.shape
+    joined = pixels.transpose(1, 2).reshape(rows * height, columns * width, channels)
     return Image.fromarray(joined[: rows * height - gap, : columns * width - gap].contiguous().numpy())
 
 
@@ -159,7 +161,7 @@ def image_grid(
         draw.text((left - margin, y + block_height // 2), name, fill=theme.ink, font=font, anchor="rm")
         for line in range(len(block)):
             for column in range(columns):
-                tile = to_pixels(block[line : line + 1, column : column + 1])
+                tile = tiled(block[line : line + 1, column : column + 1])
                 tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
                 picture.paste(tile, (left + column * cell_width, y + line * cell_height))
         y += block_height + block_gap

@@ -33,7 +33,7 @@ from rdm_rl.evaluation.pictures import (
     curves_figure,
     image_grid,
     present_panels,
-    to_pixels,
+    tiled,
     training_curves,
 )
 from rdm_rl.evaluation.tables import html_table, markdown_table
@@ -419,7 +419,7 @@ def _samples(report: Report) -> str:
         + "</div>"
     ]
     for name, images in report.pictures.items():
-        source = _data_uri(to_pixels(images[None] if images.ndim == 4 else images, gap=1))
+        source = _data_uri(tiled(images[None] if images.ndim == 4 else images, gap=1))
         alternative = escape(f"{name}: images of {', '.join(labels)}")
         strips.append(
             f'<figure class="sampler"><figcaption>{escape(name)}</figcaption>'

@@ -352,7 +352,10 @@ class Family(PromptEncoding, ABC):
 
         The prediction type may differ, as both are wrapped to predict x_0.
         """
-        return fingerprint(None, encoders=self.encoder_fingerprint(), schedule=self.schedule_facts())
+        encoders = [fingerprint(encoder) for encoder in self.text_encoders]
+        return fingerprint(
+            None, pipeline=type(self.pipeline).__name__, encoders=encoders, schedule=self.schedule_facts()
+        )
 
     def predict_x_0(
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0

@@ -51,6 +51,10 @@ class DiTFamily(VariancePreservingFamily):
             found.append(number)
         return found
 
+    def encoding_facts(self) -> dict[str, object]:
+        """The usual facts, and the names of the classes."""
+        return {**super().encoding_facts(), "labels": getattr(self.pipeline, "labels", None)}
+
     def encode_empty_prompt(self) -> Conditioning:
         """The class that stands for none, which is the one after the last."""
         config: Any = self.network.config

@@ -7,17 +7,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from rdm_rl.files import fingerprint, written_whole
+from rdm_rl.files import cache_key, config_facts, written_whole
 from rdm_rl.records import Conditioning
 
 EMPTY_PROMPT = "\0empty"
 """Stands for what guidance compares with: no prompt begins with this character."""
+
+_PROBE = "Two Cats,  a naïve “3.5” & 猫."
 
 
 class PromptCache:
@@ -157,10 +159,29 @@ class PromptEncoding(ABC):
             for encoder in asleep:
                 encoder.to("cpu")
 
+    def encoding_facts(self) -> dict[str, object]:
+        """What encoded prompts depend on beside encoders and tokenizers; a family adds settings of its own.
+
+        Here it is the pipeline's kind, and those of its settings that are no components.
+        """
+        pipeline = self.pipeline
+        settings = {
+            name: value for name, value in config_facts(pipeline.config).items() if name not in pipeline.components
+        }
+        return {"pipeline": type(pipeline).__name__, "settings": settings}
+
     def encoder_fingerprint(self) -> str:
-        """A short name of what makes the encoded prompts: the pipeline's way of encoding, and its encoders."""
-        encoders = [fingerprint(encoder) for encoder in self.text_encoders]
-        return fingerprint(None, pipeline=type(self.pipeline).__name__, diffusers=diffusers.__version__, parts=encoders)
+        """A short name of all that makes the encoded prompts: encoders, tokenizers, and how the pipeline uses them."""
+        parts = self.pipeline.components.items()
+        tokenizers = {name: _facts(part) for name, part in parts if isinstance(part, PreTrainedTokenizerBase)}
+        encoders = {str(number): encoder for number, encoder in enumerate(self.text_encoders)}
+        return cache_key(encoders, tokenizers=tokenizers, **self.encoding_facts())
+
+
+def _facts(tokenizer: PreTrainedTokenizerBase) -> list[object]:
+    """What a tokenizer makes of texts: its tokens, how long a text may be and how it is filled up, and a probe."""
+    length, side, filler = tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token_id
+    return [tokenizer.get_vocab(), length, side, filler, tokenizer(_PROBE).input_ids]
 
 
 def device_of(network: nn.Module) -> torch.device:

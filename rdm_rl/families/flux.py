@@ -67,6 +67,10 @@ class FluxFamily(FlowFamily):
         """Tokens of a prompt: 512, and 256 for schnell, as its model card says."""
         return 512 if self.has_guidance else 256
 
+    def encoding_facts(self) -> dict[str, object]:
+        """The usual facts, and the length of a prompt."""
+        return {**super().encoding_facts(), "prompt_tokens": self.prompt_tokens}
+
     def student_call(
         self, num_inference_steps: int, sampler: SamplerName = "renoise", guidance_scale: float = 1.0
     ) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import DirectionReward
 from rdm_rl.rewards.registry import load_rewards, reward_weights
 from rdm_rl.trainers.rdm_config import RDMConfig
-from rdm_rl.trainers.setup import check_family_settings
+from rdm_rl.trainers.setup import DTYPES, check_family_settings, precision
 
 NOTE = (
     "An estimate from shapes alone. Its error is unknown: not yet measured on a GPU (benchmarks/gpu.md). Attention is\n"
@@ -123,7 +123,7 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
     peft_config = lora_config(arguments)
     networks = _networks(model, arguments, args, peft_config, matches_distributions="rdm" in rewards, notes=notes)
     family, teacher = networks.family, networks.teacher_family
-    dtype = _precision(args)
+    dtype = DTYPES[precision(args)]
     tiny = None if args.reward_decoder is None else _tiny_decoder(args.reward_decoder)
     components = _components(networks, tiny, peft_config is None)
     reward_sizes = _reward_sizes(rewards, notes)
@@ -173,10 +173,6 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
     return replace(found, remedies=_remedies(found, passes, args, gpus))
 
 
-def _precision(args: RDMConfig) -> torch.dtype:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
 def _rewards(arguments: TrainArguments, args: RDMConfig) -> dict[str, Any]:
     """The rewards by name; objects are made, networks are not loaded."""
     made = make_rewards(arguments.reward_funcs, arguments.reward_options)
@@ -195,7 +191,7 @@ def _networks(
     notes: list[str],
 ) -> Networks:
     """The three roles as the trainer makes them, on the meta device."""
-    dtype = _precision(args)
+    dtype = DTYPES[precision(args)]
     loaded = dtype if peft_config else torch.float32  # As load_networks reads them.
 
     def family_of(source: str | Path | Blueprint) -> Family:
@@ -478,7 +474,7 @@ def _title(
     shared = f", {gpus} GPUs" + (" that share the networks" if args.shard else "") if gpus > 1 else ""
     return (
         f"{name} ({type(family.pipeline).__name__}), images of {height * pixels}x{width * pixels}, {trained}, "
-        f"{str(_precision(args)).removeprefix('torch.')}, {args.per_device_train_batch_size} samples at once, "
+        f"{str(DTYPES[precision(args)]).removeprefix('torch.')}, {args.per_device_train_batch_size} samples at once, "
         f"{args.num_inference_steps} steps{shared}"
     )
 

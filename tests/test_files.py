@@ -1,0 +1,67 @@
+"""Names of what caches keep: everything that determines the content is in them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rdm_rl import RDMTrainer
+from rdm_rl.files import fingerprint
+from rdm_rl.noise_schedule import FlowMatching
+from rdm_rl.trainers.setup import teacher_key
+from tests.helpers import QUICK, StepAway, quick_trainer, tiny_sd
+
+
+def test_every_weight_and_fact_counts(tmp_path: Path) -> None:
+    unet = tiny_sd(tmp_path / "a").unet
+    name = fingerprint(unet, steps=4)
+    assert name == fingerprint(tiny_sd(tmp_path / "b").unet, steps=4)
+    assert name != fingerprint(unet, steps=5)
+    weights = list(unet.parameters())
+    for weight in (weights[0], weights[-1], max(weights, key=torch.numel)):
+        before = weight.data.flatten()[-2].clone()
+        weight.data.view(-1)[-2] += 1e-3
+        assert name != fingerprint(unet, steps=4)
+        weight.data.view(-1)[-2] = before
+    assert name == fingerprint(unet, steps=4)
+
+
+def test_facts_may_be_sets_tensors_and_records() -> None:
+    names = [
+        fingerprint(None, one={"a", "b"}, schedule=FlowMatching(shift=shift), levels=torch.ones(2) * level)
+        for shift, level in ((1.0, 1.0), (3.0, 1.0), (1.0, 2.0), (1.0, 1.0))
+    ]
+    assert len(set(names)) == 3
+    assert names[0] == names[3]
+
+
+def other_prompts(trainer: RDMTrainer) -> None:
+    trainer.family.pipeline.text_encoder.get_input_embeddings().weight.data[57] += 1e-3
+
+
+CHANGES = {
+    "prompt encoder": other_prompts,
+    "shift": lambda trainer: setattr(trainer.family, "schedule", FlowMatching(shift=3.0)),
+    "prediction type": lambda trainer: setattr(trainer.family, "prediction_type", "v_prediction"),
+    "precision": lambda trainer: setattr(trainer.args, "bf16", True),
+    "teacher": lambda trainer: next(trainer.networks.module("teacher").parameters()).data.add_(1e-3),
+    "its configuration": lambda trainer: trainer.family.network.register_to_config(act_fn="gelu"),
+    "decoder's scale": lambda trainer: trainer.family.decoder.register_to_config(scaling_factor=2.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_the_teachers_work_changes_its_name(
+    change: Callable[[Any], None], base: Path, tmp_path: Path
+) -> None:
+    trainer = quick_trainer(base, tmp_path, StepAway(), **QUICK)
+
+    def name() -> str:
+        return teacher_key(trainer.networks, trainer.args, decoder=trainer.family.decoder, steps=4)
+
+    before = name()
+    assert before == name()
+    change(trainer)
+    assert before != name()
