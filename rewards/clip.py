@@ -179,9 +179,8 @@ class HPSv2(CLIPScore):
         | https://arxiv.org/abs/2306.09341
 
     Args:
-        model: The published ``.pt`` file, a folder that holds it, a folder or a hub name of a converted model
-            (:func:`rdm_rl.rewards.open_clip.convert_checkpoint`), or None for the published file from the hub.
-            The other arguments are those of :class:`PickScore`.
+        model: The published ``.pt`` file, a folder that holds it, a folder or a hub name of a CLIP of transformers, or
+            None for the published file from the hub. The other arguments are those of :class:`PickScore`.
 
     Example:
         >>> HPSv2(dtype="bfloat16").model

@@ -1,6 +1,5 @@
 """Checkpoints of OpenCLIP as models of transformers: HPSv2 is published in OpenCLIP's layout only."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, ImageProcessingMixin
+from transformers import CLIPConfig, CLIPModel
 
 # Where the parts of a layer are, there and here; `attn.in_proj` holds query, key and value, and is split.
 _LAYER = re.compile(
@@ -153,20 +152,3 @@ def load_open_clip(path: str | Path) -> CLIPModel:
     content = torch.load(path, map_location="cpu", weights_only=True)
     weights = content.get("state_dict", content)
     return convert_open_clip(weights, open_clip_config(weights))
-
-
-def convert_checkpoint(path: str | Path, folder: str | Path, *, processor: str | Path = VIT_H_14) -> None:
-    """Write an OpenCLIP checkpoint of ViT-H/14 as a folder that needs no conversion.
-
-    Args:
-        path: The file, see :func:`load_open_clip`.
-        folder: Where to write the weights (safetensors, float32), the tokenizer and the image settings.
-        processor: A folder or a hub name from which the tokenizer and the image settings are copied.
-
-    Raises:
-        ValueError: If these are not such weights.
-    """
-    load_open_clip(path).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(processor).save_pretrained(folder)
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(processor)
-    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")

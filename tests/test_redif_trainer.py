@@ -181,10 +181,10 @@ def test_images_are_kept_in_the_output_folder_unless_told_otherwise(base: Path, 
 # ----- presets -----
 
 
-def test_the_recommended_preset_is_the_default() -> None:
-    plain, recommended = ReDiFConfig(use_cpu=True), ReDiFConfig.from_preset("recommended", use_cpu=True)
+def test_the_method_is_the_default() -> None:
+    plain = ReDiFConfig(use_cpu=True)
     for name, value in method_settings("redif").items():
-        assert getattr(plain, name) == getattr(recommended, name) == value, name
+        assert getattr(plain, name) == value, name
 
 
 def test_the_preset_of_the_paper() -> None:
@@ -200,7 +200,7 @@ def test_overrides_win() -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'papers' is unknown\. Use one of paper, recommended"):
+    with pytest.raises(ValueError, match=r"'papers' is unknown\. Use one of paper"):
         ReDiFConfig.from_preset("papers")
 
 

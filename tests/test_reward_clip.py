@@ -1,5 +1,7 @@
 """CLIPScore, PickScore, HPSv2 and the aesthetic score, with tiny random models of the true architecture."""
 
+from shutil import copytree
+
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +17,7 @@ from transformers import (
 
 from rdm_rl.rewards.aesthetic import AestheticScore, load_predictor
 from rdm_rl.rewards.clip import CLIPScore, HPSv2, HPSv21, PickScore
-from rdm_rl.rewards.open_clip import convert_checkpoint, convert_open_clip, load_open_clip, open_clip_config
+from rdm_rl.rewards.open_clip import convert_open_clip, load_open_clip, open_clip_config
 from tests.helpers import tiny_tokenizer
 from tests.tiny_rewards import save_clip
 
@@ -259,7 +261,8 @@ def test_pickscore_takes_another_processor_if_the_model_has_none(tmp_path):
 
 def test_hps_files_and_converted_folder_agree(tmp_path, clip_folder):
     torch.save({"state_dict": open_clip_weights(), "epoch": 1}, tmp_path / "HPS_v2_compressed.pt")
-    convert_checkpoint(tmp_path / "HPS_v2_compressed.pt", tmp_path / "converted", processor=clip_folder)
+    copytree(clip_folder, tmp_path / "converted")  # The tokenizer and the image settings; the weights follow.
+    load_open_clip(tmp_path / "HPS_v2_compressed.pt").save_pretrained(tmp_path / "converted")
     images = torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(0))
     expected = HPSv2(tmp_path / "HPS_v2_compressed.pt", processor=clip_folder)(images, PROMPTS)
     assert torch.equal(HPSv2(tmp_path, processor=clip_folder)(images, PROMPTS), expected)

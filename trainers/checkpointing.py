@@ -102,7 +102,6 @@ def check_settings(
     fixed += ["learning_rate", "fake_score_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
     fixed += ["optim", "seed", "data_seed"]
     fixed += ["num_iterations"]
-    saved = {"num_iterations": 1, "beta": 0.0, "num_processes": 1, **saved}
     fixed += [name for name in ("ema_decay", "beta") if bool(saved[name]) != bool(settings[name])]
     for name in fixed:
         if saved[name] != settings[name]:
@@ -111,7 +110,7 @@ def check_settings(
                 f"{settings[name]}. Resume with the same value, or start a new run."
             )
     for role, name in (models or {}).items():
-        if saved.get("models", {}).get(role, name) != name:
+        if saved["models"].get(role, name) != name:
             raise ValueError(
                 f"The checkpoint {str(folder)!r} was made with another {role} than this run's. Give the same model, "
                 "teacher, teacher_adapter, policy_init and precision as the run that saved it."

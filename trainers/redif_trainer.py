@@ -16,11 +16,12 @@ from rdm_rl.rewards.registry import RewardSpec, find_reward
 from rdm_rl.settings import Count, Finite, Size, Whole, convert, setting
 from rdm_rl.trainers.optimization import Decay
 from rdm_rl.trainers.rdm_config import RDMConfig, method_settings
-from rdm_rl.trainers.rdm_trainer import EVALUATION_SEED, RDMTrainer
+from rdm_rl.trainers.rdm_trainer import RDMTrainer
+from rdm_rl.trainers.student_run import EVALUATION_SEED
 
 _RECOMMENDED = method_settings("redif")
 
-# What the paper's public code sets for SD1.5; ReDiF's authors advise against some of it.
+# `paper`: what its public code sets for SD1.5; ReDiF's authors advise against some of it.
 _PAPER: dict[str, Any] = {
     "num_inference_steps": 5,
     "teacher_num_inference_steps": 50,
@@ -41,14 +42,14 @@ _PAPER: dict[str, Any] = {
     "learning_rate": 1e-5,
     "weight_decay": 1e-4,
 }
-PRESETS: dict[str, dict[str, Any]] = {"paper": _PAPER, "recommended": {}}
+PRESETS: dict[str, dict[str, Any]] = {"paper": _PAPER}
 
 
 @dataclass
 class ReDiFConfig(RDMConfig):
     r"""The settings of :class:`ReDiFTrainer`: those of :class:`~rdm_rl.RDMConfig` with other defaults.
 
-    They are the ``recommended`` ones: a five-step DDIM student with guidance 5 in rollout and update alike, ``eta``
+    They are the recommended ones: a five-step DDIM student with guidance 5 in rollout and update alike, ``eta``
     0.4, a factor for each step, groups that share their initial noise (so that a group has one teacher image), a pool
     of noises (so that teacher images are made once), and advantages over the spread of the batch.
     ``from_preset("paper")`` has what the paper's public code sets. The control is one switch:
@@ -101,10 +102,10 @@ class ReDiFConfig(RDMConfig):
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> "ReDiFConfig":
-        """The settings of a preset.
+        """The settings of a preset; the defaults are the recommended ones.
 
         Args:
-            preset: ``paper`` or ``recommended``.
+            preset: ``paper``.
             overrides: Further settings; they win over the preset's.
 
         Returns:

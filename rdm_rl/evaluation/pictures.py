@@ -249,7 +249,7 @@ PANELS = (
         "single points scatter.",
     ),
     Panel(
-        title="Size of the advantage",
+        title="Size of the direction",
         metrics={"rewards/rdm/direction_rms": "root mean square"},
         reading="How far distribution matching wants to move the student's images in one update, after normalisation. "
         "Steady or slowly falling is healthy. Growth is the first sign of a fake score that lags behind.",
@@ -290,7 +290,7 @@ PANELS = (
     Panel(
         title="Policy: loss",
         metrics={"policy/loss": "loss"},
-        reading="Half the mean square of the combined advantage. It is a device to carry the gradient and no error: it "
+        reading="Half the mean square of the combined direction. It is a device to carry the gradient and no error: it "
         "need not fall.",
         primary=False,
         log_scale=True,

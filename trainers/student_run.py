@@ -1,0 +1,360 @@
+"""What a run does with its student beside the updates: optimisers, the warm start, samples and files."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_callback import TrainerState
+
+from rdm_rl.evaluation.pictures import image_grid
+from rdm_rl.families import Family
+from rdm_rl.families.encoding import EMPTY_PROMPT
+from rdm_rl.networks.roles import Networks, Role
+from rdm_rl.networks.sharding import gather
+from rdm_rl.policy import Sampler, make_sampler, rollout
+from rdm_rl.randomness import Generators, seeded_generators
+from rdm_rl.records import PromptBatch, Rollout
+from rdm_rl.rewards.kinds import TrainingReward
+from rdm_rl.student import public_name, save_student
+from rdm_rl.trainers.callbacks import log_image
+from rdm_rl.trainers.checkpointing import read_checkpoint, rotate_checkpoints, write_checkpoint
+from rdm_rl.trainers.loop import TrainingLoop
+from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer, make_optimizer, make_scheduler
+from rdm_rl.trainers.prompts import PromptSource
+from rdm_rl.trainers.setup import LoadedModels, teacher_key
+from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
+from rdm_rl.weighting import RunningMean, Weighting
+
+EVALUATION_SEED = 12345
+SPREAD_DECAY = 0.95
+
+
+class StudentRun(TrainingLoop):
+    """A student with its networks, rewards and files; :class:`~rdm_rl.RDMTrainer` says how it learns."""
+
+    networks: Networks
+    prompts: PromptSource
+    rewards: dict[str, TrainingReward]
+    reward_weights: dict[str, float]
+    reward_spreads: dict[str, RunningMean]
+    weighting: Weighting
+    sampler: Sampler
+    times: Tensor
+    optimizers: dict[Role, RoleOptimizer]
+    average: PolicyAverage | None
+    reference: PolicyAverage | None
+    eval_prompts: list[str]
+    model_name: str
+    _models: LoadedModels
+    _fingerprints: Mapping[str, str]
+    _own_optimizers: tuple[OptimizerFactory | None, OptimizerFactory | None]
+    _last_checkpoint: Path | None
+    _last_rollout: Rollout | None
+
+    @property
+    def family(self) -> Family:
+        """The border to the model."""
+        return self.networks.family
+
+    @abstractmethod
+    def prompt_batches(self, update: int, stream: str = "train") -> Iterator[PromptBatch]:
+        """The micro-batches of this process for one rollout."""
+
+    # ----- before the first update -----
+
+    def create_optimizers(self) -> None:
+        """Make the optimiser of each role: the policy's from the inherited settings, the fake score's from its own."""
+        args, (own_policy, own_fake_score) = self.args, self._own_optimizers
+        rollouts = -(-self.state.max_steps // args.num_iterations)
+        updates = args.fake_score_warmup_steps + rollouts * args.fake_score_updates_per_policy_update
+        plan: tuple[tuple[Role, Any, float, int, float], ...] = (
+            ("policy", own_policy, args.learning_rate, self.state.max_steps, args.max_grad_norm),
+            ("fake_score", own_fake_score, args.fake_score_learning_rate, updates, args.fake_score_max_grad_norm),
+        )
+        for role, own, learning_rate, steps, max_grad_norm in plan:
+            self.optimizers[role] = self._role_optimizer(role, own, learning_rate, steps, max_grad_norm)
+
+    def _role_optimizer(
+        self, role: Role, own: Any, learning_rate: float, steps: int, max_grad_norm: float, *, warm_up: bool = True
+    ) -> RoleOptimizer:
+        parameters = self.networks.parameters(role)
+        optimizer = own(parameters) if own else make_optimizer(self.args, parameters, learning_rate)
+        return RoleOptimizer(
+            parameters=parameters,
+            optimizer=optimizer,
+            scheduler=make_scheduler(self.args, optimizer, steps, warm_up=warm_up),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self.args.fp16),
+            max_grad_norm=max_grad_norm,
+            reduce=self.reduce_gradients,
+        )
+
+    def cache_prompts(self) -> None:
+        """Encode every prompt that the run will see, if ``prompt_cache_dir`` is set: each process its share."""
+        if self.family.prompt_cache is None:
+            return
+        args, process = self.args, self.accelerator
+        # Each phase begins with the first prompts; the warm-up makes a rollout for so many updates of the fake score.
+        updates = args.fake_score_updates_per_policy_update
+        rollouts = [-(-self.state.max_steps // args.num_iterations)]
+        rollouts += [-(-args.fake_score_warmup_steps // updates)] if updates else []
+        seen = max(rollouts) * self.prompts_per_step
+        seen = max(seen, args.warm_start_num_states if args.warm_start == "ode" else 0)
+        rows = self.prompts.rows(0, min(seen, len(self.prompts)))
+        texts = [*dict.fromkeys([EMPTY_PROMPT, *(row["prompt"] for row in rows), *self.eval_prompts])]
+        self.family.fill_prompt_cache(
+            texts[process.process_index :: process.num_processes], show_progress=not self.hides_progress
+        )
+        process.wait_for_everyone()
+
+    def run_warm_start(self) -> None:
+        """Regress the policy on the teacher's ODE solutions (see :mod:`rdm_rl.trainers.warm_start`)."""
+        args = self.args
+        optimizer = self._role_optimizer(
+            "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm, warm_up=False
+        )
+        pairs = self._collect_pairs()
+        self.networks.release_teacher()
+        losses = regress(
+            self.networks.predictor("policy", self.args.guidance_scale),
+            pairs,
+            optimizer,
+            encode=self.family.encode,
+            steps=args.warm_start_steps,
+            batch_size=args.per_device_train_batch_size,
+            seed=(args.seed, self.accelerator.process_index),
+            device=self.device,
+            show_progress=not self.hides_progress,
+        )
+        self.record_phase("warm_start/loss", losses)
+
+    def _collect_pairs(self) -> OdePairs:
+        args = self.args
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        count = -(-args.warm_start_num_states // processes)
+        rows = self.prompts.rows(rank * count, count)
+        guidance = self.teacher_guidance_scale
+        name = teacher_key(
+            self.networks,
+            args,
+            guidance=guidance,
+            steps=args.warm_start_ode_steps,
+            start=self.times[0].item(),
+            seed=args.seed,
+            first=rank * count,
+        )
+        return collect_pairs(
+            self.networks.predictor("teacher", guidance),
+            self.family.encode,
+            self.family.schedule,
+            prompts=[row["prompt"] for row in rows],
+            times=self.times.tolist(),
+            shape=self.family.latent_shape,
+            ode_steps=args.warm_start_ode_steps,
+            batch_size=args.per_device_train_batch_size,
+            seed=args.seed,
+            first=rank * count,
+            folder=Path(args.warm_start_cache_dir or Path(args.output_dir) / "warm_start") / name,
+            device=self.device,
+            show_progress=not self.hides_progress,
+            anywhere=self.on_any_process if args.shard else bool,
+        )
+
+    def _start_average(self) -> None:
+        """Begin the average, and keep a copy of the policy that ``beta`` compares with."""
+        parameters = self.networks.named_parameters("policy")
+        if self.args.ema_decay:
+            self.average = PolicyAverage(parameters, self.args.ema_decay)
+        if self.args.beta:
+            self.reference = PolicyAverage(parameters, decay=1.0)  # Never stepped.
+
+    # ----- looking at the student -----
+
+    @contextmanager
+    def averaged_policy(self) -> Iterator[None]:
+        """The averaged policy in place of the last one, if ``ema_decay`` and ``save_ema`` are on."""
+        if self.average is None or not self.args.save_ema:
+            yield
+        else:
+            with self.average.applied():
+                yield
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], *, generator: Generators) -> Tensor:
+        """Images of the student, as stock diffusers makes them from what :meth:`save_model` saves.
+
+        A sampler with ``eta`` runs with 0 here, as stock pipelines do: what is random in training need not be in use.
+
+        Args:
+            prompts: The prompts.
+            generator: One generator, or one for each prompt.
+
+        Returns:
+            Images, shape (N, 3, H, W), in [0, 1].
+        """
+        batch = PromptBatch(
+            prompts=list(prompts),
+            conditioning=self.family.encode(prompts),
+            group_ids=torch.arange(len(prompts)),
+            sample_ids=range(len(prompts)),
+        )
+        sample = self.sample_student(batch, generator=generator).sample
+        return torch.cat([self.family.decode(part) for part in sample.split(self.args.decode_batch_size)])
+
+    @torch.no_grad()
+    def sample_student(self, batch: PromptBatch, *, generator: Generators) -> Rollout:
+        """The student's chains as :meth:`generate` walks them.
+
+        Args:
+            batch: The prompts.
+            generator: One generator, or one for each prompt.
+
+        Returns:
+            The recorded chains.
+        """
+        with self.averaged_policy():
+            return rollout(
+                self.networks.predictor("policy", self.args.guidance_scale),
+                batch,
+                self.family.schedule,
+                self.times,
+                shape=self.family.latent_shape,
+                generator=generator,
+                sampler=make_sampler(self.args.sampler, 0.0),
+                step_noise=self.family.step_noise,
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """Draw a grid of samples with fixed noise, save it, and send it to the trackers.
+
+        Returns:
+            Numbers for the log; a subclass may measure something here.
+        """
+        generator = seeded_generators(EVALUATION_SEED, "evaluation", 0, range(len(self.eval_prompts)))
+        images = self.generate(self.eval_prompts, generator=generator)
+        if self.accelerator.is_main_process:
+            grid = image_grid({f"step {self.state.global_step}": images.cpu()}, self.eval_prompts)
+            folder = Path(self.args.output_dir) / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            grid.save(folder / f"step-{self.state.global_step:06d}.png")
+            log_image(self.callback_handler, "samples", grid, self.state.global_step)
+        return {}
+
+    @property
+    def teacher_guidance_scale(self) -> float:
+        """The teacher's guidance: the setting, or the family's published value."""
+        setting = self.args.teacher_guidance_scale
+        return self.networks.teacher_family.teacher_guidance_scale if setting is None else setting
+
+    # ----- saving -----
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Save the student as plain diffusers: a LoRA, or a whole pipeline, with its scheduler and a model card.
+
+        Args:
+            output_dir: Where to; None for ``args.output_dir``.
+        """
+        with self.averaged_policy():
+            save_student(
+                Path(output_dir or self.args.output_dir),
+                self.networks,
+                num_inference_steps=self.args.num_inference_steps,
+                sampler=self.args.sampler,
+                guidance_scale=self.args.guidance_scale,
+                base=self.model_name,
+                whole=not self._models.is_pipeline,
+                name=self.args.hub_model_id,
+                facts=self._card_facts(),
+                write=self.accelerator.is_main_process,
+            )
+
+    def _card_facts(self) -> dict[str, Any]:
+        """What the model card says of the run."""
+        averaged = self.average is not None and self.args.save_ema
+        names = ["num_generations", "learning_rate", "seed"]
+        names += ["dm_normalization", "dm_group"] if "rdm" in self.rewards else []
+        usual = {"sampler": "renoise", "eta": None, "num_iterations": 1}
+        names += [name for name, value in usual.items() if getattr(self.args, name) != value]
+        return {
+            "weights": "averaged over training (EMA)" if averaged else "of the last update",
+            "rewards": ", ".join(f"{name} (weight {self.reward_weights[name]:g})" for name in self.rewards)
+            if type(self.weighting).__module__ == Weighting.__module__
+            else f"{', '.join(self.rewards)}, combined by {type(self.weighting).__name__}",
+            **{setting: public_name(name) for setting, name in self._models.sources.items()},
+            "policy updates": self.state.global_step,
+            "teacher_guidance_scale": self.teacher_guidance_scale,
+            **{name: getattr(self.args, name) for name in names},
+            **({"weighting": type(self.weighting).__name__} if len(self.rewards) > 1 else {}),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of a subclass's own, for a checkpoint: plain numbers, strings, lists, dicts and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state of a subclass back, on every process.
+
+        Args:
+            state: What :meth:`state_dict` gave on the first process.
+        """
+
+    def save_checkpoint(self) -> Path:
+        """Write ``checkpoint-<step>`` and delete the oldest ones over ``save_total_limit``.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        tensors: dict[str, Mapping[str, Tensor]] = {role: self.networks.state_dict(role) for role in self.optimizers}
+        if self.average is not None:
+            tensors["ema"] = self.average.tensors()
+        if self.reference is not None:
+            tensors["reference"] = self.reference.tensors()
+        if self._last_rollout is not None:
+            tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
+        state = {
+            "optimizers": {role: one.state_dict() for role, one in self.optimizers.items()},
+            "weighting": self.weighting.state_dict(),
+            "reward_spreads": {name: one.state() for name, one in self.reward_spreads.items()},
+            "ema_updates": 0 if self.average is None else self.average.updates,
+            "own": self.state_dict(),
+        }
+        writes = self.accelerator.is_main_process
+        tensors, state = gather((tensors, state), keep=writes)  # Sharded weights take all processes to put together.
+        if writes:
+            settings, processes = self.args.to_json_string(), self.accelerator.num_processes
+            write_checkpoint(folder, tensors, state, settings, self.state, processes, self._fingerprints)
+            rotate_checkpoints(folder, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        self._last_checkpoint = folder
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return folder
+
+    def _load_checkpoint(self, folder: Path) -> None:
+        tensors, state = read_checkpoint(folder)
+        saved = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
+        self.state.log_history = saved.log_history
+        for role, optimizer in self.optimizers.items():
+            self.networks.load_state_dict(role, tensors[role])
+            optimizer.load_state_dict(state["optimizers"][role])
+        self._start_average()
+        if self.average is not None:
+            self.average.load(tensors["ema"], state["ema_updates"])
+        if self.reference is not None:
+            self.reference.load(tensors["reference"], 0)
+        self.weighting.load_state_dict(state["weighting"])
+        self.load_state_dict(state["own"])
+        self.reward_spreads = {}
+        for name, spread in state["reward_spreads"].items():
+            self.reward_spreads[name] = RunningMean(decay=SPREAD_DECAY)
+            self.reward_spreads[name].load(spread)
+        self._last_checkpoint = folder
+        # Another process's samples are not saved: with several, the first lag after resuming is left out.
+        if "last_samples" in tensors and self.state.global_step > 0 and self.accelerator.num_processes == 1:
+            batch = next(self.prompt_batches((self.state.global_step - 1) // self.args.num_iterations))
+            samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
+            self._last_rollout = Rollout(batch=batch, times=self.times, states=samples["states"], x_0=samples["x_0"])
