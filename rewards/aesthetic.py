@@ -126,7 +126,7 @@ class AestheticScore(RewardModel):
                 return path / name
         raise FileNotFoundError(f"model={self.model!r} holds no predictor. Put one there named {' or '.join(_FILES)}.")
 
-    def score(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+    def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """The predicted ratings.
 
         Args:

@@ -113,7 +113,7 @@ def needs(reward: Callable[..., Any]) -> Needs:
         (['target'], ['weight'])
     """
     if isinstance(reward, RewardModel):
-        parameters = list(inspect.signature(reward.score).parameters.values())[1:]  # Its first is the network.
+        parameters = list(inspect.signature(reward.rewards).parameters.values())[1:]  # Its first is the network.
     else:
         called = reward.forward if isinstance(reward, nn.Module) else reward
         parameters = list(inspect.signature(called).parameters.values())

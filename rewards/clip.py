@@ -97,7 +97,7 @@ class CLIPScore(RewardModel):
         """What prepares images for the network of this configuration."""
         return Preprocessing.from_pretrained(self.processor)
 
-    def score(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+    def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """The cosines of images and their prompts.
 
         Args:
@@ -162,9 +162,9 @@ class PickScore(CLIPScore):
         self.scale: float = model.logit_scale.exp().item()
         return network
 
-    def score(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The logits, shape (N,); the arguments are those of :meth:`CLIPScore.score`."""
-        return self.scale * super().score(network, images, prompts)
+    def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+        """The logits, shape (N,); the arguments are those of :meth:`CLIPScore.rewards`."""
+        return self.scale * super().rewards(network, images, prompts)
 
 
 class HPSv2(CLIPScore):
@@ -212,13 +212,13 @@ class HPSv2(CLIPScore):
         return super().load_network()
 
     def load_preprocessing(self, config: Any) -> Preprocessing:
-        """Only the normalisation: :meth:`score` fits images into the square."""
+        """Only the normalisation: :meth:`rewards` fits images into the square."""
         self.side: int = config.vision_config.image_size
         return Preprocessing(size=(self.side, self.side))
 
-    def score(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The cosines, shape (N,); the arguments are those of :meth:`CLIPScore.score`."""
-        return super().score(network, fit_square(images, self.side), prompts)
+    def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+        """The cosines, shape (N,); the arguments are those of :meth:`CLIPScore.rewards`."""
+        return super().rewards(network, fit_square(images, self.side), prompts)
 
 
 class HPSv21(HPSv2):

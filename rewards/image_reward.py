@@ -284,7 +284,7 @@ class ImageReward(RewardModel):
         self.preprocessing = Preprocessing(size=side, crop=(side, side))
         return network
 
-    def score(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+    def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """The values of some images.
 
         Args:

@@ -54,7 +54,7 @@ class RewardModel(ABC):
         """Load the network, and whatever else the reward needs (tokenizer, settings), on the CPU."""
 
     @abstractmethod
-    def score(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+    def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """The values of some images.
 
         Args:
@@ -70,7 +70,7 @@ class RewardModel(ABC):
     def __call__(
         self, images: Tensor, prompts: list[str], **columns: Any
     ) -> Tensor | list[Tensor | None] | list[float | None]:
-        """The rewards of some images; the arguments are those of :meth:`score`.
+        """The rewards of some images; the arguments are those of :meth:`rewards`.
 
         Returns:
             The values of :meth:`evaluate`. A class whose reward does not apply to every sample overrides this, to
@@ -99,7 +99,7 @@ class RewardModel(ABC):
         device = self.device or images.device
         self._network.to(device)
         with torch.autocast(device.type, enabled=False):
-            values = self.score(self._network, images.to(device), list(prompts), **columns)
+            values = self.rewards(self._network, images.to(device), list(prompts), **columns)
         return values.float().to(images.device)
 
     def release(self) -> None:

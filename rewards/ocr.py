@@ -198,7 +198,7 @@ class TextMatch(RewardModel):
         answers = tokens[:, inputs["input_ids"].shape[1] :]
         return [str(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
-    def score(
+    def rewards(
         self,
         network: nn.Module,
         images: Tensor,

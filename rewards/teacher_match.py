@@ -106,7 +106,7 @@ class TeacherFeatures(RewardModel):
         """
         return (features * teacher_features).sum(1)
 
-    def score(
+    def rewards(
         self,
         network: nn.Module,
         images: Tensor,

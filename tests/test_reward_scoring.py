@@ -282,12 +282,12 @@ def test_columns_go_to_those_who_name_them() -> None:
     assert seen[3] == {"digit": [3]}
 
 
-def test_columns_of_a_network_reward_are_those_of_its_score() -> None:
+def test_columns_of_a_network_reward_are_those_of_its_method() -> None:
     class Own(RewardModel):
         def load(self) -> nn.Module:
             return nn.Identity()
 
-        def score(self, network: nn.Module, images: Tensor, prompts: list[str], *, digit: list[int]) -> Tensor:
+        def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], *, digit: list[int]) -> Tensor:
             return torch.tensor(digit, dtype=torch.float32)
 
     reward = Own("folder")
@@ -532,7 +532,7 @@ def test_a_network_is_released_after_the_backward_pass() -> None:
         def load(self) -> nn.Module:
             return nn.Linear(12, 1)
 
-        def score(self, network: nn.Module, images: Tensor, prompts: list[str]) -> Tensor:
+        def rewards(self, network: nn.Module, images: Tensor, prompts: list[str]) -> Tensor:
             values = network(images.flatten(1)).squeeze(1)
             if values.requires_grad:
                 values.register_hook(lambda _: events.append("backward"))

@@ -405,7 +405,7 @@ def test_reward_models_are_loaded_before_training(base: Path, tmp_path: Path) ->
             loaded.append(threading.current_thread() is threading.main_thread())
             return nn.Identity()
 
-        def score(self, network: nn.Module, images: Tensor, prompts: list[str]) -> Tensor:
+        def rewards(self, network: nn.Module, images: Tensor, prompts: list[str]) -> Tensor:
             return network(images).mean((1, 2, 3))
 
     tiny_trainer(base, tmp_path, given={"reward_funcs": ["rdm", Critic()]})

@@ -73,7 +73,7 @@ class DigitLogProb(RewardModel):
         network.load_state_dict(load_file(self.model or REWARD_NETWORK_FILE))
         return network
 
-    def score(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+    def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """The log-probabilities, for prompts that each name a digit.
 
         Args:
