@@ -27,17 +27,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rdm_rl import RDMConfig
+from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, make_trainer
+from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, train and save."""
     parser = SettingsParser((TrainArguments, RDMConfig), str(__doc__), config=Path(__file__).with_suffix(".yaml"))
     arguments, args = parser.parse(words)
-    trainer = make_trainer(arguments, args)  # RDMTrainer(model, reward_funcs, args, prompts, ...)
+    trainer = RDMTrainer(
+        model=arguments.model_name_or_path,
+        reward_funcs=make_rewards(arguments.reward_funcs, arguments.reward_options),
+        args=args,
+        train_dataset=load_prompts(arguments),
+        teacher=arguments.teacher,
+        teacher_adapter=arguments.teacher_adapter,
+        policy_init=arguments.policy_init,
+        peft_config=lora_config(arguments),
+    )
     trainer.train()
     trainer.save_model()
     trainer.accelerator.print(f"The student is in {args.output_dir}")
