@@ -75,10 +75,10 @@ class MeasuredTrainer(RDMTrainer):
         self.ratios = {name: [] for name in RATIOS}
         forward = self.family.forward
 
-        def counted(network, x_t, t, conditioning):
+        def counted(network, x_t, t, *told):
             if self.counting:
                 self.by_role[self.networks._current] += len(x_t) * (3 if torch.is_grad_enabled() else 1)
-            return forward(network, x_t, t, conditioning)
+            return forward(network, x_t, t, *told)
 
         self.family.forward = counted
 
