@@ -11,14 +11,14 @@ the re-noising sampler of consistency models. Every sampler is a Gaussian whose 
 :math:`N(a\, \hat x_0 + b\, x_k,\ s^2 I)`, and the last step has no noise: its prediction is the
 sample. Stock ``LCMScheduler`` walks the same chain (see ``rdm_rl.families``), bit for bit on the CPU.
 
-========================  ============================================================================
-sampler                   for
-========================  ============================================================================
-:func:`renoise`             few-step students: forget the state, renoise the prediction; any schedule
-:func:`ddim`                many-step policies of variance-preserving models, with ``eta`` in [0, 1]
-:func:`flow_sde`            flow models: the SDE with the marginals of the flow
-:func:`cps`                 flow models: coefficients-preserving sampling, whose noise level is exact
-========================  ============================================================================
+================  =========================================================================
+sampler           for
+================  =========================================================================
+:func:`renoise`   few-step students: forget the state, renoise the prediction; any schedule
+:func:`ddim`      many-step policies of variance-preserving models, with ``eta`` in [0, 1]
+:func:`flow_sde`  flow models: the SDE with the marginals of the flow
+:func:`cps`       flow models: coefficients-preserving sampling, whose noise level is exact
+================  =========================================================================
 
 A Gaussian's likelihood is known in closed form, so that of a recorded step needs one prediction and no autograd:
 

@@ -1,11 +1,11 @@
 r"""Directions that depend on the current policy, through the likelihood of a random step that an older one took.
 
-===================================  ==============================================================================
-record                               direction at the current prediction
-===================================  ==============================================================================
+=====================================  ==============================================================================
+record                                 direction at the current prediction
+=====================================  ==============================================================================
 :class:`RecordedPolicyGradient`        of a black-box reward: the gradient of the clipped PPO surrogate
 :class:`RecordedDistributionMatching`  of distribution matching on a rollout that is used again: :math:`\rho A_{old}`
-===================================  ==============================================================================
+=====================================  ==============================================================================
 
 A rollout stores what was drawn and under which prediction; the ratio :math:`\rho = \pi_\theta / \pi_{old}` then needs
 the current prediction alone. On unchanged weights it is 1, and :func:`check_unmoved` makes sure of that.

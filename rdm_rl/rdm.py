@@ -100,7 +100,7 @@ def distribution_matching(
     ``none``                  1
     ========================  ========================================================================================
 
-    It is never centred over the group: for a dense direction that would remove exactly the part that all samples share.
+    It is never centred over the group: for a vector field that would remove exactly the part that all samples share.
 
     Args:
         x_0: The policy's predictions at the recorded step.

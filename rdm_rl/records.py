@@ -262,12 +262,20 @@ class Judgement:
             black box, whose direction needs the advantages of all samples first.
         faults: Samples on which it failed and was skipped.
         metrics: Further numbers for the log.
+
+    Raises:
+        ValueError: If it has neither rewards nor a direction.
     """
 
     rewards: Tensor | None
     direction: Direction | None
     faults: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that it says anything."""
+        if self.rewards is None and self.direction is None:
+            raise ValueError("A judgement has rewards or a direction: without either the samples cannot be moved.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,12 @@
 r"""How the directions of several rewards become one: the one stateful object of the method.
 
-========================  =================================================================================
-object                    weight :math:`\lambda_j` of reward j
-========================  =================================================================================
+==========================  ======================================================================================
+object                      weight :math:`\lambda_j` of reward j
+==========================  ======================================================================================
 :class:`FixedWeighting`     :math:`w_j`: DMDR, the control
 :class:`AdaptiveWeighting`  :math:`w_j F_{ref} / \mathrm{EMA}(\mathrm{rms} A_j)`: GNDMR, whatever a reward's units
 :class:`BudgetedWeighting`  the adaptive one times a factor that keeps a fidelity signal within a budget
-========================  =================================================================================
+==========================  ======================================================================================
 
 For each rollout the trainer measures the rewards and the directions of all samples (:func:`measure_rewards` and
 :func:`measure_directions`, pure), shows the weighting what it found (``update``), and then combines the directions of

@@ -1,13 +1,13 @@
 r"""The four ways in which a reward acts, behind one interface: the trainer knows no kind.
 
-============================  ==========================================================================================
-kind                          direction
-============================  ==========================================================================================
-:class:`DirectedReward`         its own: ``rdm``, and any object with a ``direction`` method
-:class:`PathwiseReward`         the gradient of the reward through the decoder (ReFL, DRaFT)
-:class:`PolicyGradientReward`   of a black box: through the likelihood of the policy's random steps (DDPO, GRPO)
-:class:`WatchedReward`          none: a reward with the weight 0 is evaluated and logged
-============================  ==========================================================================================
+=============================  ================================================================================
+kind                           direction
+=============================  ================================================================================
+:class:`DirectedReward`        its own: ``rdm``, and any object with a ``direction`` method
+:class:`PathwiseReward`        the gradient of the reward through the decoder (ReFL, DRaFT)
+:class:`PolicyGradientReward`  of a black box: through the likelihood of the policy's random steps (DDPO, GRPO)
+:class:`WatchedReward`         none: a reward with the weight 0 is evaluated and logged
+=============================  ================================================================================
 
 References:
     | ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation (Xu et al., 2023), ReFL

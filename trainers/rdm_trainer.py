@@ -265,10 +265,7 @@ class RDMTrainer(StudentRun):
         directions = [experience.directions for experience in self.experiences]
         statistics = measure_directions(statistics, directions, self.sum_over_processes)
         self.weighting.update(statistics, self._global_step())
-        metrics = _means(
-            {f"rewards/{name}/{key}": value for name, said in every.items() for key, value in said.metrics.items()}
-            for every in judgements
-        )
+        metrics = _means(_reward_numbers(*both) for both in zip(judgements, directions, strict=True))
         return metrics | reward_metrics(statistics, self.weighting)
 
     def draw_steps(self, rollout: Rollout, number: int) -> list[int]:
@@ -466,13 +463,19 @@ class RDMTrainer(StudentRun):
 
         Returns:
             The directions, shape (N, C, H, W), by name; what a direction holds depends on nothing that comes later.
+
+        Raises:
+            ValueError: If a black box has no advantages.
         """
-        return {
-            name: self.rewards[name].direction(rollout, step, said, advantages[name])
-            if said.direction is None
-            else said.direction
-            for name, said in judgements.items()
-        }
+        directions = {}
+        for name, said in judgements.items():
+            if said.direction is None and name not in advantages:
+                raise ValueError(
+                    f"The reward {name!r} is a black box, and compute_advantages() returned no advantages for it. Give "
+                    "one of shape (N,) for each reward whose judgement has no direction."
+                )
+            directions[name] = said.direction or self.rewards[name].direction(rollout, step, said, advantages[name])
+        return directions
 
     def replay_step(self, rollout: Rollout, step: int) -> Tensor:
         """The current policy's predictions at a recorded step, with gradients.
@@ -625,6 +628,13 @@ class RDMTrainer(StudentRun):
             losses.append(self._update_fake_score(rollouts, "fake_score", update)["fake_score/loss"])
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
         self.record_phase("fake_score_warmup/loss", losses)
+
+
+def _reward_numbers(judgements: Mapping[str, Judgement], directions: Mapping[str, Direction]) -> dict[str, float]:
+    """The numbers of their own that rewards give with their judgements and directions."""
+    metrics = {name: said.metrics for name, said in judgements.items()}
+    metrics |= {name: {**metrics.get(name, {}), **direction.metrics} for name, direction in directions.items()}
+    return {f"rewards/{name}/{key}": value for name, own in metrics.items() for key, value in own.items()}
 
 
 def _means(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:
