@@ -59,7 +59,7 @@ def _command(words: list[str]) -> None:
 
         train_command(words[1:])
     elif words[:1] == ["plan"]:
-        from rdm_rl.cli.plan.report import plan_command
+        from rdm_rl.cli.plan.command import plan_command
 
         plan_command(words[1:])
     else:
