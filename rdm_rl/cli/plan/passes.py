@@ -18,14 +18,16 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from rdm_rl.families import Family
 from rdm_rl.networks.roles import Networks, Role
 from rdm_rl.records import Conditioning
 
 # What CUDA's autocast computes in half precision, and what in float32, among what diffusion networks spend memory on.
 # https://docs.pytorch.org/docs/stable/amp.html, "CUDA Op-Specific Behavior"
+MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 LOWERED = {
     *(functional.linear, functional.conv2d, functional.scaled_dot_product_attention, torch.bmm, torch.baddbmm),
-    *(torch.matmul, Tensor.matmul, Tensor.__matmul__),
+    *MATMUL,
 }
 WIDENED = {
     *(functional.group_norm, functional.layer_norm, functional.rms_norm, functional.interpolate),
@@ -79,7 +81,8 @@ class Memory(TorchFunctionMode):
 
     def pull_back(self, output: list[Tensor], inputs: Iterable[Tensor]) -> int:
         """Bytes that are alive after a forward pass, before its only output, which is taken, is pulled back."""
-        self._casts, kept = None, self.now
+        self._casts = None
+        kept = self.now
         start = [torch.zeros_like(output[0])]
         # Edges of the graph instead of tensors, for which torch would leave the mode.
         ends = [get_gradient_edge(output.pop())]
@@ -99,17 +102,23 @@ class Memory(TorchFunctionMode):
             dtype = self._dtype if function in LOWERED else torch.float32
             args = tuple(self._cast(value, dtype) for value in args)
             kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
-        if function is functional.scaled_dot_product_attention:
-            names = ("query", "key", "value")
-            result = FusedAttention.apply(  # type: ignore[no-untyped-call]
-                *args[:3], *(kwargs[name] for name in names[len(args) :])
-            )
-        else:
-            result = function(*args, **kwargs)
+        result = self._run(function, args, kwargs)
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor):
                 self._note(value)
         return result
+
+    def _run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if function is functional.scaled_dot_product_attention:
+            names = ("query", "key", "value")
+            inputs = (*args[:3], *(kwargs[name] for name in names[len(args) :]))
+            return FusedAttention.apply(*inputs)  # type: ignore[no-untyped-call]
+        if function in MATMUL and args[0].ndim == args[1].ndim > 3:  # It folds what may have to be copied for it.
+            folded = [value.flatten(0, -3) for value in args]
+            for value in folded:
+                self._note(value)
+            return torch.bmm(*folded).unflatten(0, args[0].shape[:-2])
+        return function(*args, **kwargs)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         halves = (torch.bfloat16, torch.float16, torch.float32)
@@ -140,11 +149,10 @@ class Memory(TorchFunctionMode):
         self.now -= self._sizes.pop(storage)
 
 
-def encoded_prompts(family: Any, count: int) -> Conditioning:
+def encoded_prompts(family: Family, count: int) -> Conditioning:
     """A family's encoded prompts without values, N rows, of a pipeline on the meta device."""
     with Memory():
-        encoded: Conditioning = family.encode_without_values(count)
-    return encoded
+        return family.encode_without_values(count)
 
 
 class Passes:
@@ -167,28 +175,33 @@ class Passes:
         """Keep the networks."""
         self.networks, self.dtype, self.decoder = networks, dtype, decoder
         self._decode = decode or networks.family.decode
+        self._rows: dict[Family, Conditioning] = {}
 
     def forward(self, role: Role, count: int) -> int:
         """The most that a role's network takes at once for so many samples, without gradients."""
         inputs = self._inputs(role, count)
-        with torch.no_grad(), Memory(self._existing(*inputs), self.dtype) as memory:
+        memory = Memory(self._existing(*inputs), self.dtype)
+        with torch.no_grad(), memory:
             self._predict(role, *inputs)
-            return memory.peak
+        return memory.peak
 
     def update(self, role: Role, count: int) -> tuple[int, int]:
         """The activations that a role's forward pass keeps, and the most at once until the end of the backward pass."""
         inputs = self._inputs(role, count)
-        with Memory(self._existing(*inputs), self.dtype) as memory:
-            return memory.pull_back([self._predict(role, *inputs)], self.networks.parameters(role)), memory.peak
+        memory = Memory(self._existing(*inputs), self.dtype)
+        with memory:
+            kept = memory.pull_back([self._predict(role, *inputs)], self.networks.parameters(role))
+        return kept, memory.peak
 
     def decode(self, count: int, *, gradient: bool) -> int:
         """The most that decoding so many latents takes; with ``gradient``, and a gradient pulled back to them."""
         latents = torch.zeros(count, *self.networks.family.latent_shape, device="meta", requires_grad=gradient)
-        with torch.set_grad_enabled(gradient), Memory(self._existing(latents)) as memory:
+        memory = Memory(self._existing(latents))
+        with torch.set_grad_enabled(gradient), memory:
             images = [self._decode(latents)]
             if gradient:
                 memory.pull_back(images, [latents])
-            return memory.peak
+        return memory.peak
 
     def enable_checkpointing(self) -> None:
         """Recompute activations from now on, in the networks and the decoder."""
@@ -200,8 +213,10 @@ class Passes:
 
     def _inputs(self, role: Role, count: int) -> tuple[Tensor, Tensor, Conditioning]:
         family = self.networks.family_of(role)
+        if family not in self._rows:
+            self._rows[family] = encoded_prompts(family, 1)
         x_t = torch.zeros(count, *family.latent_shape, device="meta")
-        return x_t, torch.ones(count, device="meta"), encoded_prompts(family, count)
+        return x_t, torch.ones(count, device="meta"), self._rows[family].repeat(count)
 
     def _predict(self, role: Role, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         with self.networks.role(role):

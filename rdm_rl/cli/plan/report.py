@@ -175,9 +175,12 @@ def _networks(
     families = [one for one in (family, teacher) if one is not None]
     check_family_settings(args, families, matches_distributions=matches_distributions)
     meta, generator = torch.device("meta"), torch.Generator()
-    return make_networks(
+    networks = make_networks(
         family, teacher, lora_config(arguments), device=meta, dtype=_precision(args), generator=generator
     )
+    for role in ADAPTERS:
+        nn.Module.to(networks.module(role), meta)  # PEFT makes a second adapter on the CPU.
+    return networks
 
 
 def _tiny_decoder(model: str) -> AutoencoderTiny:
@@ -280,14 +283,16 @@ def _records(family: Family, args: RDMConfig, rewards: int) -> int:
     sample = (2 * args.num_inference_steps + rewards * args.num_replayed_steps) * latent
     sample += _bytes(encoded_prompts(family, 1).tensors.values())
     # The last rollouts are let go when the new ones are there.
-    return int(args.per_device_train_batch_size * (2 * args.gradient_accumulation_steps * sample + pixels))
+    count: int = args.per_device_train_batch_size
+    return count * (2 * int(args.gradient_accumulation_steps) * sample + pixels)
 
 
 def _measure(
     passes: Passes, args: RDMConfig, rewards: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
     """What each phase takes, and what an update keeps: both without and with checkpointing."""
-    networks, count = passes.networks, args.per_device_train_batch_size
+    networks = passes.networks
+    count: int = args.per_device_train_batch_size
     scale = args.teacher_guidance_scale
     scale = networks.teacher_family.teacher_guidance_scale if scale is None else scale
 
@@ -304,7 +309,10 @@ def _measure(
     )
     own, asked = samples("policy", args.guidance_scale), samples("teacher", scale)
     decoded, shown = (min(one, args.decode_batch_size) for one in (count, args.per_device_eval_batch_size))
-    fixed = {"rollout": passes.forward("policy", own), "teacher and fake score": passes.forward("teacher", asked)}
+    fixed = {
+        "rollout": passes.forward("policy", own),
+        "teacher and fake score": max(passes.forward("teacher", asked), passes.forward("fake_score", count)),
+    }
     if sees_images:
         fixed["reward images"] = passes.decode(decoded, gradient=False)
     if args.eval_strategy != "no" or args.eval_on_start:
