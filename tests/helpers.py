@@ -1,8 +1,11 @@
-"""Tiny real pipelines, built on the fly."""
+"""Tiny real pipelines, built on the fly; examples as modules; tables of the docs."""
 
 import json
+import re
 from collections.abc import Mapping
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,11 +18,30 @@ from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.networks.roles import Networks
 from rdm_rl.records import Conditioning, DenseAdvantage, PromptBatch, Rollout
 
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 # Its old name alone is known to older transformers, and warns in newer ones.
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in RDMConfig.__dataclass_fields__
 )
 PROMPTS = [{"prompt": f"the digit {digit}", "digit": digit} for digit in range(10)]
+
+
+def example(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """The rows of every table on a page of docs, outside of code."""
+    text = re.sub(
+        r"^```.*?^```$", "", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    rows = re.findall(r"^\|(.+)\|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in row.split("|")] for row in rows]
 
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:

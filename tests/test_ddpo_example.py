@@ -17,9 +17,17 @@ from safetensors.torch import load_file
 
 from rdm_rl import RDMConfig
 from rdm_rl.trainers.rdm_config import HONOURED, method_settings
-from tests.helpers import PROMPTS, WITHOUT_RDM, changed, quick_trainer, tiny_sd, trained_weights
-from tests.test_docs import table_rows
-from tests.test_examples import EXAMPLES, example
+from tests.helpers import (
+    EXAMPLES,
+    PROMPTS,
+    WITHOUT_RDM,
+    changed,
+    example,
+    quick_trainer,
+    table_rows,
+    tiny_sd,
+    trained_weights,
+)
 
 # The fields of TRL 0.23.1's configurations.
 SHARED_FIELDS = """

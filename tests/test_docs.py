@@ -20,9 +20,8 @@ from rdm_rl.cli.train import TrainArguments
 from rdm_rl.evaluation.metrics import SamplerMetrics
 from rdm_rl.rewards import registry
 from rdm_rl.trainers.rdm_config import HONOURED, METHODS
-from tests.helpers import tiny_trainer
+from tests.helpers import ROOT, table_rows, tiny_trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -76,12 +75,6 @@ def slugs(path: Path) -> set[str]:
     """The anchors of a page's headings, as code hosts make them."""
     headings = re.findall(r"^#+ +(.+)$", read(path).prose, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def table_rows(page: str) -> list[list[str]]:
-    """The rows of every table on a page of docs."""
-    rows = re.findall(r"^\|(.+)\|$", read(ROOT / "docs" / page).prose, re.MULTILINE)
-    return [[cell.strip() for cell in row.split("|")] for row in rows]
 
 
 def names_in_first_column(page: str) -> set[str]:

@@ -1,17 +1,15 @@
 """The example scripts run as they are, only shorter."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from rdm_rl.demo.data import load_digits
 from rdm_rl.rewards import registry
+from tests.helpers import example
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHORT = ["--warm_start_steps", "1", "--warm_start_num_states", "8", "--fake_score_warmup_steps", "1"]
 
 
@@ -19,13 +17,6 @@ SHORT = ["--warm_start_steps", "1", "--warm_start_num_states", "8", "--fake_scor
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
     monkeypatch.setenv("TQDM_DISABLE", "1")
-
-
-def example(name: str) -> ModuleType:
-    spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_custom_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

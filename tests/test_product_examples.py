@@ -21,8 +21,7 @@ from rdm_rl.rewards.registry import find_reward
 from rdm_rl.student import load_student
 from rdm_rl.trainers.rdm_config import method_settings
 from tests import tiny_pipelines
-from tests.helpers import WITHOUT_RDM, brightness, one_rollout, quick_trainer, tiny_sd
-from tests.test_examples import EXAMPLES, example
+from tests.helpers import EXAMPLES, WITHOUT_RDM, brightness, example, one_rollout, quick_trainer, tiny_sd
 
 PRODUCTS = ["sd15_gndmr", "sdxl_gndm", "sd3_gndmr", "flux_gndm"]
 TINY: dict[str, Callable[[Path], DiffusionPipeline]] = {

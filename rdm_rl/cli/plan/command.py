@@ -31,17 +31,16 @@ def plan_command(words: Sequence[str]) -> None:
     from rdm_rl.cli.parser import SettingsParser
     from rdm_rl.cli.plan.report import format_plan, make_plan
     from rdm_rl.cli.train import TrainArguments
-    from rdm_rl.demo.data import TEACHER_FOLDER
     from rdm_rl.trainers.rdm_config import RDMConfig
 
     # What a plan does not need and training does; and no setting may ask for a GPU that is not here.
     defaults = {"dataset": "digits", "model_name_or_path": "", "output_dir": "plan"}
     settings = SettingsParser((TrainArguments, RDMConfig), "", prog="rdm-rl plan", defaults=defaults)
     arguments, args = settings.parse([*rest, "--use_cpu", "true"])
-    model = own.model or arguments.model_name_or_path
-    if not model:
+    arguments.model_name_or_path = own.model or arguments.model_name_or_path
+    if not arguments.model:
         raise ValueError("--model is missing: pass it, or a --config with model_name_or_path.")
-    plan = make_plan(TEACHER_FOLDER if model == "digits" else model, arguments, args, gpus=own.gpus)
+    plan = make_plan(arguments.model, arguments, args, gpus=own.gpus)
     print(format_plan(plan))
     if own.json is not None:
         own.json.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
