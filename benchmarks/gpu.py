@@ -11,7 +11,7 @@ are random, so images and losses mean nothing; there are no text encoders, and e
 right shape (in a real run they are in the prompt cache); the reward is the mean brightness, so no reward model takes
 memory.
 
-On the CPU the allocator says nothing, so memory is counted tensor by tensor, as the plan counts it.
+On the CPU torch's profiler says what was allocated and freed; the run is then in float32.
 """
 
 import argparse
@@ -22,16 +22,19 @@ import statistics
 import time
 from contextlib import contextmanager
 from datetime import date
+from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from zlib import crc32
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from torch.profiler import ProfilerActivity, profile
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.cli.plan.activations import LiveBytes, conditioning_of, cuda_autocast
 from rdm_rl.cli.plan.memory import GIB
 from rdm_rl.cli.plan.model_sizes import MODELS
+from rdm_rl.cli.plan.passes import encoded_prompts
 from rdm_rl.cli.plan.report import make_plan
 from rdm_rl.cli.plan.skeleton import make_skeleton
 from rdm_rl.cli.train import TrainArguments
@@ -131,7 +134,7 @@ def blueprint_of(name, tiny):
 def without_text_encoders(blueprint):
     """The blueprint without them, and its family with random embeddings of the right shapes for encoded prompts."""
     kind = FAMILIES[blueprint["_class_name"]]
-    shapes = conditioning_of(load_family(make_skeleton(blueprint, torch.bfloat16)), 1).tensors
+    shapes = encoded_prompts(load_family(make_skeleton(blueprint, torch.bfloat16)), 1).tensors
 
     def encode_prompts(self, prompts):
         rows = {name: [] for name in shapes}
@@ -152,12 +155,25 @@ def random_pipeline(blueprint, device, seed=0):
     """The pipeline with random weights, made where they are used."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return make_skeleton(blueprint, torch.bfloat16, device)
+        return make_skeleton(blueprint, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
 
 
 def live_tensors():
     """All tensors of this process."""
     return [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+
+
+@contextmanager
+def allocated():
+    """The most that the CPU's allocator held at once beside what was there, in a list, after the context."""
+    most = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield most
+    with TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    sizes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    most.append(max(accumulate(size for _, size in sorted(sizes)), default=0))
 
 
 class Meter:
@@ -183,9 +199,9 @@ class Meter:
             existing, foreign = live_tensors(), {one.data_ptr() for one in self.others}
             sizes = {one.data_ptr(): one.untyped_storage().nbytes() for one in existing}
             before = sum(size for place, size in sizes.items() if place not in foreign)
-            with LiveBytes(existing) as live, cuda_autocast():
+            with allocated() as most:
                 yield
-            working = live.peak
+            working = most[0]
         known = self.phases.get(name, (0, 0))
         self.phases[name] = max(known[0], before), max(known[1], working)
 
@@ -235,7 +251,7 @@ def dry_run(name, *, tiny, updates, folder, use_cpu):
     args = RDMConfig(
         output_dir=str(folder / name),
         use_cpu=use_cpu,
-        bf16=True,
+        bf16=not use_cpu,
         **{CHECKPOINTING: True},
         resolution=16 if tiny else None,
         max_steps=updates,
@@ -316,7 +332,7 @@ def loads_again(pipeline, network_name, folder, saved):
 
 def report(results, device):
     """The table, as Markdown."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, counted tensor by tensor"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, float32, by torch's profiler"
     lines = [
         f"Measured on {date.today().isoformat()}, {gpu}, torch {torch.__version__}. Memory in GiB; "
         "*plan* is `rdm-rl plan` for the same settings.",

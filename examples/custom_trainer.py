@@ -34,7 +34,7 @@ from torch import Tensor
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, make_trainer
+from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
 from rdm_rl.records import Direction, Judgement, Rollout
 
 
@@ -75,7 +75,16 @@ def main(words: Sequence[str] | None = None) -> None:
     targets = arguments.reward_targets or {}
     targets = json.loads(targets) if isinstance(targets, str) else targets
 
-    trainer = make_trainer(arguments, args, trainer_class=TargetTrainer)
+    trainer = TargetTrainer(
+        arguments.model,
+        make_rewards(arguments.reward_funcs, arguments.reward_options),
+        args,
+        load_prompts(arguments),
+        teacher=arguments.teacher,
+        teacher_adapter=arguments.teacher_adapter,
+        policy_init=arguments.policy_init,
+        peft_config=lora_config(arguments),
+    )
     unknown = targets.keys() - trainer.rewards.keys()
     if unknown:
         raise ValueError(f"reward_targets has {sorted(unknown)}, but the rewards are {list(trainer.rewards)}.")

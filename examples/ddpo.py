@@ -46,7 +46,7 @@ from torch import Tensor
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, make_trainer
+from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.records import PromptBatch
@@ -134,7 +134,16 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments, args = parse(words)
     animals = arguments.dataset == "animals"
     data = [{"prompt": name} for name in ANIMALS] if animals else load_prompts(arguments)
-    trainer = make_trainer(arguments, args, data)
+    trainer = RDMTrainer(
+        arguments.model,
+        make_rewards(arguments.reward_funcs, arguments.reward_options),
+        args,
+        data,
+        teacher=arguments.teacher,
+        teacher_adapter=arguments.teacher_adapter,
+        policy_init=arguments.policy_init,
+        peft_config=lora_config(arguments),
+    )
     rows = [data[index % len(data)] for index in range(arguments.num_judged)]
     before, first_images = look(trainer, rows)
     trainer.train()

@@ -9,7 +9,7 @@ Whether you may use the model's weights is for its licence to say: accept it on 
 The student is a LoRA and a scheduler, which plain diffusers loads: the README.md beside it has the lines.
 
 **An experiment.** SenseFlow (arXiv 2506.00523) reports that plain DMD does not converge on this model, and adds two
-techniques of its own to make it. Whether GNDM does is not known: watch ``fake_score/lag`` and ``rewards/rdm/gap``
+techniques of its own to make it. Whether GNDM does is not known: watch ``fake_score/lag`` and ``rdm/gap``
 (docs/metrics.md).
 
 ========  ============================================================================================================
@@ -27,25 +27,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft import LoraConfig
+
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
+from rdm_rl.cli.train import TrainArguments, load_prompts, make_rewards
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, train and save."""
     parser = SettingsParser((TrainArguments, RDMConfig), str(__doc__), config=Path(__file__).with_suffix(".yaml"))
     arguments, args = parser.parse(words)
+    adapter = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha or arguments.lora_r,
+        target_modules=arguments.lora_target_modules,  # None: the family's own choice
+    )
     trainer = RDMTrainer(
-        model=arguments.model_name_or_path,
+        model=arguments.model,
         reward_funcs=make_rewards(arguments.reward_funcs, arguments.reward_options),
         args=args,
         train_dataset=load_prompts(arguments),
-        teacher=arguments.teacher,
+        teacher=arguments.teacher,  # None: the model itself
         teacher_adapter=arguments.teacher_adapter,
         policy_init=arguments.policy_init,
-        peft_config=lora_config(arguments),
+        peft_config=None if arguments.full else adapter,
     )
     trainer.train()
     trainer.save_model()

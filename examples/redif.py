@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from rdm_rl import ReDiFConfig, ReDiFTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, make_trainer
+from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
 
 
 @dataclass
@@ -53,7 +53,17 @@ def main(words: Sequence[str] | None = None) -> None:
             "Set it to a few."
         )
     train, held_out = rows[: -arguments.held_out], rows[-arguments.held_out :]
-    trainer = make_trainer(arguments, args, train, held_out, trainer_class=ReDiFTrainer)
+    trainer = ReDiFTrainer(
+        arguments.model,
+        make_rewards(arguments.reward_funcs, arguments.reward_options),
+        args,
+        train,
+        held_out,
+        teacher=arguments.teacher,
+        teacher_adapter=arguments.teacher_adapter,
+        policy_init=arguments.policy_init,
+        peft_config=lora_config(arguments),
+    )
     before = trainer.measure_alignment()
     trainer.train()
     after = trainer.measure_alignment()

@@ -1,4 +1,4 @@
-"""Tiny real pipelines, built on the fly."""
+"""Tiny real pipelines, built on the fly; examples as modules; tables of the docs."""
 
 import json
 import os
@@ -22,18 +22,20 @@ from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.networks.roles import Networks
 from rdm_rl.records import Conditioning, Direction, PromptBatch, Rollout
 
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 # Its old name alone is known to older transformers, and warns in newer ones.
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in RDMConfig.__dataclass_fields__
 )
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PROMPTS = [{"prompt": f"the digit {digit}", "digit": digit} for digit in range(10)]
 
 
 def table_rows(page: str) -> list[list[str]]:
     """The rows of every table on a page of docs, outside of code."""
-    prose = re.sub(r"^```.*?^```$", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(
+        r"^```.*?^```$", "", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     return [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\|(.+)\|$", prose, re.MULTILINE)]
 
 

@@ -19,9 +19,8 @@ from rdm_rl.cli.reference import settings_tables, with_tables
 from rdm_rl.evaluation.metrics import SamplerMetrics
 from rdm_rl.rewards import registry
 from rdm_rl.trainers.rdm_config import METHODS
-from tests.helpers import table_rows, tiny_trainer
+from tests.helpers import ROOT, table_rows, tiny_trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -3,42 +3,39 @@
 import json
 import runpy
 import shutil
-import subprocess
-import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 
-from rdm_rl.cli.plan.activations import LiveBytes, Rehearsal, conditioning_of, cuda_autocast
-from rdm_rl.cli.plan.memory import CARDS, GIB, Phase, Settings, Sizes, fits, kept, phases
+from rdm_rl.cli.main import main
+from rdm_rl.cli.plan.command import plan_command
+from rdm_rl.cli.plan.memory import CARDS, GIB, Phase, Setup, fits, kept, phases
 from rdm_rl.cli.plan.model_sizes import MODELS
-from rdm_rl.cli.plan.report import _rehearse, format_plan, make_plan, plan_command
+from rdm_rl.cli.plan.passes import Memory, Passes, encoded_prompts
+from rdm_rl.cli.plan.report import format_plan, make_plan
 from rdm_rl.cli.plan.skeleton import make_skeleton, read_blueprint
 from rdm_rl.cli.train import TrainArguments
-from rdm_rl.families import FAMILIES, load_family
+from rdm_rl.families import StableDiffusionFamily, load_family, register_family
 from rdm_rl.networks.roles import make_networks
+from rdm_rl.records import Conditioning
 from rdm_rl.rewards.registry import unregister_reward
 from tests.helpers import latents, tiny_config, tiny_sd, tiny_trainer
 from tests.tiny_pipelines import TINY
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARK = runpy.run_path(str(BENCHMARKS / "gpu.py"))
 
-def networks_on(device, pipeline, *, lora=True, dtype=torch.float32, autocast=None):
+
+def networks_on(device, pipeline, dtype=torch.float32):
     family = load_family(pipeline)
     family.border = lambda: "any"
     return make_networks(
-        family,
-        None,
-        LoraConfig(r=4) if lora else None,
-        device=torch.device(device),
-        dtype=dtype,
-        generator=torch.Generator(),
-        **({"autocast": autocast} if autocast else {}),
+        family, None, LoraConfig(r=4), device=torch.device(device), dtype=dtype, generator=torch.Generator()
     )
 
 
@@ -129,165 +126,168 @@ def test_a_skeleton_with_weights_is_made_where_and_as_it_is_asked(tmp_path) -> N
 
 @pytest.mark.parametrize("name", TINY)
 def test_encoded_prompts_have_the_shapes_that_the_family_gives(name, tmp_path) -> None:
-    family = load_family(TINY[name](tmp_path))
+    pipeline = TINY[name](tmp_path)
     prompt = "3" if name == "dit" else "a red cat"
-    real, planned = family.encode([prompt] * 2).tensors, conditioning_of(family, 2).tensors
+    real = load_family(pipeline).encode([prompt] * 2).tensors
+    planned = encoded_prompts(load_family(skeleton_of(pipeline, tmp_path / "saved")), 2).tensors
     assert {key: (value.shape, value.dtype) for key, value in planned.items()} == {
         key: (value.shape, value.dtype) for key, value in real.items()
     }
 
 
-class MyPipeline(StableDiffusionPipeline):
-    """A pipeline that the plan has never heard of."""
+class TwicePrompted(StableDiffusionFamily):
+    """A family of a user's own: it tells the network each prompt twice."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        states = super().encode_prompts(prompts).tensors["encoder_hidden_states"]
+        return Conditioning(tensors={"encoder_hidden_states": states.repeat(1, 2, 1)})
 
 
-def test_a_family_of_the_users_own_is_refused_with_a_reason(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(FAMILIES, "MyPipeline", FAMILIES["StableDiffusionPipeline"])
+def test_a_family_of_the_users_own_is_planned_as_it_encodes(tmp_path) -> None:
     base = tiny_sd(tmp_path)
-    family = load_family(MyPipeline(**base.components, requires_safety_checker=False))
-    with pytest.raises(ValueError, match="MyPipeline's encoded prompts are not known"):
-        conditioning_of(family, 1)
+    base.save_pretrained(tmp_path / "base")
+    args = tiny_config(tmp_path / "out")
+    usual = make_plan(tmp_path / "base", arguments_of(), args)
+    register_family("StableDiffusionPipeline", TwicePrompted)
+    try:
+        longer = make_plan(tmp_path / "base", arguments_of(), args)
+    finally:
+        register_family("StableDiffusionPipeline", StableDiffusionFamily)
+    row = 16 * 32 * 4
+    copies = args.per_device_train_batch_size * 2 * args.gradient_accumulation_steps
+    assert longer.kept["recorded rollouts"] - usual.kept["recorded rollouts"] == copies * row
+    assert longer.activations[0] > usual.activations[0]
 
 
-def test_every_family_of_the_library_is_known(tmp_path) -> None:
-    covered = {type(TINY[name](tmp_path)).__name__ for name in TINY} | {"DDIMPipeline"}
-    assert covered >= {*FAMILIES}
+# --- passes -----------------------------------------------------------------------------------------------------------
 
 
-# --- activations ------------------------------------------------------------------------------------------------------
-
-
-def test_live_bytes_counts_storages_once_and_forgets_them() -> None:
-    with LiveBytes() as live:
+def test_memory_counts_storages_once_and_forgets_them() -> None:
+    with Memory() as memory:
         first = torch.zeros(100)
         view = first[:50]
         other = first + 1
-        assert live.now == 800
+        assert memory.now == 800
         del first
-        assert live.now == 800  # The view still holds it.
+        assert memory.now == 800  # The view still holds it.
         del view
-        assert live.now == 400
-    assert live.peak == 800
+        assert memory.now == 400
+    assert memory.peak == 800
     assert other.shape == (100,)
 
 
-def test_live_bytes_sets_gradients_aside() -> None:
-    with LiveBytes() as live:
-        kept = torch.zeros(100)
-        live.set_aside(kept)
-        other = torch.zeros(10)
-    assert (live.peak, live.peak_beside) == (440, 400)
-    assert len(other) == 10
+def test_memory_sees_gradients_and_casts_as_cuda_does() -> None:
+    weight = torch.zeros(8, 8, device="meta", requires_grad=True)
+    x = torch.zeros(4, 8, device="meta")
+    with Memory([weight, x], torch.bfloat16) as memory:
+        output = nn.functional.layer_norm(nn.functional.linear(x, weight), (8,))
+        assert output.dtype == torch.float32
+        # The weight and the input in half precision; the product, widened for the norm, and the norm.
+        assert memory.now == 2 * (weight.numel() + x.numel()) + 2 * 4 * x.numel()
+        before = memory.now
+        memory.pull_back([output], [weight])
+    assert memory.peak > before
 
 
-def real_update(networks, count, dtype):
-    """Bytes of saved tensors of one update on real tensors, by storage, without weights; and live bytes."""
+def real_update(networks, count):
+    """Bytes of what autograd saves for the backward pass of an update on real tensors, and the allocator's peak."""
     family = networks.family
-    conditioning = conditioning_of(family, count)
+    inputs = family.encode(["3"] * count)
     state, t = latents(count, *family.latent_shape), torch.full((count,), 0.5)
-    known = {one.untyped_storage()._cdata for one in [*family.network.parameters(), *family.network.buffers()]}
-    known |= {one.untyped_storage()._cdata for one in [state, t, *conditioning.tensors.values()]}
+    existing = [*family.network.parameters(), *family.network.buffers(), state, t, *inputs.tensors.values()]
+    known = {one.untyped_storage().data_ptr() for one in existing}
     saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            saved[storage._cdata] = storage  # Kept alive, so that no other gets its address.
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage  # Kept alive, so that no other gets its address.
         return tensor
 
-    existing = [*family.network.parameters(), *family.network.buffers(), state, t, *conditioning.tensors.values()]
-    with (
-        LiveBytes(existing) as live,
-        cuda_autocast(),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        networks.role("policy"),
-        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-    ):
-        output = family.forward(networks.module("policy"), state, t, conditioning)
-    kept_bytes = live.now
-    saved.pop(output.untyped_storage()._cdata, None)
-    saved_bytes = sum(storage.nbytes() for storage in saved.values())
+    def forward():
+        with networks.role("policy"):
+            return family.forward(networks.module("policy"), state, t, inputs)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    total = sum(size.nbytes() for size in {**saved, 0: output.untyped_storage()}.values())
     saved.clear()
-    with live, cuda_autocast():
-        output.square().mean().backward()
-    return saved_bytes, kept_bytes - output.untyped_storage().nbytes(), live.peak
+    del output
+    with BENCHMARK["allocated"]() as most:
+        output = forward()
+        output.backward(torch.zeros_like(output))
+    return total, most[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["sd", "sd3", "flux_dev"])
-def test_activations_without_memory_are_those_of_real_tensors(name, dtype, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux_dev", "sana"])
+def test_passes_without_memory_take_what_real_ones_do(name, tmp_path) -> None:
     pipeline = TINY[name](tmp_path)
-    network = load_family(pipeline).network_name
-    skeleton = skeleton_of(pipeline, tmp_path / "saved", dtype)
-    getattr(pipeline, network).to(dtype)
-    rehearsal = Rehearsal(networks_on("meta", skeleton, dtype=dtype), dtype)
-    planned = rehearsal.update("policy", 2)
-    real = networks_on("cpu", pipeline, dtype=dtype)
-    saved, alive, peak = real_update(real, 2, dtype)
-    output = 4 * 2 * torch.Size(real.family.latent_shape).numel()
-    assert planned.kept - output == alive
-    # What is alive after a forward pass is what autograd saved for the backward pass.
-    assert saved == pytest.approx(alive, rel=0.01)
-    assert planned.peak == peak
+    kept_bytes, peak = Passes(networks_on("meta", skeleton_of(pipeline, tmp_path / "saved")), torch.float32).update(
+        "policy", 4
+    )
+    real = networks_on("cpu", pipeline)
+    saved, most = real_update(real, 4)
+    gradients = sum(one.nbytes for one in real.parameters("policy"))
+    # Numbers a row, which attention and norms keep beside their output, are not seen; rows are short here.
+    assert kept_bytes == pytest.approx(saved, rel=0.05)
+    assert peak + gradients == pytest.approx(most, rel=0.1)
 
 
 def test_checkpointing_keeps_less_and_batches_add_up(tmp_path) -> None:
-    rehearsal = Rehearsal(networks_on("meta", skeleton_of(TINY["sd3"](tmp_path), tmp_path / "saved")), torch.float32)
-    one, three, five = (rehearsal.update("policy", count) for count in (1, 3, 5))
-    assert five.kept - three.kept == pytest.approx(three.kept - one.kept, rel=0.03)
-    rehearsal.networks.enable_activation_checkpointing()
-    less = rehearsal.update("policy", 3)
-    assert less.kept < three.kept / 2
-    assert less.peak < three.peak
+    passes = Passes(networks_on("meta", skeleton_of(TINY["sd3"](tmp_path), tmp_path / "saved")), torch.bfloat16)
+    (one, _), (three, most), (five, _) = (passes.update("policy", count) for count in (1, 3, 5))
+    assert five - three == pytest.approx(three - one, rel=0.03)
+    passes.enable_checkpointing()
+    less, peak = passes.update("policy", 3)
+    assert less < three / 2
+    assert peak < most
 
 
 def test_a_forward_pass_keeps_nothing_and_the_decoder_has_a_graph_only_for_gradients(tmp_path) -> None:
-    rehearsal = Rehearsal(networks_on("meta", skeleton_of(tiny_sd(tmp_path), tmp_path / "saved")), torch.float32)
-    update, forward = rehearsal.update("policy", 2), rehearsal.forward("policy", 2)
-    assert forward.kept == 2 * 4 * 8 * 8 * 4
-    assert forward.peak < update.kept
-    assert rehearsal.decode(2, gradient=True).peak > 2 * rehearsal.decode(2, gradient=False).peak
-
-
-def test_no_patch_is_left_behind() -> None:
-    before = nn.functional.layer_norm
-    with pytest.raises(KeyError), cuda_autocast():
-        assert nn.functional.layer_norm is not before
-        raise KeyError
-    assert nn.functional.layer_norm is before
+    passes = Passes(networks_on("meta", skeleton_of(tiny_sd(tmp_path), tmp_path / "saved")), torch.float32)
+    assert 2 * 4 * 8 * 8 * 4 < passes.forward("policy", 2) < passes.update("policy", 2)[0]
+    assert passes.forward("teacher", 8) > 1.8 * passes.forward("teacher", 4)
+    assert passes.decode(2, gradient=True) > 2 * passes.decode(2, gradient=False)
 
 
 # --- the memory model -------------------------------------------------------------------------------------------------
 
+PARTS = {
+    **{"frozen networks": 1000, "policy": 100, "fake score": 100, "optimiser state": 400, "averaged policy": 200},
+    **{"gathered blocks": 30, "decoder": 50, "text encoders": 400, "reward models": 300},
+}
+WHOLE = sum(PARTS.values()) - 30
+AWAY = frozenset({"text_encoders", "rewards"})
 
-def test_phases_add_what_stays_to_what_works() -> None:
-    sizes = Sizes(frozen=1000, policy=100, fake_score=100, decoder=50, text_encoders=400, rewards=300)
-    found = phases(sizes, Settings(averages=2), {"rollout": 7, "reward images": 9})
-    stays = 1000 + 100 + 100 + 2 * 200 + 2 * 100 + 50 + 400 + 300
-    assert found["rollout"] == Phase(stays=stays, working=7)
-    assert found["optimiser step"].peak == stays + 2 * 100
-    away = Settings(averages=2, offload=frozenset({"text_encoders", "rewards"}))
-    found = phases(sizes, away, {"encode prompts": 0, "rollout": 7, "reward images": 9})
-    assert found["encode prompts"].peak == stays - 300
-    assert found["rollout"].peak == stays - 700 + 7
-    assert found["reward images"].peak == stays - 400 + 9
-    # All at the start: networks, decoder and text encoders alone.
-    found = phases(sizes, replace(away, caches_prompts=True), {"encode prompts": 0})
-    assert found["encode prompts"].peak == 1000 + 100 + 100 + 50 + 400
+
+@pytest.mark.parametrize(
+    ("phase", "setup", "expected"),
+    [
+        ("rollout", Setup(), Phase(stays=WHOLE, working=7)),
+        ("rollout", Setup(offload=AWAY), Phase(stays=WHOLE - 700, working=7)),
+        ("rollout", Setup(batch=3.0), Phase(stays=WHOLE, working=21)),
+        ("reward images", Setup(offload=AWAY, decoded=2.0), Phase(stays=WHOLE - 400, working=18)),
+        ("encode prompts", Setup(offload=AWAY), Phase(stays=WHOLE - 300, working=0)),
+        # All at the start: networks, decoder and text encoders alone.
+        ("encode prompts", Setup(offload=AWAY, caches_prompts=True), Phase(stays=1650, working=0)),
+        ("policy update", Setup(), Phase(stays=WHOLE, working=160)),
+        ("policy update", Setup(checkpointing=True), Phase(stays=WHOLE, working=120)),
+        ("optimiser step", Setup(), Phase(stays=WHOLE, working=200)),
+        ("optimiser step", Setup(fused=True), Phase(stays=WHOLE, working=100)),
+        ("rollout", Setup(shards=4), Phase(stays=WHOLE + 30 - 750, working=7)),
+        ("policy update", Setup(shards=4, full=True), Phase(stays=WHOLE + 30 - 1350, working=85)),
+    ],
+)
+def test_phases_add_what_stays_to_what_works(phase, setup, expected) -> None:
+    measured = {"rollout": (7, 7), "reward images": (9, 9), "policy update": (60, 20)}
+    assert phases(PARTS, measured, setup)[phase] == expected
 
 
 def test_sharding_cuts_copies_and_leaves_adapters_whole() -> None:
-    sizes = Sizes(frozen=1000, policy=100, fake_score=100, gathered=30)
-    adapters = kept(sizes, Settings(shards=4))
+    adapters, copies = kept(PARTS, Setup(shards=4)), kept(PARTS, Setup(shards=4, full=True))
     assert (adapters["frozen networks"], adapters["policy"], adapters["gathered blocks"]) == (250, 100, 30)
-    copies = kept(sizes, Settings(shards=4, full=True))
-    assert (copies["policy"], copies["optimiser state"], copies["averaged policy"]) == (25, 100, 25)
-    assert kept(sizes, Settings())["gathered blocks"] == 0
-
-
-def test_a_fake_score_that_is_never_trained_has_no_state() -> None:
-    sizes = Sizes(frozen=0, policy=10, fake_score=10)
-    assert kept(sizes, Settings(trains_fake_score=False))["optimiser state"] == 20
+    assert (copies["policy"], copies["optimiser state"], copies["averaged policy"]) == (25, 100, 50)
+    assert kept(PARTS, Setup())["gathered blocks"] == 0
 
 
 def test_a_card_holds_less_than_its_name_says() -> None:
@@ -314,7 +314,7 @@ def test_what_a_trainer_keeps_is_what_the_plan_says(lora, tmp_path) -> None:
     trainer.train()
     args = tiny_config(tmp_path / "plan", beta=0.1)
     plan = make_plan(tmp_path / "base", arguments_of(full=not lora), args)
-    parts = kept(plan.sizes, plan.settings)
+    parts = plan.kept
 
     networks = trainer.networks
     moments = [
@@ -416,8 +416,7 @@ def test_settings_that_lower_working_memory(folder, usual, tmp_path) -> None:
 def test_remedies_are_what_the_changed_run_would_take(folder, usual, tmp_path) -> None:
     found = planned(folder, tmp_path, "--activation_checkpointing", "true")
     assert usual["remedies"]["activation_checkpointing: true"] == found["peak"]
-    together = "all of activation_checkpointing, prompt_cache_dir, per_device_train_batch_size"
-    assert min(usual["remedies"], key=usual["remedies"].get) == together
+    assert min(usual["remedies"], key=usual["remedies"].get) == next(iter(usual["remedies"])) == "all of these"
     assert "decode_batch_size: 1" not in usual["remedies"]  # The policy update is what takes the most.
 
 
@@ -431,14 +430,19 @@ def test_full_copies_can_be_cut(folder, usual, tmp_path) -> None:
     assert "8 GPUs that share" in found["title"]
 
 
-def test_guidance_asks_the_teacher_twice_unless_it_is_told(folder, tmp_path) -> None:
-    rehearsal = Rehearsal(networks_on("meta", skeleton_of(tiny_sd(tmp_path), tmp_path / "saved")), torch.float32)
-    args = tiny_config(
-        tmp_path / "out", teacher_guidance_scale=3.0, fake_score_updates_per_policy_update=0, fake_score_warmup_steps=0
+def test_guidance_asks_the_teacher_twice_unless_it_is_told(tmp_path) -> None:
+    tiny_sd(tmp_path).save_pretrained(tmp_path / "base")
+    never = {"fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 0}
+    plain, guided = (
+        make_plan(
+            tmp_path / "base", arguments_of(), tiny_config(tmp_path / "out", teacher_guidance_scale=scale, **never)
+        )
+        for scale in (1.0, 3.0)
     )
-    found = _rehearse(rehearsal, args, {}).found
-    assert found["teacher and fake score"][0].peak > 1.8 * rehearsal.forward("teacher", 4).peak
-    assert "fake-score update" not in found
+    asked = "teacher and fake score"
+    assert guided.phases[asked].working > 1.4 * plain.phases[asked].working  # Plain, the fake score takes the most.
+    assert "fake-score update" not in guided.phases
+    assert guided.kept["optimiser state"] == 2 * guided.kept["policy"]
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sana", "dit", "unconditional"])
@@ -472,27 +476,19 @@ def test_mistakes_get_one_clear_line(words, message) -> None:
         plan_command(words)
 
 
-def test_the_command_line_knows_the_command(folder) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "rdm_rl.cli.main", "plan", "--model", str(folder), "--reward_funcs", "rdm"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "policy update" in run.stdout
-    assert "Warning" not in run.stderr
+def test_the_command_line_knows_the_command(folder, capsys) -> None:
+    assert main(["plan", "--model", str(folder), "--reward_funcs", "rdm"]) == 0
+    printed, warned = capsys.readouterr()
+    assert "policy update" in printed
+    assert "Warning" not in warned
 
 
 # --- the dry runs on a GPU, as far as a CPU can go --------------------------------------------------------------------
 
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def script():
-    yield runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    yield BENCHMARK
     unregister_reward("dry_run_brightness")
 
 
@@ -502,7 +498,7 @@ def test_a_tiny_dry_run_takes_what_the_plan_says(script, tmp_path, capsys) -> No
     (result,) = script["main"](words)
     assert result["finite"] and result["moved"] and result["reloads"]
     for name, phase in result["phases"].items():
-        assert phase["working"] == pytest.approx(phase["planned_working"], rel=0.15), name
+        assert phase["working"] == pytest.approx(phase["planned_working"], rel=0.2), name
         assert phase["before"] == pytest.approx(phase["planned_before"], rel=0.1), name
     assert "| sd35-medium | 16x16 | 4 |" in capsys.readouterr().out
     assert belongs_to_another.numel()

@@ -12,10 +12,10 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from rdm_rl import RDMConfig, RDMTrainer, ReDiFConfig
+from rdm_rl import RDMConfig, ReDiFConfig
 from rdm_rl.cli import main as cli
 from rdm_rl.cli.parser import FIRST_GROUP, OWN_GROUP, SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, make_trainer
+from rdm_rl.cli.train import TrainArguments, load_prompts
 from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.settings import groups, help_of
 from rdm_rl.trainers.inherited import HONOURED, INHERITED, UNUSED
@@ -241,36 +241,52 @@ def test_prompts_from_data_sets(tmp_path: Path) -> None:
 # ----- the trainer -----
 
 
-class Recorder(RDMTrainer):
+class Recorder:
     """A trainer that only notes what it is given."""
 
     def __init__(self, *given: Any, **options: Any) -> None:
-        self.given, self.options = given, options
+        type(self).given, type(self).options = given, options
+        self.accelerator = self
+
+    def train(self) -> None:
+        """Nothing."""
+
+    save_model = train
+    print = print
 
 
-def test_the_arguments_reach_the_trainer(tmp_path: Path) -> None:
-    args = RDMConfig(output_dir=str(tmp_path), use_cpu=True)
-    arguments = TrainArguments(
-        *("base", "digits"),
-        **{"teacher": "big", "teacher_adapter": "owner/style/a.safetensors", "policy_init": "lcm", "lora_r": 8},
-        reward_funcs=["rdm", "ink"],
-    )
-    trainer = make_trainer(arguments, args, trainer_class=Recorder)
-    model, rewards, settings, data, eval_data = trainer.given
-    assert (model, rewards, eval_data) == ("base", ["rdm", "ink"], None)
-    assert settings is args
-    assert data[0]["prompt"]
-    adapters = trainer.options.pop("peft_config")
-    assert (adapters.r, adapters.lora_alpha) == (8, 8)
-    assert trainer.options == {
-        **{"teacher": "big", "teacher_adapter": "owner/style/a.safetensors", "policy_init": "lcm"}
-    }
-
-    rows, held_out = [{"prompt": "a"}], [{"prompt": "b"}]
-    full = make_trainer(TrainArguments("digits", "digits", full=True), args, rows, held_out, trainer_class=Recorder)
-    assert full.given[0] == str(TEACHER_FOLDER)
-    assert full.given[3:] == (rows, held_out)
-    assert full.options["peft_config"] is None
+@pytest.mark.parametrize(
+    ("words", "model", "rewards", "expected", "ranks"),
+    [
+        (
+            "base --teacher big --teacher_adapter owner/style/a.safetensors --policy_init lcm --warm_start none "
+            "--lora_r 8 --reward_funcs rdm ink",
+            "base",
+            ["rdm", "ink"],
+            {"teacher": "big", "teacher_adapter": "owner/style/a.safetensors", "policy_init": "lcm"},
+            (8, 8),
+        ),
+        (
+            "digits --full",
+            str(TEACHER_FOLDER),
+            ["rdm"],
+            dict.fromkeys(("teacher", "teacher_adapter", "policy_init")),
+            None,
+        ),
+    ],
+)
+def test_the_arguments_reach_the_trainer(
+    words: str, model: str, rewards: list[str], expected: dict[str, Any], ranks: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("rdm_rl.cli.train.RDMTrainer", Recorder)
+    given = f"--model_name_or_path {words} --dataset digits --use_cpu --output_dir {tmp_path}".split()
+    assert cli.main(["train", *given]) == 0
+    assert Recorder.given[:2] == (model, rewards)
+    assert Recorder.given[2].output_dir == str(tmp_path)
+    assert Recorder.given[3][0]["prompt"]
+    adapters = Recorder.options.pop("peft_config")
+    assert (adapters and (adapters.r, adapters.lora_alpha)) == ranks
+    assert Recorder.options == expected
 
 
 def test_the_command_trains(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

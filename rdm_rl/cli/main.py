@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rdm_rl import __version__
-from rdm_rl.rewards.protocol import RewardError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,13 +43,22 @@ def run_script(function: Callable[[Sequence[str]], None]) -> int:
 def _explained(function: Callable[[], None], name: str, *, debug: bool) -> int:
     try:
         function()
-    # The hub's and diffusers' errors of loading are OSErrors; a reward may need a package that is not installed.
-    except (ValueError, OSError, ModuleNotFoundError, RewardError) as error:
+    except SystemExit:  # A help text, for which the import below would take seconds.
+        raise
+    except _mistakes() as error:
         if debug:
             raise
         print(f"{name}: {error} (--debug shows where)", file=sys.stderr)
         return 2
     return 0
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """What is explained in one line."""
+    from rdm_rl.rewards.protocol import RewardError
+
+    # The hub's and diffusers' errors of loading are OSErrors; a reward may need a package that is not installed.
+    return ValueError, OSError, ModuleNotFoundError, RewardError
 
 
 def _command(words: list[str]) -> None:
@@ -59,7 +67,7 @@ def _command(words: list[str]) -> None:
 
         train_command(words[1:])
     elif words[:1] == ["plan"]:
-        from rdm_rl.cli.plan.report import plan_command
+        from rdm_rl.cli.plan.command import plan_command
 
         plan_command(words[1:])
     else:

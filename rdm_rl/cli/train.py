@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import LoraConfig
@@ -15,8 +15,6 @@ from rdm_rl.rewards.registry import get_reward
 from rdm_rl.settings import Count, Folder, check, convert, setting
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
-
-Trainer = TypeVar("Trainer", bound=RDMTrainer)
 
 
 @dataclass
@@ -77,6 +75,11 @@ class TrainArguments(RewardNameSettings, AdapterSettings, SourceSettings):  # In
         """Read every value as its type."""
         convert(self)
         check(self)
+
+    @property
+    def model(self) -> str:
+        """The pipeline's folder or hub name."""
+        return str(TEACHER_FOLDER) if self.model_name_or_path == "digits" else self.model_name_or_path
 
 
 def load_prompts(arguments: TrainArguments) -> Any:
@@ -170,40 +173,6 @@ def lora_config(arguments: TrainArguments) -> LoraConfig | None:
     return LoraConfig(r=arguments.lora_r, lora_alpha=alpha, target_modules=modules)
 
 
-def make_trainer(
-    arguments: TrainArguments,
-    args: RDMConfig,
-    train_dataset: Any = None,
-    eval_dataset: Any = None,
-    *,
-    trainer_class: type[Trainer] = RDMTrainer,  # type: ignore[assignment]  # The default of a bound type variable.
-) -> Trainer:
-    """The trainer that the arguments and settings ask for.
-
-    Args:
-        arguments: What is trained on what.
-        args: The settings.
-        train_dataset: Rows with a ``prompt``; None for those that the arguments name.
-        eval_dataset: Rows for the sample grids; None for the first of the training set.
-        trainer_class: :class:`~rdm_rl.RDMTrainer`, or a class derived from it.
-
-    Returns:
-        The trainer, with everything loaded.
-    """
-    model = TEACHER_FOLDER if arguments.model_name_or_path == "digits" else arguments.model_name_or_path
-    return trainer_class(
-        str(model),
-        make_rewards(arguments.reward_funcs, arguments.reward_options),
-        args,
-        load_prompts(arguments) if train_dataset is None else train_dataset,
-        eval_dataset,
-        teacher=arguments.teacher,
-        teacher_adapter=arguments.teacher_adapter,
-        policy_init=arguments.policy_init,
-        peft_config=lora_config(arguments),
-    )
-
-
 def train_command(words: Sequence[str]) -> None:
     """Parse, train and save.
 
@@ -213,7 +182,16 @@ def train_command(words: Sequence[str]) -> None:
     """
     summary = "Distil a pipeline into a few-step student; `rdm-rl methods` lists what a method sets."
     arguments, args = SettingsParser((TrainArguments, RDMConfig), summary, prog="rdm-rl train").parse(words)
-    trainer: RDMTrainer = make_trainer(arguments, args)
+    trainer = RDMTrainer(
+        arguments.model,
+        make_rewards(arguments.reward_funcs, arguments.reward_options),
+        args,
+        load_prompts(arguments),
+        teacher=arguments.teacher,
+        teacher_adapter=arguments.teacher_adapter,
+        policy_init=arguments.policy_init,
+        peft_config=lora_config(arguments),
+    )
     trainer.train()
     trainer.save_model()
     trainer.accelerator.print(f"The student is in {args.output_dir}")

@@ -32,6 +32,10 @@ class DiTFamily(VariancePreservingFamily):
         """The classes, shape (N,), int64."""
         return Conditioning(tensors={"class_labels": torch.tensor(self.class_labels(prompts), device=self.device)})
 
+    def encode_without_values(self, count: int) -> Conditioning:
+        """Classes, shape (N,)."""
+        return Conditioning(tensors={"class_labels": torch.zeros(count, dtype=torch.int64, device=self.device)})
+
     def class_labels(self, prompts: Sequence[str]) -> list[int]:
         """The classes that prompts name.
 

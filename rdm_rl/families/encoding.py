@@ -97,6 +97,17 @@ class PromptEncoding(ABC):
         return self.encode_prompts([""])
 
     @torch.no_grad()
+    def encode_without_values(self, count: int) -> Conditioning:
+        """Encoded prompts on the meta device, where ``rdm-rl plan`` makes the pipeline: shapes and types alone.
+
+        A family whose encoding looks at words, or at values, overrides it.
+
+        Args:
+            count: Rows N.
+        """
+        return self.encode_prompts(["a prompt"] * count)
+
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The encoded prompts, one row each, on the family's device, without a graph; from the cache if there is one.
 

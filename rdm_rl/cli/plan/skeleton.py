@@ -9,6 +9,8 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 
 from rdm_rl.cli.plan.model_sizes import MODELS, Blueprint
@@ -25,9 +27,6 @@ def read_blueprint(model: str | Path | Blueprint) -> Blueprint:
         model: A name of :data:`rdm_rl.cli.plan.model_sizes.MODELS`, a folder in the diffusers layout (its configuration
             files are enough), a hub name, of which only configuration files are fetched, or a blueprint itself.
 
-    Returns:
-        The blueprint.
-
     Raises:
         FileNotFoundError: If there is no such folder, or a component's configuration is missing.
         OSError: If the hub does not give it.
@@ -37,12 +36,9 @@ def read_blueprint(model: str | Path | Blueprint) -> Blueprint:
         >>> read_blueprint("sd15")["unet"]["cross_attention_dim"]
         768
     """
-    if isinstance(model, dict):
-        return model
-    name = str(model)
-    if name in MODELS:
-        return MODELS[name]
-    folder = Path(name)
+    if isinstance(model, dict) or str(model) in MODELS:
+        return model if isinstance(model, dict) else MODELS[str(model)]
+    name, folder = str(model), Path(model)
     if not folder.is_dir() and "/" not in name:
         raise FileNotFoundError(
             f"--model {name!r} is neither a folder, nor a hub name 'owner/name', nor one of {', '.join(MODELS)}."
@@ -51,21 +47,14 @@ def read_blueprint(model: str | Path | Blueprint) -> Blueprint:
     if not folder.is_dir():
         with one_line_errors("model", name):
             folder = Path(snapshot_download(name, allow_patterns=CONFIG_FILES))
-    return _read_folder(folder)
-
-
-def _read_folder(folder: Path) -> Blueprint:
-    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    found: Blueprint = {}
-    for name, entry in index.items():
+    blueprint: Blueprint = {}
+    for part, entry in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
         if not isinstance(entry, list):  # The pipeline's own settings.
-            found[name] = entry
-            continue
-        files = [folder / name / "config.json", folder / name / "scheduler_config.json"]
-        file = next((one for one in files if one.is_file()), None)
-        if file is not None and entry[1] is not None:
-            found[name] = {**json.loads(file.read_text(encoding="utf-8")), "_class_name": entry[1]}
-    return found
+            blueprint[part] = entry
+        for file in (folder / part / "config.json", folder / part / "scheduler_config.json"):
+            if isinstance(entry, list) and entry[1] is not None and file.is_file():
+                blueprint[part] = {**json.loads(file.read_text(encoding="utf-8")), "_class_name": entry[1]}
+    return blueprint
 
 
 def make_skeleton(blueprint: Blueprint, dtype: torch.dtype = torch.float32, device: str | torch.device = "meta") -> Any:
@@ -78,7 +67,7 @@ def make_skeleton(blueprint: Blueprint, dtype: torch.dtype = torch.float32, devi
         device: Where the networks are made.
 
     Returns:
-        The pipeline, without tokenizers and without components that distillation does not use.
+        The pipeline, with tokenizers that know one word and without what distillation does not use.
 
     Raises:
         ValueError: If a component's class is unknown to diffusers and transformers.
@@ -92,41 +81,49 @@ def make_skeleton(blueprint: Blueprint, dtype: torch.dtype = torch.float32, devi
     if kind is None:
         raise ValueError(f"diffusers {diffusers.__version__} has no {blueprint['_class_name']}. Upgrade diffusers.")
     taken = inspect.signature(kind.__init__).parameters
-    parts: dict[str, Any] = {}
-    for name in taken:
-        entry = blueprint.get(name)
-        if isinstance(entry, dict) and "_class_name" in entry:
+    parts: dict[str, Any] = {
+        name: None
+        for name, parameter in taken.items()
+        if name not in ("self", "args", "kwargs") and parameter.default is inspect.Parameter.empty
+    }
+    for name, entry in blueprint.items():
+        if name in taken and isinstance(entry, dict) and "_class_name" in entry:
             parts[name] = _component(name, entry, torch.float32 if name == "vae" else dtype, torch.device(device))
-        elif entry is not None:
+        elif name in taken and entry is not None:
             parts[name] = entry
-        elif name not in ("self", "args", "kwargs") and taken[name].default is inspect.Parameter.empty:
-            parts[name] = None
+    for name in taken:
+        encoder = parts.get(name.replace("tokenizer", "text_encoder"))
+        if name.startswith("tokenizer") and encoder is not None:
+            parts[name] = _one_word_tokenizer(getattr(encoder.config, "max_position_embeddings", 512))
     if "requires_safety_checker" in taken:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return kind(**parts)
 
 
 def _component(name: str, entry: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """One network, or one scheduler; None for what no size depends on, such as a tokenizer."""
+    """One network, or one scheduler; None for what no size depends on."""
     config = {key: value for key, value in entry.items() if not key.startswith("_")}
-    kind: Any = getattr(diffusers, entry["_class_name"], None)
-    if kind is not None and not issubclass(kind, nn.Module):
+    library = diffusers if hasattr(diffusers, entry["_class_name"]) else transformers
+    kind: Any = getattr(library, entry["_class_name"], None)
+    is_network = inspect.isclass(kind) and issubclass(kind, nn.Module)
+    if not is_network and library is diffusers:
         return kind.from_config(config)
-    if kind is None:
-        kind = getattr(transformers, entry["_class_name"], None)
-        if not inspect.isclass(kind) or not issubclass(kind, nn.Module):
-            if name.startswith("text_encoder"):
-                raise ValueError(
-                    f"transformers {transformers.__version__} has no {entry['_class_name']}, the pipeline's {name}. "
-                    "Upgrade transformers."
-                )
-            return None
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # Or a network would take twice its memory while it is made.
-    try:
-        with device:
-            module = kind.from_config(config) if hasattr(kind, "from_config") else kind(kind.config_class(**config))
-    finally:
-        torch.set_default_dtype(usual)
-    # Tables are made in float32, and some on the CPU. The plain method: diffusers' own warns of what concerns files.
+    if not is_network and name.startswith("text_encoder"):
+        raise ValueError(
+            f"transformers {transformers.__version__} has no {entry['_class_name']}, the pipeline's {name}. "
+            "Upgrade transformers."
+        )
+    if not is_network:
+        return None
+    with device:
+        module = kind.from_config(config) if library is diffusers else kind(kind.config_class(**config))
+    # Some make a table on the CPU. The plain method: diffusers' own warns of what concerns files.
     return nn.Module.to(module, device, dtype)
+
+
+def _one_word_tokenizer(longest: int) -> Any:
+    """A tokenizer with which a pipeline encodes a prompt of the right length, whatever it says."""
+    words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="?", pad_token="?", model_max_length=longest
+    )
