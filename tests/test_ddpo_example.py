@@ -180,8 +180,7 @@ def test_statistics_never_mix_prompts(
 
 
 def test_the_page_has_every_old_field_beside_one_that_exists() -> None:
-    page = (EXAMPLES.parent / "docs" / "migration_from_trl.md").read_text(encoding="utf-8")
-    rows = [cells for cells in table_rows(page) if re.match(r"`[a-z]", cells[0])]
+    rows = [cells for cells in table_rows("migration_from_trl.md") if re.match(r"`[a-z]", cells[0])]
     listed = [re.findall(r"`(\w+)`", cells[0])[0] for cells in rows]
     assert sorted(listed) == sorted([*SHARED_FIELDS, *SHARED_FIELDS, *DDPO_FIELDS, *ALIGN_PROP_FIELDS])
     ours = {name for cells in rows for name in re.findall(r"`(\w+)`", cells[1])}
