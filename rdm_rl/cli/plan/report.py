@@ -246,14 +246,14 @@ def _parts(
 def _gathered(networks: Networks) -> int:
     """What FSDP holds whole at once: the outermost weights, the largest block, and the next one."""
     network = networks.module("policy")
-    adapters = {id(parameter) for parameter in networks.adapters}  # Never cut.
-
-    def size(module: nn.Module) -> int:
-        return _bytes(parameter for parameter in module.parameters() if id(parameter) not in adapters)
-
-    inside = {id(parameter) for block in blocks(network) for parameter in block.parameters()}
-    outermost = _bytes(one for one in network.parameters() if id(one) not in inside | adapters)
-    return min(outermost + 2 * max(map(size, blocks(network)), default=0), size(network))
+    seen = {id(parameter) for parameter in networks.adapters}  # Never cut.
+    sizes = []
+    for unit in (*blocks(network), network):  # Inner ones come first, and are gathered by themselves.
+        own = {id(parameter): parameter for parameter in unit.parameters() if id(parameter) not in seen}
+        sizes.append(_bytes(own.values()))
+        seen |= own.keys()
+    *inner, outermost = sizes
+    return min(outermost + 2 * max(inner, default=0), sum(sizes))
 
 
 def _reward_size(name: str, reward: Any, notes: list[str]) -> int:
