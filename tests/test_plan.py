@@ -23,12 +23,13 @@ from rdm_rl.cli.train import TrainArguments
 from rdm_rl.families import StableDiffusionFamily, load_family, register_family
 from rdm_rl.networks.roles import make_networks
 from rdm_rl.records import Conditioning
-from rdm_rl.rewards.registry import unregister_reward
+from rdm_rl.rewards.registry import register_reward, unregister_reward
 from tests.helpers import latents, tiny_config, tiny_sd, tiny_trainer
 from tests.tiny_pipelines import TINY
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BENCHMARK = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+unregister_reward("dry_run_brightness")  # Which it registers; other modules of this process do not know it.
 
 
 def networks_on(device, pipeline, dtype=torch.float32):
@@ -517,6 +518,7 @@ def test_the_command_line_knows_the_command(folder, capsys) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def script():
+    register_reward("dry_run_brightness", differentiable=True)(BENCHMARK["brightness"])
     yield BENCHMARK
     unregister_reward("dry_run_brightness")
 
