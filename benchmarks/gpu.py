@@ -40,7 +40,6 @@ from rdm_rl.cli.plan.skeleton import make_skeleton
 from rdm_rl.cli.train import TrainArguments
 from rdm_rl.families import FAMILIES, load_family, register_family
 from rdm_rl.records import Conditioning
-from rdm_rl.rewards.registry import register_reward
 
 # Older transformers know the second name only.
 CHECKPOINTING = (
@@ -116,10 +115,12 @@ TINY = {
 }
 
 
-@register_reward("dry_run_brightness", differentiable=True)
 def brightness(images, prompts):
     """The mean grey level."""
     return images.mean((1, 2, 3))
+
+
+brightness.differentiable = True
 
 
 def blueprint_of(name, tiny):
@@ -270,7 +271,7 @@ def dry_run(name, *, tiny, updates, folder, use_cpu):
         disable_tqdm=True,
         offload=["text_encoders"],
     )
-    rewards = ["rdm", "dry_run_brightness"]
+    rewards = ["rdm", f"{__file__}:brightness"]
     arguments = TrainArguments(model_name_or_path="", dataset="", reward_funcs=rewards, lora_r=RANK)
     plan = make_plan(full, arguments, args)
 

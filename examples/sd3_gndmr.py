@@ -25,23 +25,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft import LoraConfig
-
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, make_rewards
+from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, train and save."""
     parser = SettingsParser((TrainArguments, RDMConfig), str(__doc__), config=Path(__file__).with_suffix(".yaml"))
     arguments, args = parser.parse(words)
-    adapter = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha or arguments.lora_r,
-        target_modules=arguments.lora_target_modules,  # None: the family's own choice
-    )
     trainer = RDMTrainer(
         model=arguments.model,
         reward_funcs=make_rewards(arguments.reward_funcs, arguments.reward_options),
@@ -50,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
         teacher=arguments.teacher,  # None: the model itself
         teacher_adapter=arguments.teacher_adapter,
         policy_init=arguments.policy_init,
-        peft_config=None if arguments.full else adapter,
+        peft_config=lora_config(arguments),  # A LoraConfig; None with --full.
     )
     trainer.train()
     trainer.save_model()

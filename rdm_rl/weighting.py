@@ -373,12 +373,11 @@ class FixedWeighting(Weighting):
             return combine(directions, self.lambdas)
         rdm = directions[RDM]
         reference = torch.where(append_dims(rdm.applicable, rdm.values), rdm.values, 0.0)
-        scaled = {name: replace(one, values=self.lambdas[name] * one.values) for name, one in directions.items()}
-        kept = {
-            name: one if name == RDM else replace(one, values=remove_opposition(one.values, reference))
-            for name, one in scaled.items()
-        }
-        return combine(kept, dict.fromkeys(kept, 1.0))
+        pushes = {}
+        for name, one in directions.items():
+            push = self.lambdas[name] * one.values
+            pushes[name] = replace(one, values=push if name == RDM else remove_opposition(push, reference))
+        return combine(pushes, dict.fromkeys(pushes, 1.0))
 
 
 class AdaptiveWeighting(FixedWeighting):

@@ -23,13 +23,11 @@ from rdm_rl.cli.train import TrainArguments
 from rdm_rl.families import StableDiffusionFamily, load_family, register_family
 from rdm_rl.networks.roles import make_networks
 from rdm_rl.records import Conditioning
-from rdm_rl.rewards.registry import register_reward, unregister_reward
 from tests.helpers import latents, tiny_config, tiny_sd, tiny_trainer
 from tests.tiny_pipelines import TINY
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BENCHMARK = runpy.run_path(str(BENCHMARKS / "gpu.py"))
-unregister_reward("dry_run_brightness")  # Which it registers; other modules of this process do not know it.
 
 
 def networks_on(device, pipeline, dtype=torch.float32):
@@ -516,17 +514,10 @@ def test_the_command_line_knows_the_command(folder, capsys) -> None:
 # --- the dry runs on a GPU, as far as a CPU can go --------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def script():
-    register_reward("dry_run_brightness", differentiable=True)(BENCHMARK["brightness"])
-    yield BENCHMARK
-    unregister_reward("dry_run_brightness")
-
-
-def test_a_tiny_dry_run_takes_what_the_plan_says(script, tmp_path, capsys) -> None:
+def test_a_tiny_dry_run_takes_what_the_plan_says(tmp_path, capsys) -> None:
     belongs_to_another = torch.zeros(10_000_000)  # As tests that ran before leave some behind.
     words = ["--tiny", "--updates", "2", "--models", "sd35-medium", "--output_dir", str(tmp_path)]
-    (result,) = script["main"](words)
+    (result,) = BENCHMARK["main"](words)
     assert result["finite"] and result["moved"] and result["reloads"]
     for name, phase in result["phases"].items():
         assert phase["working"] == pytest.approx(phase["planned_working"], rel=0.2), name
@@ -535,10 +526,10 @@ def test_a_tiny_dry_run_takes_what_the_plan_says(script, tmp_path, capsys) -> No
     assert belongs_to_another.numel()
 
 
-def test_without_a_gpu_the_dry_runs_say_so(script) -> None:
+def test_without_a_gpu_the_dry_runs_say_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit, match="There is no GPU here"):
-        script["main"]([])
+        BENCHMARK["main"]([])
     text = (BENCHMARKS / "gpu.md").read_text()
-    assert text.count(script["TABLE"][0]) == text.count(script["TABLE"][1]) == 1
+    assert text.count(BENCHMARK["TABLE"][0]) == text.count(BENCHMARK["TABLE"][1]) == 1

@@ -15,7 +15,7 @@ from tqdm import trange
 from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl.networks.roles import Role
-from rdm_rl.policy import kl_divergence, make_sampler, rollout
+from rdm_rl.policy import kl_divergence, make_sampler
 from rdm_rl.randomness import normal, seeded_generator, seeded_generators
 from rdm_rl.ratio import check_unmoved, ratio_metrics
 from rdm_rl.rdm import distribution_matching, fake_score_loss, normalize_rewards, policy_loss
@@ -37,7 +37,7 @@ from rdm_rl.trainers.reward_settings import (
     warn_of_reward_settings,
 )
 from rdm_rl.trainers.setup import check_models, load_networks
-from rdm_rl.trainers.student_run import SPREAD_DECAY, StudentRun
+from rdm_rl.trainers.student_run import StudentRun
 from rdm_rl.weighting import (
     DirectionStatistics,
     RunningMean,
@@ -139,7 +139,7 @@ class RDMTrainer(StudentRun):
                 conflict=args.reward_conflict,
             )
         self.weighting = weighting
-        self.reward_spreads: dict[str, RunningMean] = {}
+        self.reward_spreads = defaultdict(lambda: RunningMean(decay=0.95))
         looked_at = train_dataset if eval_dataset is None else eval_dataset
         count = min(args.per_device_eval_batch_size, len(PromptSource(looked_at, 0, "eval_dataset")))
         eval_rows = [looked_at[index] for index in range(count)]
@@ -358,16 +358,7 @@ class RDMTrainer(StudentRun):
         Returns:
             The recorded chains.
         """
-        return rollout(
-            self.networks.predictor("policy", self.args.guidance_scale),
-            batch,
-            self.family.schedule,
-            self.times,
-            shape=self.family.latent_shape,
-            generator=self.generators("rollout", batch),
-            sampler=self.sampler,
-            step_noise=self.family.step_noise,
-        )
+        return self._walk(batch, self.generators("rollout", batch), self.sampler)
 
     def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Judgement]:
         """What every reward says of the samples at one recorded step.
@@ -411,7 +402,7 @@ class RDMTrainer(StudentRun):
         spreads = {}
         for name, seen in statistics.rewards.items():
             if seen.std is not None:
-                spread = self.reward_spreads.setdefault(name, RunningMean(decay=SPREAD_DECAY))
+                spread = self.reward_spreads[name]
                 spread.add(seen.std)
                 spreads[name] = spread.value or 0.0
         by_batch = self.args.reward_baseline == "batch"

@@ -57,7 +57,7 @@ def teacher_key(networks: Networks, args: RDMConfig, *, decoder: nn.Module | Non
     Returns:
         16 hexadecimal digits.
     """
-    families = [networks.teacher_family, networks.family]
+    families = [*dict.fromkeys((networks.teacher_family, networks.family))]  # Often one: its encoders are large.
     return cache_key(
         {"teacher": networks.module("teacher"), "decoder": decoder},
         prompts=[family.encoder_fingerprint() for family in families],

@@ -1,6 +1,7 @@
 """What a run does with its student beside the updates: optimisers, the warm start, samples and files."""
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,6 @@ from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import RunningMean, Weighting
 
 EVALUATION_SEED = 12345
-SPREAD_DECAY = 0.95
 
 
 class StudentRun(TrainingLoop):
@@ -40,7 +40,7 @@ class StudentRun(TrainingLoop):
     prompts: PromptSource
     rewards: dict[str, TrainingReward]
     reward_weights: dict[str, float]
-    reward_spreads: dict[str, RunningMean]
+    reward_spreads: defaultdict[str, RunningMean]
     weighting: Weighting
     sampler: Sampler
     times: Tensor
@@ -216,16 +216,20 @@ class StudentRun(TrainingLoop):
             The recorded chains.
         """
         with self.averaged_policy():
-            return rollout(
-                self.networks.predictor("policy", self.args.guidance_scale),
-                batch,
-                self.family.schedule,
-                self.times,
-                shape=self.family.latent_shape,
-                generator=generator,
-                sampler=make_sampler(self.args.sampler, 0.0),
-                step_noise=self.family.step_noise,
-            )
+            return self._walk(batch, generator, make_sampler(self.args.sampler, 0.0))
+
+    def _walk(self, batch: PromptBatch, generator: Generators, sampler: Sampler) -> Rollout:
+        """The chains of the policy as it is."""
+        return rollout(
+            self.networks.predictor("policy", self.args.guidance_scale),
+            batch,
+            self.family.schedule,
+            self.times,
+            shape=self.family.latent_shape,
+            generator=generator,
+            sampler=sampler,
+            step_noise=self.family.step_noise,
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Draw a grid of samples with fixed noise, save it, and send it to the trackers.
@@ -348,9 +352,7 @@ class StudentRun(TrainingLoop):
             self.reference.load(tensors["reference"], 0)
         self.weighting.load_state_dict(state["weighting"])
         self.load_state_dict(state["own"])
-        self.reward_spreads = {}
         for name, spread in state["reward_spreads"].items():
-            self.reward_spreads[name] = RunningMean(decay=SPREAD_DECAY)
             self.reward_spreads[name].load(spread)
         self._last_checkpoint = folder
         # Another process's samples are not saved: with several, the first lag after resuming is left out.
