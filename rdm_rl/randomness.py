@@ -69,4 +69,4 @@ def uniform(count: int, generator: Generators) -> Tensor:
     """
     if isinstance(generator, torch.Generator):
         return torch.rand(count, generator=generator)
-    return torch.cat([torch.rand(1, generator=one) for one in generator])
+    return torch.cat([torch.rand(1, generator=sample_generator) for sample_generator in generator])

@@ -263,10 +263,10 @@ def combine(directions: Mapping[str, Direction], lambdas: Mapping[str, float]) -
         KeyError: If a reward has no weight.
     """
     terms = [
-        lambdas[name] * torch.where(append_dims(one.applicable, one.values), one.values, 0.0)
-        for name, one in directions.items()
+        lambdas[name] * torch.where(append_dims(direction.applicable, direction.values), direction.values, 0.0)
+        for name, direction in directions.items()
     ]
-    applicable = torch.stack([one.applicable for one in directions.values()]).any(0)
+    applicable = torch.stack([direction.applicable for direction in directions.values()]).any(0)
     return Direction(values=torch.stack(terms).sum(0), applicable=applicable)
 
 

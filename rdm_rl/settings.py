@@ -133,13 +133,13 @@ def groups(kind: type) -> dict[str, dict[str, Field[Any]]]:
     Returns:
         For the title of each group, its fields by name, with the defaults that they have in ``kind``; in their order.
     """
-    found: dict[str, dict[str, Field[Any]]] = {}
-    own = {each.name: each for each in fields(kind)}
+    groups: dict[str, dict[str, Field[Any]]] = {}
+    settings = {each.name: each for each in fields(kind)}
     for parent in reversed(kind.__mro__):
         if parent.__name__.endswith("Settings"):
             title = str(parent.__doc__).split("\n", 1)[0].rstrip(".")
-            found.setdefault(title, {}).update({name: own[name] for name in parent.__annotations__})
-    return found
+            groups.setdefault(title, {}).update({name: settings[name] for name in parent.__annotations__})
+    return groups
 
 
 def help_of(kind: type, name: str) -> str:

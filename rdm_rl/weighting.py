@@ -138,7 +138,7 @@ def measure_directions(
     """
     names = list(directions[0])
     sums = {
-        name: _sum(_direction_sums(one[name], None if name == RDM else one.get(RDM)) for one in directions)
+        name: _sum(_direction_sums(by_name[name], None if name == RDM else by_name.get(RDM)) for by_name in directions)
         for name in names
     }
     rows = total(torch.stack([*sums.values()])).tolist()
@@ -161,8 +161,8 @@ def _value_sums(judged: Judgement, groups: Tensor) -> Tensor:
     if judged.rewards is None:
         return torch.tensor([0.0] * 6 + [judged.faults], dtype=torch.float64)
     known = ~judged.rewards.isnan()
-    values, own = judged.rewards[known].cpu().double(), groups[known].cpu()
-    flat = [bool((values[own == group] == values[own == group][0]).all()) for group in own.unique()]
+    values, ids = judged.rewards[known].cpu().double(), groups[known].cpu()
+    flat = [bool((values[ids == group] == values[ids == group][0]).all()) for group in ids.unique()]
     sums = [values.sum().item(), values.square().sum().item(), len(values), len(known), sum(flat), len(flat)]
     return torch.tensor([*sums, judged.faults], dtype=torch.float64)
 
@@ -374,9 +374,9 @@ class FixedWeighting(Weighting):
         rdm = directions[RDM]
         reference = torch.where(append_dims(rdm.applicable, rdm.values), rdm.values, 0.0)
         pushes = {}
-        for name, one in directions.items():
-            push = self.lambdas[name] * one.values
-            pushes[name] = replace(one, values=push if name == RDM else remove_opposition(push, reference))
+        for name, direction in directions.items():
+            push = self.lambdas[name] * direction.values
+            pushes[name] = replace(direction, values=push if name == RDM else remove_opposition(push, reference))
         return combine(pushes, dict.fromkeys(pushes, 1.0))
 
 
@@ -517,8 +517,8 @@ class BudgetedWeighting(AdaptiveWeighting):
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and the factor."""
-        own = {"factor": self.factor, "gap": self.gap.state(), "cold_gap": self.cold_gap.state()}
-        return super().state_dict() | own
+        budget = {"factor": self.factor, "gap": self.gap.state(), "cold_gap": self.cold_gap.state()}
+        return super().state_dict() | budget
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the averages and the factor back."""
@@ -565,16 +565,16 @@ def reward_metrics(statistics: DirectionStatistics, weighting: Weighting) -> dic
         Numbers by name; ``docs/metrics.md`` says what each means. A number that nothing is known of is left out.
     """
     metrics = dict(weighting.metrics)
-    for name, one in statistics.rewards.items():
+    for name, reward in statistics.rewards.items():
         numbers = {
-            "mean": one.mean,
-            "std": one.std,
-            "applicable": one.applicable,
-            "frac_zero_std": one.frac_zero_std,
-            "faults": one.faults,
-            "acted": float(one.rms is not None),
-            "direction_rms": one.rms,
-            "cosine_to_rdm": one.cosine,
+            "mean": reward.mean,
+            "std": reward.std,
+            "applicable": reward.applicable,
+            "frac_zero_std": reward.frac_zero_std,
+            "faults": reward.faults,
+            "acted": float(reward.rms is not None),
+            "direction_rms": reward.rms,
+            "cosine_to_rdm": reward.cosine,
             "lambda": weighting.lambdas.get(name),
         }
         metrics |= {f"rewards/{name}/{key}": value for key, value in numbers.items() if value is not None}

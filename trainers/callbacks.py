@@ -68,7 +68,9 @@ def _without_model(tracker: TrainerCallback) -> TrainerCallback:
 
 def make_state(handler: CallbackHandler, is_local_zero: bool, is_world_zero: bool) -> TrainerState:
     """A fresh trainer state that exports the callbacks that can be exported."""
-    stateful = [one for one in [*handler.callbacks, TrainerControl()] if isinstance(one, ExportableState)]
+    stateful = [
+        callback for callback in [*handler.callbacks, TrainerControl()] if isinstance(callback, ExportableState)
+    ]
     return TrainerState(
         is_local_process_zero=is_local_zero, is_world_process_zero=is_world_zero, stateful_callbacks=stateful
     )

@@ -51,8 +51,8 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     folder = Path(output_dir)
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
-    return [path for _, path in sorted(found) if (path / "trainer_state.json").is_file()]
+    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(numbered) if (path / "trainer_state.json").is_file()]
 
 
 def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
@@ -69,13 +69,13 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
         FileNotFoundError: If there is none.
     """
     if str(wish).lower() == "true":  # The command line gives text.
-        found = checkpoints(output_dir)
-        if not found:
+        complete = checkpoints(output_dir)
+        if not complete:
             raise FileNotFoundError(
                 f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint. Start without it, "
                 "or give a checkpoint's folder."
             )
-        return found[-1]
+        return complete[-1]
     folder = Path(str(wish))
     if not (folder / "trainer_state.json").is_file():
         raise FileNotFoundError(f"resume_from_checkpoint={str(wish)!r} is no complete checkpoint of rdm_rl.")
@@ -117,12 +117,12 @@ def check_settings(
             )
     # Where in the data the run is: each update takes a batch for each process and accumulated gradient.
     name = "gradient_accumulation_steps"
-    batches, own = saved[name] * saved["num_processes"], settings[name] * processes
-    if batches != own:
+    batches, batches_now = saved[name] * saved["num_processes"], settings[name] * processes
+    if batches != batches_now:
         fitting = f"Set {name}={batches // processes}" if batches % processes == 0 else "Take a number that divides it"
         raise ValueError(
             f"The checkpoint {str(folder)!r} was made with {batches} batches in an update ({saved['num_processes']} "
-            f"process(es), {name}={saved[name]}), but this run has {own} ({processes} process(es), "
+            f"process(es), {name}={saved[name]}), but this run has {batches_now} ({processes} process(es), "
             f"{name}={settings[name]}). {fitting}, or start a new run."
         )
 

@@ -40,6 +40,7 @@ class TrainingLoop(ABC):
         """Find the processes and devices."""
         self.args = args
         self.accelerator = Accelerator(mixed_precision=precision(args), cpu=args.use_cpu)
+        self.device: torch.device = self.accelerator.device
         check_processes(self.accelerator.num_processes)
         if args.shard:
             check_sharding(self.accelerator.num_processes)
@@ -132,12 +133,6 @@ class TrainingLoop(ABC):
             self.log(measured)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the networks live."""
-        device: torch.device = self.accelerator.device
-        return device
-
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which networks run: mixed precision, if ``bf16`` or ``fp16`` is set."""
         # Autocast keeps the weights that it has cast until the context ends. Of sharded networks these would be whole.
@@ -145,25 +140,14 @@ class TrainingLoop(ABC):
         context: AbstractContextManager[Any] = self.accelerator.autocast(handler)
         return context
 
-    def _global_step(self) -> int:
-        return int(self.state.global_step)
-
-    def is_logging_step(self) -> bool:
-        """Whether an update on the coming rollout will be logged: health numbers cost a rollout and three passes."""
-        args, first = self.args, int(self.state.global_step) + 1
-        return args.logging_strategy == "steps" and any(
-            step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-            for step in range(first, first + args.num_iterations)
-        )
-
     def _window_means(self) -> dict[str, float]:
         """Means since the last log, over processes too, with throughput and memory."""
         steps, seconds, means = self._window.flush()
         if self.accelerator.num_processes > 1:
             # By name: a reward that applied to no sample of a process has no number there.
             everyone = gather_object([means])
-            names = {name: None for one in everyone for name in one}
-            means = {name: fmean(one[name] for one in everyone if name in one) for name in names}
+            names = {name: None for means in everyone for name in means}
+            means = {name: fmean(means[name] for means in everyone if name in means) for name in names}
         images = steps / self.args.num_iterations * self.prompts_per_step * self.args.num_generations
         passes = self.args.num_iterations + self.args.fake_score_updates_per_policy_update
         return means | {

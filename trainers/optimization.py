@@ -77,11 +77,11 @@ class RoleOptimizer:
         """Take that state back, whole as a checkpoint has it."""
         saved = state["optimizer"]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        own = {
+        restored = {
             index: {name: _own(value, parameters[index]) for name, value in values.items()}
             for index, values in saved["state"].items()
         }
-        self.optimizer.load_state_dict({**saved, "state": own})
+        self.optimizer.load_state_dict({**saved, "state": restored})
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

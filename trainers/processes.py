@@ -36,7 +36,7 @@ def refuse_foreign_sharding() -> None:
             )
 
 
-def check_processes(found: int) -> None:
+def check_processes(count: int) -> None:
     """Compare the number of processes of the run with what was asked for.
 
     ``accelerate launch`` starts a single process without a word where it finds no several GPUs, whatever
@@ -45,22 +45,22 @@ def check_processes(found: int) -> None:
     read; where that is not ``accelerate launch``, nothing is compared.
 
     Args:
-        found: The number of processes that train together.
+        count: The number of processes that train together.
 
     Raises:
         ValueError: If torchrun started several processes, but each would train alone and write the same files.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-    if started > found:
+    if started > count:
         raise ValueError(
-            f"{started} processes were started, but {found} train together: accelerate found no GPUs, so each would "
+            f"{started} processes were started, but {count} train together: accelerate found no GPUs, so each would "
             "train alone and overwrite the others' files. Set use_cpu=True to train on CPUs, or start one process."
         )
     asked = processes_asked_for()
-    if asked is not None and found < asked:
+    if asked is not None and count < asked:
         warnings.warn(
-            f"`accelerate launch` was asked for {asked} processes, but started {found}: it starts several only on "
-            f"several GPUs. Each update has {found}/{asked} of the samples that were meant. On CPUs, use "
+            f"`accelerate launch` was asked for {asked} processes, but started {count}: it starts several only on "
+            f"several GPUs. Each update has {count}/{asked} of the samples that were meant. On CPUs, use "
             f"`torchrun --nproc_per_node {asked} script.py` with use_cpu=True; on GPUs, check that they are visible "
             "and that accelerate's configuration says distributed_type: MULTI_GPU.",
             stacklevel=2,

@@ -145,9 +145,9 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
         self._refuse_ignored_fields()
         if str(self.resume_from_checkpoint) == "True":  # The newest one, which the command line calls by this text.
             self.resume_from_checkpoint = "true"
-        own = {each.name for each in fields(self)} - {each.name for each in fields(TrainingArguments)}
-        convert(self, own | HONOURED)
-        check(self, own | {*RDMConfig.__annotations__})
+        ours = {each.name for each in fields(self)} - {each.name for each in fields(TrainingArguments)}
+        convert(self, ours | HONOURED)
+        check(self, ours | {*RDMConfig.__annotations__})
         launched = processes.LAUNCHED_PRECISION  # As in transformers' trainer it counts, unless a setting does.
         if launched in ("bf16", "fp16") and not (self.bf16 or self.fp16):
             setattr(self, launched, True)

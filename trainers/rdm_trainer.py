@@ -23,26 +23,18 @@ from rdm_rl.records import Conditioning, Direction, Experience, Judgement, LossO
 from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
-from rdm_rl.trainers.checkpointing import (
-    check_settings,
-    find_checkpoint,
-)
+from rdm_rl.trainers.checkpointing import check_settings, find_checkpoint
 from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer
 from rdm_rl.trainers.prompts import PromptSource, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.reward_context import make_reward_context
-from rdm_rl.trainers.reward_settings import (
-    check_policy_gradient_settings,
-    check_weighting_settings,
-    warn_of_reward_settings,
-)
+from rdm_rl.trainers.reward_settings import check_reward_settings, choose_weighting, warn_of_reward_settings
 from rdm_rl.trainers.setup import check_models, load_networks
 from rdm_rl.trainers.student_run import StudentRun
 from rdm_rl.weighting import (
     DirectionStatistics,
     RunningMean,
     Weighting,
-    make_weighting,
     measure_directions,
     measure_rewards,
     reward_metrics,
@@ -107,11 +99,6 @@ class RDMTrainer(StudentRun):
         self.reward_weights = reward_weights(
             list(rewards), args.reward_weights, adaptive=args.reward_weighting != "fixed"
         )
-        if "rdm" in rewards and not args.fake_score_updates_per_policy_update:
-            raise ValueError(
-                "reward_funcs has 'rdm', which compares the teacher with the fake score, but the fake score is never "
-                "trained: fake_score_updates_per_policy_update=0. Set it to 5, say, or leave out 'rdm'."
-            )
         if train_dataset is None:
             raise ValueError("train_dataset is missing: pass rows with a 'prompt' column.")
         self.prompts = PromptSource(train_dataset, args.seed if args.data_seed is None else args.data_seed)
@@ -121,24 +108,8 @@ class RDMTrainer(StudentRun):
             list(other_columns([train_dataset[0]], 1)),
             pathwise=args.reward_gradient == "pathwise",
         )
-        check_policy_gradient_settings(args, self.rewards)
-        if weighting is not None and not isinstance(weighting, Weighting):
-            raise TypeError(
-                f"weighting={weighting!r} does not derive from rdm_rl.weighting.Weighting. Derive from it and override "
-                "combine(directions), and update(statistics, step) if it learns from them."
-            )
-        check_weighting_settings(args, list(rewards), weighting)
-        if weighting is None:
-            weighting = make_weighting(
-                args.reward_weighting,
-                self.reward_weights,
-                budget=args.fidelity_budget,
-                reference=args.adaptive_reference,
-                start_step=args.reward_start_step,
-                ramp_steps=args.reward_ramp_steps,
-                conflict=args.reward_conflict,
-            )
-        self.weighting = weighting
+        check_reward_settings(args, self.rewards)
+        self.weighting = choose_weighting(args, self.reward_weights, weighting)
         self.reward_spreads = defaultdict(lambda: RunningMean(decay=0.95))
         looked_at = train_dataset if eval_dataset is None else eval_dataset
         count = min(args.per_device_eval_batch_size, len(PromptSource(looked_at, 0, "eval_dataset")))
@@ -155,6 +126,7 @@ class RDMTrainer(StudentRun):
             autocast=self.autocast,
         )
         self.networks, self.model_name = self._models.networks, self._models.name
+        self.family = self.networks.family
         for role in get_args(Role):
             self.share_parameters(self.networks.parameters(role))
         # A checkpoint holds what is trained; these say what it belongs to.
@@ -169,7 +141,7 @@ class RDMTrainer(StudentRun):
             self.teacher_guidance_scale,
             first_time=float(self.times[0]),
             device=self.device,
-            global_step=self._global_step,
+            global_step=lambda: self.state.global_step,
             last_checkpoint=lambda: self._last_checkpoint,
             distribution_matching=self.compute_distribution_matching,
             anywhere=self.on_any_process if args.shard else bool,
@@ -177,7 +149,7 @@ class RDMTrainer(StudentRun):
         for reward in self.rewards.values():
             reward.bind(context)
         warn_of_reward_settings(args, self.rewards, self.reward_weights, self.weighting)
-        self._own_optimizers = optimizers
+        self._optimizer_factories = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}
         self.average: PolicyAverage | None = None
         self.reference: PolicyAverage | None = None
@@ -230,7 +202,7 @@ class RDMTrainer(StudentRun):
         Returns:
             Numbers for the log.
         """
-        number, iteration = divmod(self._global_step(), self.args.num_iterations)
+        number, iteration = divmod(self.state.global_step, self.args.num_iterations)
         metrics: dict[str, float] = {}
         if iteration == 0 or not self.experiences:
             rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(number)]
@@ -241,7 +213,7 @@ class RDMTrainer(StudentRun):
     def _update_fake_score_on(self, rollouts: Sequence[Rollout], number: int) -> dict[str, float]:
         """The fake score's updates on new samples, a rollout for each micro-batch."""
         count = self.args.fake_score_updates_per_policy_update
-        metrics = self._fake_score_health(rollouts[0]) if count and self.is_logging_step() else {}
+        metrics = self._fake_score_health(rollouts[0]) if count and self._is_logging_step() else {}
         for index in range(count):
             metrics |= self._update_fake_score(rollouts, "fake_score", number * count + index)
         self._last_rollout = rollouts[0]
@@ -258,13 +230,13 @@ class RDMTrainer(StudentRun):
         )
         advantages = self.compute_advantages(judged, judgements, statistics)
         self.experiences = [
-            Experience(rollout=rollout, step=step, directions=self.compute_directions(rollout, step, said, given))
-            for (rollout, step), said, given in zip(recorded, judgements, advantages, strict=True)
+            Experience(rollout=rollout, step=step, directions=self.compute_directions(rollout, step, said, normalised))
+            for (rollout, step), said, normalised in zip(recorded, judgements, advantages, strict=True)
         ]
         self._is_fresh = True
         directions = [experience.directions for experience in self.experiences]
         statistics = measure_directions(statistics, directions, self.sum_over_processes)
-        self.weighting.update(statistics, self._global_step())
+        self.weighting.update(statistics, self.state.global_step)
         metrics = _means(_reward_numbers(*both) for both in zip(judgements, directions, strict=True))
         return metrics | reward_metrics(statistics, self.weighting)
 
@@ -291,15 +263,15 @@ class RDMTrainer(StudentRun):
                 "A black-box reward or beta needs the likelihood of random steps, but generate_rollout() returned a "
                 "Rollout without any: give it the sampler's transitions, as rdm_rl.policy.rollout does."
             )
-        left = [
+        candidates = [
             step
             for step in every
             if any(reward.acts_on(step, rollout) for reward in acting) or (self.args.beta and rollout.is_random(step))
         ]
-        left = left or [*every]
+        candidates = candidates or [*every]
         generator = seeded_generator(self.args.seed, "replayed_step", number)
-        count = min(self.args.num_replayed_steps, len(left))
-        return [left.pop(int(torch.randint(len(left), (1,), generator=generator))) for _ in range(count)]
+        count = min(self.args.num_replayed_steps, len(candidates))
+        return [candidates.pop(int(torch.randint(len(candidates), (1,), generator=generator))) for _ in range(count)]
 
     def prompt_batches(self, update: int, stream: str = "train") -> Iterator[PromptBatch]:
         """The micro-batches of this process for one rollout.
@@ -342,11 +314,13 @@ class RDMTrainer(StudentRun):
         if args.group_noise == "own" and args.noise_pool is None and args.teacher_cache_dir is None:
             return None
         size = args.num_generations if args.group_noise == "shared" else 1
-        generators = seeded_generators(args.seed, f"{stream}/noise_seed", update, (one // size for one in sample_ids))
+        generators = seeded_generators(
+            args.seed, f"{stream}/noise_seed", update, (sample // size for sample in sample_ids)
+        )
         if args.noise_pool is None:
-            return [int(torch.randint(2**62, (1,), generator=one)) for one in generators]
+            return [int(torch.randint(2**62, (1,), generator=generator)) for generator in generators]
         # A pool belongs to its prompt and not to the run, so that another run finds the same teacher images.
-        drawn = [int(torch.randint(args.noise_pool, (1,), generator=one)) for one in generators]
+        drawn = [int(torch.randint(args.noise_pool, (1,), generator=generator)) for generator in generators]
         return [crc32(prompt.encode()) << 24 | number for prompt, number in zip(prompts, drawn, strict=True)]
 
     def generate_rollout(self, batch: PromptBatch) -> Rollout:
@@ -547,18 +521,18 @@ class RDMTrainer(StudentRun):
 
     def _fake_score_loss(self, rollout: Rollout, stream: str, update: int) -> LossOutput:
         """The loss on a rollout: the steps, times and noise are drawn here, from a stream for each phase."""
-        generator = self.generators(stream, rollout.batch, update)
+        generators = self.generators(stream, rollout.batch, update)
         count, steps = len(rollout.batch.prompts), len(rollout.times)
-        drawn = torch.cat([torch.randint(steps, (1,), generator=one) for one in generator])
+        drawn = torch.cat([torch.randint(steps, (1,), generator=generator) for generator in generators])
         t = renoise_times(
             count,
-            generator,
+            generators,
             distribution=self.args.renoise_distribution,
             interval=(1e-3, 1.0),
-            progress=anneal_progress(self._global_step(), self.args.renoise_anneal_steps),
+            progress=anneal_progress(self.state.global_step, self.args.renoise_anneal_steps),
         )
         x_0 = rollout.x_0[drawn.to(self.device), torch.arange(count, device=self.device)]
-        noise = normal(x_0.shape, generator, self.device)
+        noise = normal(x_0.shape, generators, self.device)
         return self.compute_fake_score_loss(x_0, rollout.batch.conditioning, t.to(self.device), noise)
 
     def generators(self, stream: str, batch: PromptBatch, update: int | None = None) -> list[torch.Generator]:
@@ -597,13 +571,21 @@ class RDMTrainer(StudentRun):
         noise, and both are judged at the same times and noise: only the policy's updates since differ. Two rollouts
         of other prompts would differ by chance far more than by that.
         """
-        update = self._global_step()
+        update = self.state.global_step
         metrics = {"fake_score/fresh_loss": self._fake_score_loss(fresh, "health", update).loss.item()}
         if self._last_rollout is not None:
             again, seen = self.generate_rollout(self._last_rollout.batch), self._last_rollout
-            now, before = (self._fake_score_loss(one, "health", update).loss.item() for one in (again, seen))
+            now, before = (self._fake_score_loss(rollout, "health", update).loss.item() for rollout in (again, seen))
             metrics["fake_score/lag"] = now - before
         return metrics
+
+    def _is_logging_step(self) -> bool:
+        """Whether an update on the coming rollout will be logged: health numbers cost a rollout and three passes."""
+        args, first = self.args, self.state.global_step + 1
+        return args.logging_strategy == "steps" and any(
+            step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+            for step in range(first, first + args.num_iterations)
+        )
 
     # ----- before the first update -----
 
@@ -625,7 +607,7 @@ def _reward_numbers(judgements: Mapping[str, Judgement], directions: Mapping[str
     """The numbers of their own that rewards give with their judgements and directions."""
     metrics = {name: said.metrics for name, said in judgements.items()}
     metrics |= {name: {**metrics.get(name, {}), **direction.metrics} for name, direction in directions.items()}
-    return {f"rewards/{name}/{key}": value for name, own in metrics.items() for key, value in own.items()}
+    return {f"rewards/{name}/{key}": value for name, numbers in metrics.items() for key, value in numbers.items()}
 
 
 def _means(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -634,4 +616,4 @@ def _means(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:
     for entry in numbers:
         for name, value in entry.items():
             values[name].append(value)
-    return {name: sum(found) / len(found) for name, found in values.items()}
+    return {name: sum(seen) / len(seen) for name, seen in values.items()}

@@ -158,8 +158,8 @@ class ReDiFTrainer(RDMTrainer):
                 "reward_funcs has 'rdm': ReDiF matches images in pairs, not distributions. Leave it out, or use "
                 "RDMTrainer, which takes both."
             )
-        found = [find_reward(one) if isinstance(one, str) else one for one in specs]
-        if not any(getattr(one, "wants_teacher_images", False) for one in found):
+        rewards = [find_reward(spec) if isinstance(spec, str) else spec for spec in specs]
+        if not any(getattr(reward, "wants_teacher_images", False) for reward in rewards):
             raise ValueError(
                 f"reward_funcs={reward_funcs!r} compares nothing with the teacher's images. Use 'teacher_clip', "
                 "'teacher_dino', 'teacher_perceptual', 'teacher_mse' or 'teacher_histogram', or a reward of your own "

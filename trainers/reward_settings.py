@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from rdm_rl.rewards.kinds import TrainingReward
 from rdm_rl.trainers.rdm_config import RDMConfig
-from rdm_rl.weighting import AdaptiveWeighting, Weighting
+from rdm_rl.weighting import AdaptiveWeighting, Weighting, make_weighting
 
 logger = logging.getLogger(__name__)
 
@@ -20,32 +20,50 @@ WEIGHTING_SETTINGS = (
 POLICY_GRADIENT_SETTINGS = ("epsilon", "epsilon_high", "advantage_clip", "step_weighting", "reward_baseline")
 
 
-def check_weighting_settings(args: RDMConfig, names: Sequence[str], weighting: Weighting | None) -> None:
-    """Refuse settings of the weighting that nothing would act on.
+def choose_weighting(args: RDMConfig, weights: Mapping[str, float], weighting: Weighting | None) -> Weighting:
+    """The user's own weighting, or the one that the settings ask for.
 
     Args:
         args: The settings.
-        names: The rewards.
+        weights: The weight of each reward by name.
         weighting: The user's own weighting, or None.
 
+    Returns:
+        The weighting.
+
     Raises:
-        ValueError: If a setting is changed beside a weighting of the user's own, or without ``rdm``.
+        TypeError: If the user's does not derive from :class:`~rdm_rl.weighting.Weighting`.
+        ValueError: If a setting is changed that nothing would act on: beside the user's own, or without ``rdm``.
     """
+    if weighting is not None and not isinstance(weighting, Weighting):
+        raise TypeError(
+            f"weighting={weighting!r} does not derive from rdm_rl.weighting.Weighting. Derive from it and override "
+            "combine(directions), and update(statistics, step) if it learns from them."
+        )
     changed = ", ".join(_changed(args, WEIGHTING_SETTINGS))
     if changed and weighting is not None:
         raise ValueError(
             f"weighting= is given, so {changed} would not be acted on. Give what it says to your weighting, and leave "
             "it out of the settings."
         )
-    if changed and "rdm" not in names:
+    if changed and "rdm" not in weights:
         raise ValueError(
             f"{changed} is set, which says how rewards join distribution matching, but 'rdm' is not in reward_funcs. "
             "Leave it out, or add 'rdm'."
         )
+    return weighting or make_weighting(
+        args.reward_weighting,
+        weights,
+        budget=args.fidelity_budget,
+        reference=args.adaptive_reference,
+        start_step=args.reward_start_step,
+        ramp_steps=args.reward_ramp_steps,
+        conflict=args.reward_conflict,
+    )
 
 
-def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]) -> None:
-    """Refuse black-box rewards that could not act, and settings of theirs that nothing would act on.
+def check_reward_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]) -> None:
+    """Refuse rewards that could not act, and settings of theirs that nothing would act on.
 
     Args:
         args: The settings.
@@ -54,6 +72,11 @@ def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Traini
     Raises:
         ValueError: If something cannot work.
     """
+    if "rdm" in rewards and not args.fake_score_updates_per_policy_update:
+        raise ValueError(
+            "reward_funcs has 'rdm', which compares the teacher with the fake score, but the fake score is never "
+            "trained: fake_score_updates_per_policy_update=0. Set it to 5, say, or leave out 'rdm'."
+        )
     boxes = [name for name, reward in rewards.items() if reward.needs_likelihood]
     if boxes and not args.has_random_steps:
         raise ValueError(
@@ -100,7 +123,7 @@ def check_policy_gradient_settings(args: RDMConfig, rewards: Mapping[str, Traini
 
 def _changed(args: RDMConfig, names: Sequence[str]) -> list[str]:
     """Those of the settings that differ from the defaults of their class."""
-    defaults = {one.name: one.default for one in fields(args)}
+    defaults = {field.name: field.default for field in fields(args)}
     return [name for name in names if getattr(args, name) != defaults[name]]
 
 

@@ -91,9 +91,9 @@ def check_models(
         ValueError: If settings cannot work together.
         FileNotFoundError: If a folder does not exist.
     """
-    for one in (model, teacher):
-        if isinstance(one, str | Path):
-            check_model_name(str(one))
+    for source in (model, teacher):
+        if isinstance(source, str | Path):
+            check_model_name(str(source))
     for setting, source in (("teacher_adapter", teacher_adapter), ("policy_init", policy_init)):
         if source is None or Path(source).is_file():
             continue
@@ -163,10 +163,10 @@ def load_networks(
     if student is not None:
         family, teacher_family = student, teacher_family or family
         name, adapter = str(policy_init), None
-    families = [one for one in (family, teacher_family) if one is not None]
+    families = [loaded for loaded in (family, teacher_family) if loaded is not None]
     check_family_settings(args, families, matches_distributions=matches_distributions)
-    for one in families:
-        one.offloads_text_encoders = "text_encoders" in args.offload or args.prompt_cache_dir is not None
+    for loaded in families:
+        loaded.offloads_text_encoders = "text_encoders" in args.offload or args.prompt_cache_dir is not None
     networks = make_networks(
         family,
         teacher_family,
@@ -181,16 +181,16 @@ def load_networks(
     )
     if "teacher" in args.offload:
         networks.offload_teacher(device)
-    for one in families:
-        if args.prompt_cache_dir is not None and one.text_encoders:
-            one.prompt_cache = PromptCache(args.prompt_cache_dir, one.encoder_fingerprint())
+    for loaded in families:
+        if args.prompt_cache_dir is not None and loaded.text_encoders:
+            loaded.prompt_cache = PromptCache(args.prompt_cache_dir, loaded.encoder_fingerprint())
     if args.gradient_checkpointing:
         networks.enable_activation_checkpointing()
         family.enable_decoder_checkpointing()
-    given = {"teacher": teacher, "teacher_adapter": teacher_adapter, "policy_init": adapter}
+    others = {"teacher": teacher, "teacher_adapter": teacher_adapter, "policy_init": adapter}
     if student is not None and teacher is None:
-        given["teacher"] = model
-    sources = {setting: _name(one) for setting, one in given.items() if one is not None}
+        others["teacher"] = model
+    sources = {setting: _name(source) for setting, source in others.items() if source is not None}
     return LoadedModels(networks, name, is_pipeline=student is None, sources=sources)
 
 
@@ -216,14 +216,14 @@ def check_family_settings(args: RDMConfig, families: list[Family], *, matches_di
             f"sampler={args.sampler!r} is not made for this model's noise schedule. Use 'renoise' with any model, "
             "'ddim' with a variance-preserving one, 'flow_sde' or 'cps' with a flow."
         )
-    for setting, scale, one in (
+    for setting, scale, guided in (
         ("guidance_scale", args.guidance_scale, family),
         ("teacher_guidance_scale", args.teacher_guidance_scale, teacher),
     ):
-        if scale not in (None, 1.0) and not one.has_guidance:
+        if scale not in (None, 1.0) and not guided.has_guidance:
             raise ValueError(
-                f"{setting}={scale} is set, but a {type(one.pipeline).__name__} of this kind has no guidance. Set 1, "
-                "or leave it out."
+                f"{setting}={scale} is set, but a {type(guided.pipeline).__name__} of this kind has no guidance. Set "
+                "1, or leave it out."
             )
     if args.guidance_scale == 1 or family.embeds_guidance(family.network):
         return

@@ -37,6 +37,7 @@ class StudentRun(TrainingLoop):
     """A student with its networks, rewards and files; :class:`~rdm_rl.RDMTrainer` says how it learns."""
 
     networks: Networks
+    family: Family
     prompts: PromptSource
     rewards: dict[str, TrainingReward]
     reward_weights: dict[str, float]
@@ -51,14 +52,9 @@ class StudentRun(TrainingLoop):
     model_name: str
     _models: LoadedModels
     _fingerprints: Mapping[str, str]
-    _own_optimizers: tuple[OptimizerFactory | None, OptimizerFactory | None]
+    _optimizer_factories: tuple[OptimizerFactory | None, OptimizerFactory | None]
     _last_checkpoint: Path | None
     _last_rollout: Rollout | None
-
-    @property
-    def family(self) -> Family:
-        """The border to the model."""
-        return self.networks.family
 
     @abstractmethod
     def prompt_batches(self, update: int, stream: str = "train") -> Iterator[PromptBatch]:
@@ -68,21 +64,28 @@ class StudentRun(TrainingLoop):
 
     def create_optimizers(self) -> None:
         """Make the optimiser of each role: the policy's from the inherited settings, the fake score's from its own."""
-        args, (own_policy, own_fake_score) = self.args, self._own_optimizers
+        args, (policy_factory, fake_score_factory) = self.args, self._optimizer_factories
         rollouts = -(-self.state.max_steps // args.num_iterations)
         updates = args.fake_score_warmup_steps + rollouts * args.fake_score_updates_per_policy_update
-        plan: tuple[tuple[Role, Any, float, int, float], ...] = (
-            ("policy", own_policy, args.learning_rate, self.state.max_steps, args.max_grad_norm),
-            ("fake_score", own_fake_score, args.fake_score_learning_rate, updates, args.fake_score_max_grad_norm),
+        plan: tuple[tuple[Role, OptimizerFactory | None, float, int, float], ...] = (
+            ("policy", policy_factory, args.learning_rate, self.state.max_steps, args.max_grad_norm),
+            ("fake_score", fake_score_factory, args.fake_score_learning_rate, updates, args.fake_score_max_grad_norm),
         )
-        for role, own, learning_rate, steps, max_grad_norm in plan:
-            self.optimizers[role] = self._role_optimizer(role, own, learning_rate, steps, max_grad_norm)
+        for role, factory, learning_rate, steps, max_grad_norm in plan:
+            self.optimizers[role] = self._role_optimizer(role, factory, learning_rate, steps, max_grad_norm)
 
     def _role_optimizer(
-        self, role: Role, own: Any, learning_rate: float, steps: int, max_grad_norm: float, *, warm_up: bool = True
+        self,
+        role: Role,
+        factory: OptimizerFactory | None,
+        learning_rate: float,
+        steps: int,
+        max_grad_norm: float,
+        *,
+        warm_up: bool = True,
     ) -> RoleOptimizer:
         parameters = self.networks.parameters(role)
-        optimizer = own(parameters) if own else make_optimizer(self.args, parameters, learning_rate)
+        optimizer = factory(parameters) if factory else make_optimizer(self.args, parameters, learning_rate)
         return RoleOptimizer(
             parameters=parameters,
             optimizer=optimizer,
@@ -320,9 +323,9 @@ class StudentRun(TrainingLoop):
         if self._last_rollout is not None:
             tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
         state = {
-            "optimizers": {role: one.state_dict() for role, one in self.optimizers.items()},
+            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
             "weighting": self.weighting.state_dict(),
-            "reward_spreads": {name: one.state() for name, one in self.reward_spreads.items()},
+            "reward_spreads": {name: spread.state() for name, spread in self.reward_spreads.items()},
             "ema_updates": 0 if self.average is None else self.average.updates,
             "own": self.state_dict(),
         }
