@@ -51,7 +51,9 @@ def choose_weighting(args: RDMConfig, weights: Mapping[str, float], weighting: W
             f"{changed} is set, which says how rewards join distribution matching, but 'rdm' is not in reward_funcs. "
             "Leave it out, or add 'rdm'."
         )
-    return weighting or make_weighting(
+    if weighting is not None:
+        return weighting
+    return make_weighting(
         args.reward_weighting,
         weights,
         budget=args.fidelity_budget,
