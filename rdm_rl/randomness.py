@@ -19,6 +19,8 @@ Generators = torch.Generator | list[torch.Generator]
 def seeded_generator(seed: int, stream: str, *path: int) -> torch.Generator:
     """A CPU generator that is a function of its arguments alone.
 
+    Torch's CPU generator reads 32 bits of a seed, so of 200,000 generators about five pairs draw the same numbers.
+
     Args:
         seed: The run's seed, at least 0.
         stream: What the numbers are for, so that two uses never share them.

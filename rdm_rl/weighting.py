@@ -387,7 +387,7 @@ class AdaptiveWeighting(FixedWeighting):
 
     So a reward may be multiplied by any positive number without any effect, as long as its direction stays above 1e-12:
     there is no additive epsilon and no cap. A direction below that is zero and gets the weight 0. Without ``rdm`` the
-    reference is 1.
+    reference is 1. A force of ``rdm`` below 1e-12 is never taken for the reference: until there is one, rewards wait.
 
     Args:
         weights: Weight w of each reward, by name.
@@ -450,7 +450,9 @@ class AdaptiveWeighting(FixedWeighting):
             elif rms is not None:
                 force.add(rms)
         rdm = statistics.rms(RDM)
-        if rdm is not None and (self.reference == "online" or step < self.start_step or self._force.value is None):
+        # A force of 0, of a policy that still equals the teacher, say, would be a reference that silences all rewards.
+        open_reference = self.reference == "online" or step < self.start_step or self._force.value is None
+        if rdm is not None and rdm >= NO_DIRECTION and open_reference:
             self._force.add(rdm)
         super().update(statistics, step)
 
@@ -507,7 +509,7 @@ class BudgetedWeighting(AdaptiveWeighting):
         """Take the gap in, move the factor, and set the weights."""
         if statistics.gap is not None:
             self.gap.add(statistics.gap)
-            if step < self.start_step or self.cold_gap.value is None:
+            if statistics.gap > 0 and (step < self.start_step or self.cold_gap.value is None):
                 self.cold_gap.add(statistics.gap)
         if step >= self.start_step and self.gap.value is not None and self.cold_gap.value is not None:
             direction = 1 if self.gap.value <= self.budget * self.cold_gap.value else -1

@@ -173,7 +173,10 @@ class AskedReward(TrainingReward):
 
 
 class PathwiseReward(AskedReward):
-    r"""A differentiable reward: the direction is :math:`\nabla_{\hat x_0} r(\mathrm{decode}(\hat x_0), c)`.
+    r"""A differentiable reward: the direction is :math:`D\, \nabla_{\hat x_0} r(\mathrm{decode}(\hat x_0), c)`.
+
+    With D = C H W, :func:`~rdm_rl.rdm.policy_loss` along it descends the mean of :math:`-r` over the samples: a fixed
+    weight is that of the papers' losses, whose reward term is a mean over samples, and not over pixels, too.
 
     It acts on the last step, whose prediction is the sample that the reward is meant for, or on any step if
     ``pathwise_steps="any"``.
@@ -200,6 +203,7 @@ class PathwiseReward(AskedReward):
                 faults += self.reward.fault(prompts, error)
                 applicable = applicable & ~overflown
         rewards = output.values.masked_fill(~applicable, torch.nan)
+        values = values * x_0[0].numel()
         return Judgement(rewards=rewards, direction=Direction(values=values, applicable=applicable), faults=faults)
 
 
@@ -249,9 +253,19 @@ class PolicyGradientReward(FinalImageReward):
 
     On step k the direction is :math:`\hat A_i \rho_i \nabla_{\hat x_0} \log \pi_\theta(x_{k+1} | x_k)` (see
     :func:`rdm_rl.rdm.policy_gradient`), whose advantages :math:`\hat A` need the rewards of all samples first.
+
+    Args:
+        name: The reward's name.
+        function: The callable.
+        opposed: Whether its weight is negative, so that a low value is the good one.
     """
 
     needs_likelihood = True
+
+    def __init__(self, name: str, function: Callable[..., object], *, opposed: bool = False) -> None:
+        """Note whether high values are to be avoided."""
+        super().__init__(name, function)
+        self._sign = -1.0 if opposed else 1.0
 
     def acts_on(self, step: int, rollout: Rollout) -> bool:
         """Whether the step is random: a likelihood is needed."""
@@ -286,10 +300,10 @@ class PolicyGradientReward(FinalImageReward):
         """
         if judgement.rewards is None:
             raise ValueError(f"The reward {self.name!r} is a black box: without values it has no direction.")
-        args, transition, factor = self.context.args, rollout.transitions[step], 1.0
+        args, transition, factor = self.context.args, rollout.transitions[step], self._sign
         if args.step_weighting == "std":
             spreads = torch.stack([one.std for one in rollout.transitions if one.std > 0])
-            factor = (transition.std / spreads.mean()).item()
+            factor *= (transition.std / spreads.mean()).item()
         low, high = args.clip_range
         signal = RecordedPolicyGradient(
             action=rollout.states[step + 1],
@@ -299,7 +313,8 @@ class PolicyGradientReward(FinalImageReward):
             level=args.importance_sampling_level,
             epsilon=low,
             epsilon_high=high,
-            advantages=advantages.clamp(-args.advantage_clip, args.advantage_clip),
+            # With a negative weight, what PPO's clip takes for good is the opposite; factor and weight undo the sign.
+            advantages=self._sign * advantages.clamp(-args.advantage_clip, args.advantage_clip),
             factor=factor,
         )
         return at_recorded(signal, ~judgement.rewards.isnan())
@@ -333,5 +348,5 @@ def as_training_rewards(
         elif pathwise and getattr(reward, "differentiable", False):
             made[name] = PathwiseReward(name, reward)
         else:
-            made[name] = PolicyGradientReward(name, reward)
+            made[name] = PolicyGradientReward(name, reward, opposed=weights[name] < 0)
     return made

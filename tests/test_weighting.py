@@ -220,9 +220,11 @@ def test_the_reference_of_the_cold_start_is_frozen(start_step: int, expected: fl
     assert online.lambdas["one"] > 100
 
 
-def test_a_reference_is_taken_late_if_rdm_begins_late() -> None:
-    weighting = AdaptiveWeighting({"rdm": 1.0, "one": 1.0})
-    weighting.update(seen(one=2.0), 0)
+@pytest.mark.parametrize("silence", [{}, {"rdm": 0.0}, {"rdm": 0.9e-12}])
+@pytest.mark.parametrize("start_step", [0, 1])
+def test_a_reference_is_taken_late_if_rdm_begins_late(silence: dict[str, float], start_step: int) -> None:
+    weighting = AdaptiveWeighting({"rdm": 1.0, "one": 1.0}, start_step=start_step)
+    weighting.update(seen(**silence, one=2.0), 0)
     assert weighting.lambdas["one"] == 0
     weighting.update(seen(rdm=3.0, one=2.0), 1)
     assert weighting.lambdas["one"] == 1.5
@@ -317,6 +319,15 @@ def test_the_budget_is_spent_and_kept() -> None:
         weighting.update(seen(gap=0.5, rdm=1.0, one=2.0), step)
     assert weighting.factor < math.exp(0.3) * math.exp(-0.4)
     assert weighting.cold_gap.value == pytest.approx(0.2)
+
+
+def test_a_gap_of_0_is_no_budget() -> None:
+    weighting = budget()
+    weighting.update(seen(gap=0.0, rdm=0.0, one=2.0), 0)
+    for step in range(1, 4):
+        weighting.update(seen(gap=0.2, rdm=1.0, one=2.0), step)
+    assert weighting.cold_gap.value == pytest.approx(0.2)
+    assert weighting.metrics["budget/gap"] == pytest.approx(weighting.gap.value / 0.2)
 
 
 @pytest.mark.parametrize(("gap", "bound"), [(0.01, 10.0), (5.0, 1e-3)])

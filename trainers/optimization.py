@@ -123,7 +123,7 @@ def make_scheduler(args: "RDMConfig", optimizer: torch.optim.Optimizer, steps: i
         args: The settings.
         optimizer: Whose learning rate it sets.
         steps: Updates in the whole run.
-        warm_up: Whether the rate rises over ``warmup_steps`` first.
+        warm_up: Whether the rate rises over ``warmup_steps`` first: the policy's does.
 
     Returns:
         The schedule.
@@ -211,8 +211,10 @@ class FakeScoreSettings:
         "Updates of the fake score before each policy update, or, with `num_iterations`, on each rollout; 0 does "
         "without it.",
     )
-    fake_score_warmup_steps: Whole = setting(
-        0, "Updates of the fake score on the initial policy before the first policy update."
+    fake_score_warmup_steps: Whole | None = setting(
+        None,
+        "Updates of the fake score on the initial policy before the first policy update, so that it knows the policy "
+        "before it is asked where to go. Default: 100, or 0 where the fake score is not trained.",
     )
     fake_score_max_grad_norm: Size = setting(
         1.0, "Gradient norm that the fake score's gradients are clipped to; 0 does not clip."

@@ -19,7 +19,7 @@ from rdm_rl.trainers.optimization import AverageSettings, FakeScoreSettings
 from rdm_rl.trainers.warm_start import WarmStartSettings
 from rdm_rl.weighting import WeightingSettings
 
-_WITHOUT_FAKE_SCORE = {"fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 0}
+_WITHOUT_FAKE_SCORE = {"fake_score_updates_per_policy_update": 0}
 
 # Each method is a setting of one trainer. `rdm-rl methods` prints this table.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gndm": ("group-normalised distribution matching", {"dm_normalization": "group"}),
     "dmdr": (
         "distribution matching and rewards with constant weights; the baseline with rewards",
-        {"dm_normalization": "sample", "reward_weighting": "fixed"},
+        {"dm_normalization": "sample", "reward_weighting": "fixed", "pathwise_steps": "any"},
     ),
     "gndmr": (
         "group-normalised distribution matching and rewards with adaptive weights",
@@ -156,6 +156,8 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
         super().__post_init__()
         if self.renoise_distribution == "annealed_beta" and self.renoise_anneal_steps is None:
             self.renoise_anneal_steps = 2000
+        if self.fake_score_warmup_steps is None:
+            self.fake_score_warmup_steps = 100 if self.fake_score_updates_per_policy_update else 0
 
     @property
     def has_random_steps(self) -> bool:
@@ -185,6 +187,8 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
             ValueError: If the method is unknown.
         """
         settings = method_settings(method)
+        if overrides.get("reward_gradient") == "score_function":
+            settings.pop("pathwise_steps", None)
         if method == "redif" and overrides.get("reward_gradient") == "pathwise":  # The control has no policy gradient.
             del settings["step_weighting"]
             settings |= {"eta": 0.0, "num_generations": 1}
@@ -250,7 +254,7 @@ def _refuse_distribution_matching(args: RDMConfig) -> None:
     if args.fake_score_warmup_steps and not args.fake_score_updates_per_policy_update:
         raise ValueError(
             f"fake_score_updates_per_policy_update=0 does without a fake score, but fake_score_warmup_steps="
-            f"{args.fake_score_warmup_steps} trains one. Set both to 0, or neither."
+            f"{args.fake_score_warmup_steps} trains one. Leave that out."
         )
 
 

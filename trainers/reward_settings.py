@@ -144,8 +144,8 @@ def warn_of_reward_settings(
     pushing = [name for name, weight in weights.items() if weight and name != "rdm"]
     if unused and args.fake_score_updates_per_policy_update:
         logger.warning(
-            "No reward uses the fake score, and yet it is trained: set fake_score_updates_per_policy_update=0 and "
-            "fake_score_warmup_steps=0, as RDMConfig.from_method('refl') does, or put 'rdm' into reward_funcs."
+            "No reward uses the fake score, and yet it is trained: set fake_score_updates_per_policy_update=0, "
+            "as RDMConfig.from_method('refl') does, or put 'rdm' into reward_funcs."
         )
     first = -(-args.reward_start_step // args.num_iterations) * args.num_iterations  # Weights are set for each rollout.
     if pushing and first and 0 < args.max_steps <= first:

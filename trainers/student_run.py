@@ -66,13 +66,16 @@ class StudentRun(TrainingLoop):
         """Make the optimiser of each role: the policy's from the inherited settings, the fake score's from its own."""
         args, (policy_factory, fake_score_factory) = self.args, self._optimizer_factories
         rollouts = -(-self.state.max_steps // args.num_iterations)
-        updates = args.fake_score_warmup_steps + rollouts * args.fake_score_updates_per_policy_update
+        updates = (args.fake_score_warmup_steps or 0) + rollouts * args.fake_score_updates_per_policy_update
         plan: tuple[tuple[Role, OptimizerFactory | None, float, int, float], ...] = (
             ("policy", policy_factory, args.learning_rate, self.state.max_steps, args.max_grad_norm),
             ("fake_score", fake_score_factory, args.fake_score_learning_rate, updates, args.fake_score_max_grad_norm),
         )
         for role, factory, learning_rate, steps, max_grad_norm in plan:
-            self.optimizers[role] = self._role_optimizer(role, factory, learning_rate, steps, max_grad_norm)
+            # The fake score has its own warm-up, before the policy's first update.
+            self.optimizers[role] = self._role_optimizer(
+                role, factory, learning_rate, steps, max_grad_norm, warm_up=role == "policy"
+            )
 
     def _role_optimizer(
         self,
@@ -82,7 +85,7 @@ class StudentRun(TrainingLoop):
         steps: int,
         max_grad_norm: float,
         *,
-        warm_up: bool = True,
+        warm_up: bool,
     ) -> RoleOptimizer:
         parameters = self.networks.parameters(role)
         optimizer = factory(parameters) if factory else make_optimizer(self.args, parameters, learning_rate)
@@ -103,7 +106,7 @@ class StudentRun(TrainingLoop):
         # Each phase begins with the first prompts; the warm-up makes a rollout for so many updates of the fake score.
         updates = args.fake_score_updates_per_policy_update
         rollouts = [-(-self.state.max_steps // args.num_iterations)]
-        rollouts += [-(-args.fake_score_warmup_steps // updates)] if updates else []
+        rollouts += [-(-(args.fake_score_warmup_steps or 0) // updates)] if updates else []
         seen = max(rollouts) * self.prompts_per_step
         seen = max(seen, args.warm_start_num_states if args.warm_start == "ode" else 0)
         rows = self.prompts.rows(0, min(seen, len(self.prompts)))
