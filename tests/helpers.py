@@ -118,6 +118,7 @@ def tiny_config(output_dir: Path, **overrides) -> RDMConfig:
         num_inference_steps=2,
         fake_score_updates_per_policy_update=2,
         fake_score_warmup_steps=1,
+        sanity_check=False,
         warm_start_steps=2,
         warm_start_num_states=4,
         warm_start_ode_steps=2,

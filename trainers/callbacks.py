@@ -36,13 +36,40 @@ class QuietProgressCallback(ProgressCallback):
             self.training_bar.set_postfix({name: f"{logs[name]:.3g}" for name in names}, refresh=False)
 
 
-def make_callback_handler(
-    args: RDMConfig, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], model: torch.nn.Module
-) -> CallbackHandler:
-    """The handler of transformers' default callbacks, the trackers in ``report_to`` and the user's own.
+def make_trackers(args: RDMConfig) -> list[TrainerCallback]:
+    """The trackers in ``report_to``.
 
     Args:
         args: The settings.
+
+    Returns:
+        Their callbacks.
+
+    Raises:
+        ValueError: If one is unknown, or not installed.
+    """
+    trackers = []
+    for kind in get_reporting_integration_callbacks(args.report_to):
+        try:
+            trackers.append(_beginning_once(kind()))
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"report_to={args.report_to!r} cannot be used: {error} Install it, or leave it out."
+            ) from error
+    return trackers
+
+
+def make_callback_handler(
+    args: RDMConfig,
+    trackers: Sequence[TrainerCallback],
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]],
+    model: torch.nn.Module,
+) -> CallbackHandler:
+    """The handler of transformers' default callbacks, the trackers and the user's own.
+
+    Args:
+        args: The settings.
+        trackers: What :func:`make_trackers` made.
         callbacks: The user's callbacks, instances or classes.
         model: What callbacks receive as ``model``: the policy's network.
 
@@ -50,17 +77,23 @@ def make_callback_handler(
         The handler.
     """
     progress = PrinterCallback if args.disable_tqdm else ProgressCallback
-    trackers = [_without_model(tracker()) for tracker in get_reporting_integration_callbacks(args.report_to)]
     return CallbackHandler([DefaultFlowCallback, *trackers, *callbacks, progress], model, None, None, None)
 
 
-def _without_model(tracker: TrainerCallback) -> TrainerCallback:
-    """The tracker, shown no model when a run begins: several expect its configuration to be of transformers' kind."""
-    begin = tracker.on_train_begin
+def _beginning_once(tracker: TrainerCallback) -> TrainerCallback:
+    """The tracker, which begins once, before or with the training.
+
+    It is shown no model then: several expect its configuration to be of transformers' kind.
+    """
+    begin, begun = tracker.on_train_begin, False
 
     def on_train_begin(args: RDMConfig, state: TrainerState, control: TrainerControl, **named: Any) -> Any:
+        nonlocal begun
         named.pop("model", None)
-        return begin(args, state, control, **named)
+        if not begun:
+            begun = True
+            begin(args, state, control, **named)
+        return control
 
     tracker.on_train_begin = on_train_begin
     return tracker

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from rdm_rl.networks.sharding import check_sharding, is_sharded
-from rdm_rl.trainers.callbacks import make_callback_handler, make_state
+from rdm_rl.trainers.callbacks import make_callback_handler, make_state, make_trackers
 from rdm_rl.trainers.processes import check_processes
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.setup import precision
@@ -41,6 +41,7 @@ class TrainingLoop(ABC):
         self.args = args
         self.accelerator = Accelerator(mixed_precision=precision(args), cpu=args.use_cpu)
         self.device: torch.device = self.accelerator.device
+        self.trackers = make_trackers(args)
         check_processes(self.accelerator.num_processes)
         if args.shard:
             check_sharding(self.accelerator.num_processes)
@@ -56,7 +57,7 @@ class TrainingLoop(ABC):
             model: What callbacks receive as ``model``.
         """
         process = self.accelerator
-        self.callback_handler = make_callback_handler(self.args, callbacks, model)
+        self.callback_handler = make_callback_handler(self.args, self.trackers, callbacks, model)
         self.state = make_state(self.callback_handler, process.is_local_main_process, process.is_main_process)
         self.control = self.callback_handler.on_init_end(self.args, self.state, TrainerControl())
 

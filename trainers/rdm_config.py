@@ -16,6 +16,7 @@ from rdm_rl.settings import Count, Folder, Size, check, convert, did_you_mean
 from rdm_rl.trainers import processes
 from rdm_rl.trainers.inherited import HONOURED
 from rdm_rl.trainers.optimization import AverageSettings, FakeScoreSettings
+from rdm_rl.trainers.sanity import SanitySettings
 from rdm_rl.trainers.warm_start import WarmStartSettings
 from rdm_rl.weighting import WeightingSettings
 
@@ -98,6 +99,7 @@ SETTLED: dict[str, tuple[Any, ...]] = {
 @dataclass
 class RDMConfig(  # In reverse, as a dataclass orders its fields.
     MemorySettings,
+    SanitySettings,
     WarmStartSettings,
     PolicyGradientSettings,
     FakeScoreSettings,

@@ -29,6 +29,7 @@ from rdm_rl.trainers.prompts import PromptSource, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.reward_context import make_reward_context
 from rdm_rl.trainers.reward_settings import check_reward_settings, choose_weighting, warn_of_reward_settings
+from rdm_rl.trainers.sanity import check_run
 from rdm_rl.trainers.setup import check_models, load_networks
 from rdm_rl.trainers.student_run import StudentRun
 from rdm_rl.weighting import (
@@ -182,6 +183,8 @@ class RDMTrainer(StudentRun):
         self.create_optimizers()
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
+        if self.args.sanity_check:
+            check_run(self)
         self.cache_prompts()
         if checkpoint is None:
             if self.args.warm_start == "ode":

@@ -300,6 +300,16 @@ class StudentRun(TrainingLoop):
             **({"weighting": type(self.weighting).__name__} if len(self.rewards) > 1 else {}),
         }
 
+    def whole_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights and settings."""
+        return {
+            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
+            "weighting": self.weighting.state_dict(),
+            "reward_spreads": {name: spread.state() for name, spread in self.reward_spreads.items()},
+            "ema_updates": 0 if self.average is None else self.average.updates,
+            "own": self.state_dict(),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """State of a subclass's own, for a checkpoint: plain numbers, strings, lists, dicts and tensors."""
         return {}
@@ -325,15 +335,10 @@ class StudentRun(TrainingLoop):
             tensors["reference"] = self.reference.tensors()
         if self._last_rollout is not None:
             tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
-        state = {
-            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
-            "weighting": self.weighting.state_dict(),
-            "reward_spreads": {name: spread.state() for name, spread in self.reward_spreads.items()},
-            "ema_updates": 0 if self.average is None else self.average.updates,
-            "own": self.state_dict(),
-        }
         writes = self.accelerator.is_main_process
-        tensors, state = gather((tensors, state), keep=writes)  # Sharded weights take all processes to put together.
+        tensors, state = gather(
+            (tensors, self.whole_state()), keep=writes
+        )  # Sharded weights take all processes to put together.
         if writes:
             settings, processes = self.args.to_json_string(), self.accelerator.num_processes
             write_checkpoint(folder, tensors, state, settings, self.state, processes, self._fingerprints)
