@@ -100,7 +100,9 @@ def tables(study, folder, step_counts, seeds):
     for name in (*teachers, *arms):
         rows = read(folder, name, seeds).values()
         if rows:
-            cells = [mean_and_spread([row[one] for row in rows], 2 if "distance" in one else 3) for one in FIGURES]
+            cells = [
+                mean_and_spread([row[figure] for row in rows], 2 if "distance" in figure else 3) for figure in FIGURES
+            ]
             lines.append(f"| {name.replace('-', ', ')} | {len(rows)} | {' | '.join(cells)} |")
     lines += ["", "Mean ± standard deviation over seeds; network B.", ""]
     lines += ["Differences within a seed (the arms of a seed share their start, noise and reference images):", ""]
@@ -108,12 +110,12 @@ def tables(study, folder, step_counts, seeds):
     pairs = [(name, "start") for name in names] + [(name, names[0]) for name in names[1:]]
     for steps in step_counts:
         for name, other in pairs:
-            first, second = (read(folder, f"K{steps}-{one}", seeds) for one in (name, other))
+            first, second = (read(folder, f"K{steps}-{arm}", seeds) for arm in (name, other))
             both = sorted(first.keys() & second.keys())
             if both:
                 cells = [
-                    mean_and_spread([first[seed][one] - second[seed][one] for seed in both], 3)
-                    for one in ("distance_to_data", "distance_to_teacher", "recall")
+                    mean_and_spread([first[seed][figure] - second[seed][figure] for seed in both], 3)
+                    for figure in ("distance_to_data", "distance_to_teacher", "recall")
                 ]
                 lines.append(f"| {steps} | {name} | {other} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -187,7 +187,7 @@ def table(folder, seeds):
     for name, updates in (("start", 0), *((name, UPDATES) for name in ARMS)):
         rows = read(folder, name, updates, seeds).values()
         if rows:
-            cells = [mean_and_spread([row[one] for row in rows], digits_of(one)) for one in columns]
+            cells = [mean_and_spread([row[column] for row in rows], digits_of(column)) for column in columns]
             lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -202,8 +202,8 @@ def changes(folder, seeds):
             both = sorted(first.keys() & second.keys())
             if both and name != other:
                 reward, distance = (
-                    [first[seed][one] - second[seed][one] for seed in both]
-                    for one in ("digit_logprob", "distance_to_teacher")
+                    [first[seed][figure] - second[seed][figure] for seed in both]
+                    for figure in ("digit_logprob", "distance_to_teacher")
                 )
                 recall = [100 * (first[seed]["recall"] / second[seed]["recall"] - 1) for seed in both]
                 cells = [mean_and_spread(reward, 4), mean_and_spread(recall, 1), f"{min(recall):.1f}"]
@@ -231,7 +231,13 @@ def picture(folder, seeds, file):
                     )
             x, mean, spread = zip(*points, strict=True)
             axis.errorbar(
-                [one + 0.4 * (index - 1.5) for one in x], mean, yerr=spread, marker="o", ms=3, capsize=2, label=name
+                [position + 0.4 * (index - 1.5) for position in x],
+                mean,
+                yerr=spread,
+                marker="o",
+                ms=3,
+                capsize=2,
+                label=name,
             )
         if key == "recall":
             start = statistics.fmean(row[key] for row in read(folder, "start", 0, seeds).values())

@@ -28,7 +28,7 @@ BOLD, THIN = 0.38, 0.24  # Mean grey levels. Those of the data are 0.25 to 0.39,
 @register_reward("bold_if_even", differentiable=True)
 def bold_if_even(images: Tensor, prompts: list[str], digit: list[int]) -> Tensor:
     """Minus the distance of the mean grey level from the wanted one, shape (N,)."""
-    wanted = torch.tensor([THIN if one % 2 else BOLD for one in digit], device=images.device)
+    wanted = torch.tensor([THIN if number % 2 else BOLD for number in digit], device=images.device)
     return -(images.mean((1, 2, 3)) - wanted).abs()
 
 
@@ -40,7 +40,7 @@ def pieces(images: Tensor, prompts: list[str]) -> Tensor:
     while True:  # Each pixel takes the largest label around it, until every piece has one label.
         spread = max_pool2d(labels, 3, stride=1, padding=1) * ink
         if torch.equal(spread, labels):
-            return torch.tensor([float(len(one.unique()) - 1) for one in labels])  # Without the background's 0.
+            return torch.tensor([float(len(label.unique()) - 1) for label in labels])  # Without the background's 0.
         labels = spread
 
 

@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
 
     data = training_prompts()
-    named = [one["prompt"] for one in data if one["prompt"].startswith(HELD_OUT)]
+    named = [row["prompt"] for row in data if row["prompt"].startswith(HELD_OUT)]
     args = ReDiFConfig(
         output_dir=str(options.output_dir),
         reward_gradient="pathwise" if options.draft else "score_function",
@@ -83,7 +83,7 @@ def main(words: Sequence[str] | None = None) -> None:
         TEACHER_FOLDER,
         REWARDS,
         args,
-        [one for one in data if not one["prompt"].startswith(HELD_OUT)],
+        [row for row in data if not row["prompt"].startswith(HELD_OUT)],
         [{"prompt": prompt} for prompt in named],
         peft_config=LoraConfig(r=16, lora_alpha=16),
     )
@@ -103,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
     shown = range(min(20, len(prompts)))
     rows = {"student, before": before, "student, after": after, "teacher": teacher_images}
-    image_grid({name: images[list(shown)] for name, images in rows.items()}, [prompts[one] for one in shown]).save(
+    image_grid({name: images[list(shown)] for name, images in rows.items()}, [prompts[index] for index in shown]).save(
         options.output_dir / "samples.png"
     )
     print(f"before: {alignment(before, prompts, teacher_images)}")

@@ -118,10 +118,10 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     for word in (word for word in words if len(word) > 1):
         pieces = [*word[:-1], word[-1] + "</w>"]
         for end in range(1, len(pieces)):
-            left, right = "".join(pieces[:end]), pieces[end]
-            if f"{left} {right}" not in merges:
-                merges.append(f"{left} {right}")
-                tokens.append(left + right)
+            beginning, last = "".join(pieces[:end]), pieces[end]
+            if f"{beginning} {last}" not in merges:
+                merges.append(f"{beginning} {last}")
+                tokens.append(beginning + last)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {
         token: index for index, token in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])

@@ -63,21 +63,18 @@ class SavedStudent(NamedTuple):
         return int(self.call["num_inference_steps"])
 
     def draw(self, prompts: Sequence[str], **options: Any) -> list[Any]:
-        """Images of the stock pipeline.
+        """N images of the stock pipeline, as PIL unless ``output_type`` says otherwise.
 
         Args:
             prompts: N prompts; for a ``DiTPipeline`` the numbers of classes.
             options: More of the pipeline's own arguments, such as ``generator``.
-
-        Returns:
-            N images, as PIL unless ``output_type`` says otherwise.
         """
         pipe: Any = self.pipeline
         names = signature(type(pipe).__call__).parameters
         if "prompt" in names:
             what: dict[str, Any] = {"prompt": list(prompts)}
         elif "class_labels" in names:
-            what = {"class_labels": [int(one) if one.isdigit() else pipe.labels[one] for one in prompts]}
+            what = {"class_labels": [int(prompt) if prompt.isdigit() else pipe.labels[prompt] for prompt in prompts]}
         else:
             what = {"batch_size": len(prompts)}
         images: list[Any] = pipe(**what, **self.call, **options).images
@@ -169,28 +166,21 @@ def public_name(source: str) -> str:
 
 
 def base_of(folder: str | Path) -> str | None:
-    """What the model is called that a saved adapter belongs to: a hub name, or a folder's without its place.
+    """What the model is called that a saved adapter belongs to; None for a whole pipeline.
 
-    Args:
-        folder: What :func:`save_student` wrote.
-
-    Returns:
-        The name, ``digits`` for the embedded teacher; None for a whole pipeline.
+    That is a hub name, a folder's without its place, or ``digits`` for the embedded teacher.
     """
     file = Path(folder) / _BASE_FILE
     return json.loads(file.read_text(encoding="utf-8"))["base"] if file.is_file() else None
 
 
 def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32) -> SavedStudent:
-    """A saved student in plain diffusers, and how it is used.
+    """A saved student in plain diffusers, without progress bars, and how it is used.
 
     Args:
         folder: What :func:`save_student` wrote.
         model: The base pipeline, used if the folder holds an adapter.
         dtype: Precision that it is loaded in; the decoder stays in float32.
-
-    Returns:
-        The pipeline, without progress bars, and the arguments of its call.
 
     Raises:
         FileNotFoundError: If the folder holds no student.
@@ -204,7 +194,7 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
         except RuntimeError as error:
             raise ValueError(f"The student {str(folder)!r} is none of {str(model)!r}: {mismatch(error)}.") from error
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        schedulers = {one.__name__: one for one in (LCMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
+        schedulers = {kind.__name__: kind for kind in (LCMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
         pipeline.scheduler = schedulers[config["_class_name"]].from_config(config)
     elif (folder / "model_index.json").is_file():
         pipeline = load_pipeline(str(folder), dtype)

@@ -10,10 +10,7 @@ from rdm_rl import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: The words after ``rdm-rl``; None for those of the process.
+    """Run one command: the words after ``rdm-rl``, or those of the process.
 
     Returns:
         The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
@@ -28,13 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_script(function: Callable[[Sequence[str]], None]) -> int:
-    """Run the main function of a script as the commands are run: a mistake in what was asked is explained in one line.
-
-    Args:
-        function: It takes the words after the script's name; ``--debug`` is taken out of them.
+    """Run the main function of a script as the commands are run, with the words after its name but ``--debug``.
 
     Returns:
-        The exit status: 0, or 2 for such a mistake.
+        The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
     """
     words = [word for word in sys.argv[1:] if word != "--debug"]
     return _explained(lambda: function(words), Path(sys.argv[0]).name, debug="--debug" in sys.argv)

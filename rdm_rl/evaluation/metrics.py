@@ -69,18 +69,12 @@ FLOAT_FIELDS = tuple(field.name for field in fields(SamplerMetrics) if field.typ
 def summarize(rows: Iterable[SamplerMetrics]) -> list[Summary]:
     """The rows of each name averaged, in the order in which the names first appear.
 
-    Args:
-        rows: Measurements; rows of the same name are repetitions with other seeds.
-
-    Returns:
-        One summary for each name.
-
     Raises:
         ValueError: If two rows share a name but not the sampler's settings or the number of images.
 
     Example:
         >>> rows = [SamplerMetrics(name="a", num_images=9, recall=value) for value in (0.2, 0.4)]
-        >>> [(one.mean.recall, one.repetitions) for one in summarize(rows)]
+        >>> [(summary.mean.recall, summary.repetitions) for summary in summarize(rows)]
         [(0.30000000000000004, 2)]
     """
     groups: dict[str, list[SamplerMetrics]] = {}

@@ -103,7 +103,7 @@ class Networks(ABC):
     def predict(
         self, role: Role, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
-        """A role's prediction of x_0.
+        """A role's prediction of x_0, shape (N, C, H, W), float32.
 
         Args:
             role: Who is asked.
@@ -111,9 +111,6 @@ class Networks(ABC):
             t: Times, shape (N,), in (0, 1].
             conditioning: Encoded prompts, N rows.
             guidance_scale: Scale of classifier-free guidance; 1 is without.
-
-        Returns:
-            The prediction, shape (N, C, H, W), float32.
         """
         family = self.family_of(role)
         with self.role(role), self.autocast():
@@ -129,11 +126,7 @@ class Networks(ABC):
 
     @torch.no_grad()
     def load_state_dict(self, role: Role, state: dict[str, Tensor]) -> None:
-        """Copy weights into a role.
-
-        Args:
-            role: Whose weights.
-            state: What :meth:`state_dict` gave.
+        """Copy weights into a role: what :meth:`state_dict` gave.
 
         Raises:
             ValueError: If a name or a shape differs.
@@ -152,11 +145,7 @@ class Networks(ABC):
             parameter.copy_(cut_like(state[name], parameter))
 
     def shard(self, device: torch.device) -> None:
-        """Cut the weights of all networks over the processes (:mod:`rdm_rl.networks.sharding`); adapters stay whole.
-
-        Args:
-            device: Where this process computes.
-        """
+        """Cut the weights of all networks over the processes (:mod:`rdm_rl.networks.sharding`); adapters stay whole."""
         networks = {id(self.module(role)): self.module(role) for role in get_args(Role)}
         for network in networks.values():
             shard(network, device, self.adapters)
@@ -168,10 +157,9 @@ class Networks(ABC):
 
     @abstractmethod
     def whole_policy(self, *, keep: bool = True) -> nn.Module | None:
-        """The policy as one plain network, to be saved; if the networks are sharded, all processes must call it.
+        """The policy as one plain network, to be saved; None where it is not to be kept.
 
-        Args:
-            keep: Whether this process wants it; the others get None.
+        If the networks are sharded, all processes must call it.
         """
 
 
@@ -216,7 +204,7 @@ class AdapterNetworks(Networks):
             for role in ADAPTERS:
                 if role == "fake_score" or policy_init is None:
                     inject_adapter_in_model(deepcopy(self.config), self.module(role), role)
-        networks = {id(one.network): one.network for one in (self.family, self.teacher_family)}
+        networks = {id(each.network): each.network for each in (self.family, self.teacher_family)}
         self._layers = [
             module
             for network in networks.values()
@@ -288,7 +276,7 @@ class AdapterNetworks(Networks):
     @property
     def adapters(self) -> list[nn.Parameter]:
         """The weights of all adapters, trained or not."""
-        networks = {id(one.network): one.network for one in (self.family, self.teacher_family)}
+        networks = {id(each.network): each.network for each in (self.family, self.teacher_family)}
         return [
             parameter
             for network in networks.values()
@@ -306,8 +294,8 @@ class AdapterNetworks(Networks):
                 layer._disable_adapters = False
                 if "policy" in layer.active_adapters or "policy" in layer.lora_A:
                     layer.merge(adapter_names=["policy"])
-                parent, _, own = name.rpartition(".")
-                setattr(network.get_submodule(parent), own, layer.get_base_layer())
+                parent, _, attribute = name.rpartition(".")
+                setattr(network.get_submodule(parent), attribute, layer.get_base_layer())
         del network.peft_config
         return network
 
@@ -417,15 +405,12 @@ def make_networks(
         teacher_adapter: An adapter that only the teacher has, or None.
         sharded: Cut the weights over the processes (see :mod:`rdm_rl.networks.sharding`).
 
-    Returns:
-        The networks.
-
     Raises:
         ValueError: If the teacher shares too little with the student.
     """
-    families = [one for one in (family, teacher_family) if one is not None]
-    for one in families:
-        one.set_precision(dtype)
+    families = [each for each in (family, teacher_family) if each is not None]
+    for each in families:
+        each.set_precision(dtype)
     if teacher_family is not None and teacher_family.latent_shape != family.latent_shape:
         raise ValueError(
             f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
@@ -438,15 +423,15 @@ def make_networks(
         )
     if teacher_family is not None:
         teacher_family.share_components(family)
-    for one in families:
-        one.to(device, network=not sharded)  # What is sharded may not fit on the device as a whole.
+    for each in families:
+        each.to(device, network=not sharded)  # What is sharded may not fit on the device as a whole.
     # Full copies are made before the frozen weights are halved, adapters after: what is trained stays in float32.
     starts: dict[str, Any] = {"policy_init": policy_init, "teacher_adapter": teacher_adapter}
     copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast, **starts)
     frozen = families if copies is None else [copies.teacher_family]
-    for one in frozen:
-        if next(one.network.parameters()).dtype != dtype:
-            one.network.to(dtype)
+    for each in frozen:
+        if next(each.network.parameters()).dtype != dtype:
+            each.network.to(dtype)
     networks = copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)
     if sharded:
         networks.shard(device)
