@@ -21,8 +21,8 @@ from rdm_rl.rewards.registry import find_reward, get_reward, list_rewards
 def reward_info(name: str) -> tuple[RewardInfo, str]:
     """What a registered reward says of itself, and how it acts.
 
-    That is ``direction`` (it gives one), ``gradient`` (it is differentiable) or ``black box``. A reward without facts is
-    described by the first line of its docstring.
+    It acts by ``direction`` (it gives one), ``gradient`` (it is differentiable) or as ``black box``. A reward without
+    facts is described by the first line of its docstring.
 
     Example:
         >>> reward_info("rdm")[1]

@@ -48,8 +48,8 @@ def judge(
     found out.
 
     Images are clamped to [0, 1] first. The teacher's must be drawn with seeds of their own, which no judged sampler
-    uses, and serve for every row: otherwise the teacher's own row would be at distance 0, and its true value, the distance between two of its draws,
-    is the floor for the students.
+    uses, and serve for every row: otherwise the teacher's own row would be at distance 0, and its true value, the
+    distance between two of its draws, is the floor for the students.
 
     Args:
         images: The sampler's images, shape (N, 3, 32, 32), in [0, 1].

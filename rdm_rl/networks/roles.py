@@ -146,8 +146,7 @@ class Networks(ABC):
 
     def shard(self, device: torch.device) -> None:
         """Cut the weights of all networks over the processes (:mod:`rdm_rl.networks.sharding`); adapters stay whole."""
-        networks = {id(self.module(role)): self.module(role) for role in get_args(Role)}
-        for network in networks.values():
+        for network in dict.fromkeys(map(self.module, get_args(Role))):
             shard(network, device, self.adapters)
 
     @property
@@ -204,15 +203,10 @@ class AdapterNetworks(Networks):
             for role in ADAPTERS:
                 if role == "fake_score" or policy_init is None:
                     inject_adapter_in_model(deepcopy(self.config), self.module(role), role)
-        networks = {id(each.network): each.network for each in (self.family, self.teacher_family)}
-        self._layers = [
-            module
-            for network in networks.values()
-            for module in network.modules()
-            if isinstance(module, BaseTunerLayer)
-        ]
-        for network in networks.values():
-            network.eval().requires_grad_(False)
+        bases = dict.fromkeys((family.network, self.teacher_family.network))
+        self._layers = [module for base in bases for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        for base in bases:
+            base.eval().requires_grad_(False)
         self._has_teacher_adapter = teacher_adapter is not None
         self._current: Role = "teacher"
         for adapter in ADAPTERS:
@@ -276,13 +270,8 @@ class AdapterNetworks(Networks):
     @property
     def adapters(self) -> list[nn.Parameter]:
         """The weights of all adapters, trained or not."""
-        networks = {id(each.network): each.network for each in (self.family, self.teacher_family)}
-        return [
-            parameter
-            for network in networks.values()
-            for name, parameter in network.named_parameters()
-            if "lora_" in name
-        ]
+        bases = dict.fromkeys((self.family.network, self.teacher_family.network))
+        return [weight for base in bases for name, weight in base.named_parameters() if "lora_" in name]
 
     def whole_policy(self, *, keep: bool = True) -> nn.Module | None:
         """A copy of the policy's network with its adapter added to the weights, without any adapter, in float32."""
@@ -346,10 +335,8 @@ class SeparateNetworks(Networks):
         """Copy the networks, in float32."""
         super().__init__(family, teacher_family, autocast)
         fake_score = deepcopy(self.teacher_family.network).float()
-        if self.teacher_family is not family:
-            policy = family.network.float()  # Nothing else needs it.
-        else:
-            policy = deepcopy(family.network).float()
+        # With a separate teacher, nothing else needs the pipeline's network.
+        policy = (deepcopy(family.network) if self.teacher_family is family else family.network).float()
         if policy_init is not None:
             family.with_network(policy).fuse_adapter(policy_init, "policy_init")
         if teacher_adapter is not None:
@@ -408,30 +395,30 @@ def make_networks(
     Raises:
         ValueError: If the teacher shares too little with the student.
     """
-    families = [each for each in (family, teacher_family) if each is not None]
-    for each in families:
-        each.set_precision(dtype)
-    if teacher_family is not None and teacher_family.latent_shape != family.latent_shape:
-        raise ValueError(
-            f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
-            "Distribution matching compares them, so both must share one latent space."
-        )
-    if teacher_family is not None and teacher_family.border() != family.border():
-        raise ValueError(
-            "The teacher has another noise schedule or text encoder than the student. Both are given the same noisy "
-            "samples and the same encoded prompts, so these must be equal."
-        )
+    families = [family] if teacher_family is None else [family, teacher_family]
+    for member in families:
+        member.set_precision(dtype)
     if teacher_family is not None:
+        if teacher_family.latent_shape != family.latent_shape:
+            raise ValueError(
+                f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
+                "Distribution matching compares them, so both must share one latent space."
+            )
+        if teacher_family.border() != family.border():
+            raise ValueError(
+                "The teacher has another noise schedule or text encoder than the student. Both are given the same "
+                "noisy samples and the same encoded prompts, so these must be equal."
+            )
         teacher_family.share_components(family)
-    for each in families:
-        each.to(device, network=not sharded)  # What is sharded may not fit on the device as a whole.
+    for member in families:
+        member.to(device, network=not sharded)  # What is sharded may not fit on the device as a whole.
     # Full copies are made before the frozen weights are halved, adapters after: what is trained stays in float32.
     starts: dict[str, Any] = {"policy_init": policy_init, "teacher_adapter": teacher_adapter}
     copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast, **starts)
     frozen = families if copies is None else [copies.teacher_family]
-    for each in frozen:
-        if next(each.network.parameters()).dtype != dtype:
-            each.network.to(dtype)
+    for member in frozen:
+        if next(member.network.parameters()).dtype != dtype:
+            member.network.to(dtype)
     networks = copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)
     if sharded:
         networks.shard(device)
