@@ -244,13 +244,9 @@ class MeasuredTrainer(RDMTrainer):
         return metrics
 
 
-def dry_run(name, *, tiny, updates, folder, use_cpu):
-    """One model's figures."""
-    full = blueprint_of(name, tiny)
-    blueprint, family = without_text_encoders(full)
-    count = 4 if tiny else BATCH[name]
-    args = RDMConfig(
-        output_dir=str(folder / name),
+def settings_of(folder, *, tiny, updates, count, use_cpu):
+    return RDMConfig(
+        output_dir=str(folder),
         use_cpu=use_cpu,
         bf16=not use_cpu,
         **{CHECKPOINTING: True},
@@ -271,6 +267,14 @@ def dry_run(name, *, tiny, updates, folder, use_cpu):
         disable_tqdm=True,
         offload=["text_encoders"],
     )
+
+
+def dry_run(name, *, tiny, updates, folder, use_cpu):
+    """One model's figures."""
+    full = blueprint_of(name, tiny)
+    blueprint, family = without_text_encoders(full)
+    count = 4 if tiny else BATCH[name]
+    args = settings_of(folder / name, tiny=tiny, updates=updates, count=count, use_cpu=use_cpu)
     rewards = ["rdm", f"{__file__}:brightness"]
     arguments = TrainArguments(model_name_or_path="", dataset="", reward_funcs=rewards, lora_r=RANK)
     plan = make_plan(full, arguments, args)
@@ -310,15 +314,17 @@ def dry_run(name, *, tiny, updates, folder, use_cpu):
         "finite": all(map(math.isfinite, losses)),
         "moved": moved,
         "reloads": reloads,
-        "phases": {
-            phase: {
-                "before": phases[phase][0],
-                "working": phases[phase][1],
-                "planned_before": max(plan.phases[part].stays for part in parts if part in plan.phases),
-                "planned_working": max(plan.phases[part].working for part in parts if part in plan.phases),
-            }
-            for phase, parts in MEASURED.items()
-        },
+        "phases": {phase: measured_and_planned(phases[phase], plan, parts) for phase, parts in MEASURED.items()},
+    }
+
+
+def measured_and_planned(measured, plan, parts):
+    planned = [plan.phases[part] for part in parts if part in plan.phases]
+    return {
+        "before": measured[0],
+        "working": measured[1],
+        "planned_before": max(phase.stays for phase in planned),
+        "planned_working": max(phase.working for phase in planned),
     }
 
 

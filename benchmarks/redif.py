@@ -23,7 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from digits import benchmark_command, mean_and_spread
+from digits import benchmark_command, decimals_of, mean_and_spread, read_results, results_table
 from peft import LoraConfig
 from torch.nn.functional import cosine_similarity
 from transformers.trainer_callback import TrainerCallback
@@ -226,22 +226,13 @@ def run_seed(folder, seed):
 
 
 def read(folder, name, seeds):
-    files = {seed: file_of(folder, name, seed) for seed in seeds}
-    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+    return read_results({seed: file_of(folder, name, seed) for seed in seeds})
 
 
 def table(folder, seeds):
-    columns = (*MATCHES, *FIGURES)
-    lines = [f"| arm | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
-    digits = {"mse": 5, "features": 2, "cosine": 4, "histogram": 4}
-    for name in ("teacher, 50 steps", *ARMS):
-        rows = read(folder, name, seeds).values()
-        if rows:
-            cells = [
-                mean_and_spread([row[column] for row in rows], digits.get(column, 2 if "distance" in column else 3))
-                for column in columns
-            ]
-            lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    decimals = {"mse": 5, "features": 2, "cosine": 4, "histogram": 4}
+    results = {name: read(folder, name, seeds).values() for name in ("teacher, 50 steps", *ARMS)}
+    lines = results_table(results, (*MATCHES, *FIGURES), lambda column: decimals.get(column, decimals_of(column)))
     return "\n".join(lines) + "\n\nMean ± standard deviation over seeds.\n"
 
 

@@ -30,7 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from digits import SEEDS, StopAtOnce, mean_and_spread
+from digits import SEEDS, StopAtOnce, decimals_of, mean_and_spread, read_results
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
@@ -183,8 +183,7 @@ def run_seed(folder, seed, names, development, settings):
 
 
 def read(folder, name, seeds):
-    files = {seed: file_of(folder, name, seed) for seed in seeds}
-    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+    return read_results({seed: file_of(folder, name, seed) for seed in seeds})
 
 
 def first_reached(curve, goal):
@@ -240,9 +239,7 @@ def end_table(folder, seeds):
         if curves[0][-1]["updates"] > ENOUGH:
             both.append((name, [row for curve in curves for row in curve if row["updates"] == ENOUGH]))
         for label, rows in [*both, (name, [curve[-1] for curve in curves])]:
-            cells = [
-                mean_and_spread([row[figure] for row in rows], 2 if "distance" in figure else 3) for figure in FIGURES
-            ]
+            cells = [mean_and_spread([row[figure] for row in rows], decimals_of(figure)) for figure in FIGURES]
             updates = rows[0]["updates"]
             for unit, digits in (("evaluations", 0), ("seconds", 2)):
                 cells.append(f"{statistics.fmean(row[unit] / updates for row in rows):.{digits}f}" if updates else "")

@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from digits import benchmark_command, mean_and_spread
+from digits import benchmark_command, mean_and_spread, results_table
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
@@ -156,15 +156,8 @@ def read(folder, name, seeds):
 
 
 def table(folder, seeds):
-    columns = (*FIGURES, *MEASURED)
-    lines = [f"| arm | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
-    for name in ("teacher", "start", *(name for name, *_ in arms())):
-        rows = read(folder, name, seeds)
-        if rows:
-            cells = [
-                mean_and_spread([row[column] for row in rows], 2 if "distance" in column else 3) for column in columns
-            ]
-            lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    names = ("teacher", "start", *(name for name, *_ in arms()))
+    lines = results_table({name: read(folder, name, seeds) for name in names}, (*FIGURES, *MEASURED))
     return (
         "\n".join(lines) + "\n\nMean ± standard deviation over seeds; distances, precision and recall in network B.\n"
     )

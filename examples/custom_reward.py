@@ -44,8 +44,8 @@ def pieces(images: Tensor, prompts: list[str]) -> Tensor:
         labels = spread
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Train and show."""
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/custom"), help="where everything goes")
     parser.add_argument("--weight", type=float, default=1.5, help="weight of bold_if_even; 0 only watches it, too")
@@ -54,8 +54,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--warm_start_num_states", type=int, default=500, help="what it learns from")
     parser.add_argument("--fake_score_warmup_steps", type=int, default=40, help="updates of the fake score before")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
-    options = parser.parse_args(words)
+    return parser.parse_args(words)
 
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train and show."""
+    options = parse(words)
     args = RDMConfig.from_method(
         "gndmr",
         output_dir=str(options.output_dir),

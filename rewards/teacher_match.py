@@ -50,7 +50,7 @@ _UNIFORM_SHARE = 1e-3
 
 
 def paired(images: Tensor, teacher_images: Tensor) -> Tensor:
-    r"""The teacher's images, ready to be compared: on the device and in the type of the student's, without a graph.
+    """The teacher's images, ready to be compared: on the device and in the type of the student's, without a graph.
 
     Raises:
         ValueError: If the shapes differ.
@@ -60,7 +60,7 @@ def paired(images: Tensor, teacher_images: Tensor) -> Tensor:
         Traceback (most recent call last):
         ...
         ValueError: The student's images have the shape (2, 3, 4, 4) and the teacher's (2, 3, 8, 8), so they are no \
-    pairs. Give one teacher image of the same size for each image, in the same order.
+pairs. Give one teacher image of the same size for each image, in the same order.
     """
     if images.shape != teacher_images.shape:
         raise ValueError(

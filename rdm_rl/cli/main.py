@@ -106,7 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output_dir", type=Path, help="also write a report here")
     evaluate.set_defaults(run=_evaluate)
 
-    rewards = commands.add_parser("rewards", help="list the rewards, or try one on images")
+    _add_rewards(commands.add_parser("rewards", help="list the rewards, or try one on images"))
+    methods = commands.add_parser("methods", help="list the methods and the settings that make them")
+    methods.set_defaults(run=_methods)
+    env = commands.add_parser("env", help="print versions and devices, for a bug report")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _add_rewards(rewards: argparse.ArgumentParser) -> None:
     actions = rewards.add_subparsers(title="actions", required=True, metavar="action")
     listing = actions.add_parser("list", help="list the registered rewards")
     listing.add_argument("--markdown", action="store_true", help="with papers, units, ranges and licences, as Markdown")
@@ -119,12 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     trial.add_argument("--column", action="append", default=[], help="key=value of a column that the reward reads")
     trial.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     trial.set_defaults(run=_test_reward)
-
-    methods = commands.add_parser("methods", help="list the methods and the settings that make them")
-    methods.set_defaults(run=_methods)
-    env = commands.add_parser("env", help="print versions and devices, for a bug report")
-    env.set_defaults(run=_env)
-    return parser
 
 
 def _load_silently() -> None:
