@@ -123,15 +123,18 @@ def save_student(
     elif network is not None:
         family.save_pipeline(str(folder), network, scheduler)
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
+    call = [
+        _WHAT.get(type(family.pipeline).__name__, '"a prompt"'),
+        *(f"{key}={value!r}" for key, value in use.items()),
+    ]
+    kind, name, base = type(scheduler).__name__, name or folder.name, public_name(base)
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     if lora:
-        (folder / _BASE_FILE).write_text(json.dumps({"base": public_name(base)}), encoding="utf-8")
-    kind, name = type(scheduler).__name__, name or folder.name
-    base = public_name(base)
+        (folder / _BASE_FILE).write_text(json.dumps({"base": base}), encoding="utf-8")
     text = _CARD.format(
         name=name,
         steps=num_inference_steps,
-        call=", ".join([_WHAT.get(type(family.pipeline).__name__, '"a prompt"'), *_words(use)]).removeprefix(", "),
+        call=", ".join(call).removeprefix(", "),
         guidance=(_GUIDANCE_INSIDE if guidance_scale == 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
         base=base,
         version=__version__,
@@ -207,7 +210,3 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
         raise ValueError(f"{str(folder)!r} holds no student: nothing in it says how many steps it takes.")
     steps = int(pipeline.scheduler.config.original_inference_steps)
     return SavedStudent(pipeline, {"num_inference_steps": steps, "guidance_scale": 1.0})
-
-
-def _words(call: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={value!r}" for name, value in call.items()]

@@ -5,12 +5,11 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel
 
-from rdm_rl.rewards.model import RewardModel
+from rdm_rl.rewards.model import RewardModel, read_weights
 from rdm_rl.rewards.preprocessing import Preprocessing
 from rdm_rl.rewards.protocol import RewardInfo
 
@@ -29,10 +28,7 @@ def load_predictor(path: str | Path) -> nn.ModuleList:
     Raises:
         ValueError: If the file does not hold them.
     """
-    path = Path(path)
-    content = (
-        load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    )
+    content = read_weights(path)
     expected = {f"layers.{layer}.{kind}" for layer in _LAYERS for kind in ("weight", "bias")}
     if wrong := sorted(expected ^ {name for name in content if name.startswith("layers.")}):
         raise ValueError(f"{path} is not the linear predictor of version 2: missing or unknown are {wrong}.")

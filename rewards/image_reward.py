@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from rdm_rl.rewards.model import RewardModel
+from rdm_rl.rewards.model import RewardModel, read_weights
 from rdm_rl.rewards.preprocessing import Preprocessing
 from rdm_rl.rewards.protocol import RewardInfo
 
@@ -246,12 +245,7 @@ class ImageReward(RewardModel):
             FileNotFoundError: If there are no weights.
             ValueError: If the weights or the tokenizer are not those of ImageReward.
         """
-        path = find_weights(self.model)
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        network = convert(weights)
+        network = convert(read_weights(find_weights(self.model)))
         self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
         vocabulary = network.text.config.vocab_size

@@ -43,12 +43,6 @@ def jpeg_sizes(images: Tensor, quality: int = 95) -> list[float]:
     return sizes
 
 
-def _check_quality(quality: int) -> int:
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality={quality} is no JPEG quality; use a number from 1 to 100. The paper's code uses 95.")
-    return quality
-
-
 class JpegIncompressibility:
     """The size of the image as a JPEG file, in kB: rewards detail and noise. Not differentiable.
 
@@ -81,7 +75,11 @@ class JpegIncompressibility:
 
     def __init__(self, quality: int = 95) -> None:
         """Check the quality."""
-        self.quality = _check_quality(quality)
+        if not 1 <= quality <= 100:
+            raise ValueError(
+                f"quality={quality} is no JPEG quality; use a number from 1 to 100. The paper's code uses 95."
+            )
+        self.quality = quality
 
     def __call__(self, images: Tensor, prompts: list[str]) -> list[float]:
         """The sizes of images of shape (N, 3, H, W) in [0, 1]: N values, above 0."""

@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rdm_rl.rewards.protocol import RewardInfo
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file of safetensors, or of torch, which runs no code of the file."""
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
 class RewardModel(ABC):

@@ -139,13 +139,7 @@ def make_rewards(names: Sequence[str], options: dict[str, Any] | str | None) -> 
     unused = sorted(by_name.keys() - {*names})
     if unused:
         raise ValueError(f"--reward_options has options for {', '.join(unused)}, but reward_funcs is {list(names)}.")
-    made = []
-    for name in names:
-        if name in by_name:
-            made.append(get_reward(name, **by_name[name]))
-        else:
-            made.append(name)
-    return made
+    return [get_reward(name, **by_name[name]) if name in by_name else name for name in names]
 
 
 def lora_config(arguments: TrainArguments) -> LoraConfig | None:

@@ -75,11 +75,10 @@ def judge(
         >>> row.distance_to_data < 10, row.accuracy
         (True, 1.0)
     """
-    sets = {"images": images, "data_images": data_images}
-    for set_name, pictures in (
-        sets.items() if teacher_images is None else (sets | {"teacher_images": teacher_images}).items()
-    ):
-        check_images(set_name, pictures)
+    check_images("images", images)
+    check_images("data_images", data_images)
+    if teacher_images is not None:
+        check_images("teacher_images", teacher_images)
     if labels.shape not in (images.shape[:1], (len(images), 10)):
         count = len(images)
         raise ValueError(f"{count} images need labels of shape ({count},) or ({count}, 10); got {tuple(labels.shape)}.")
@@ -100,10 +99,7 @@ def judge(
         distance_to_teacher=(
             nan if teacher_images is None else frechet_distance(features, digit_features(network, teacher_images))
         ),
-        precision=overlap.precision,
-        recall=overlap.recall,
-        density=overlap.density,
-        coverage=overlap.coverage,
+        **vars(overlap),
         accuracy=float(wanted[asked, seen[asked]].double().mean()),
         digit_counts=tuple(torch.bincount(seen, minlength=10).tolist()),
     )

@@ -91,19 +91,8 @@ class Evaluation:
         self, pipeline: StableDiffusionPipeline, steps: int, seed: int | None = None, guidance_scale: float = 1.0
     ) -> Draw:
         """Images of a pipeline, from the noise of the judged images unless a seed is given."""
-
-        def sample(prompts: list[str], generator: torch.Generator) -> Tensor:
-            output = pipeline(
-                prompts,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                generator=generator,
-                output_type="pt",
-            )
-            images: Tensor = output.images
-            return images
-
-        return self.collect(sample, steps, seed)
+        call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+        return self.collect(lambda prompts, noise: pipeline(prompts, generator=noise, **call).images, steps, seed)
 
     def collect(
         self, sample: Callable[[list[str], torch.Generator], Tensor], steps: int, seed: int | None = None
@@ -196,8 +185,8 @@ def demo_config(num_inference_steps: int, output_dir: str | Path, seed: int = 0,
         "use_cpu": True,
         "save_strategy": "no",
         "report_to": "none",
+        "disable_tqdm": False,  # Left open, it would follow transformers' log level, which the command line lowers.
     }
-    fixed["disable_tqdm"] = False  # Left open, it would follow transformers' log level, which the command line lowers.
     return RDMConfig(**{"num_inference_steps": num_inference_steps, **COMMON_SETTINGS, **chosen, **fixed, **overrides})
 
 

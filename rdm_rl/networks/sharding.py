@@ -70,7 +70,7 @@ def shard(network: nn.Module, device: torch.device, whole: Iterable[nn.Parameter
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
 
 
-def blocks(network: nn.Module) -> Iterator[nn.Module]:
+def blocks(network: nn.Module, *, outermost: bool = True) -> Iterator[nn.Module]:
     """The parts of a network that are gathered one at a time, inner ones first.
 
     They are the items of its lists of modules, and of the lists in these, and what beside them holds lists of its own,
@@ -85,18 +85,14 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
         >>> [type(part).__name__ for part in blocks(unet)]
         ['Linear', 'Module']
     """
-    yield from _blocks(network, outermost=True)
-
-
-def _blocks(module: nn.Module, *, outermost: bool = False) -> Iterator[nn.Module]:
-    for child in module.children():
+    for child in network.children():
         items: Iterable[nn.Module] = []
         if isinstance(child, nn.ModuleList):
             items = child
         elif outermost and any(isinstance(item, nn.ModuleList) for item in child.children()):
             items = [child]
         for item in items:
-            yield from _blocks(item)
+            yield from blocks(item, outermost=False)
             if any(True for _ in item.parameters()):
                 yield item
 
