@@ -163,17 +163,13 @@ class Networks(ABC):
 
 
 class AdapterNetworks(Networks):
-    """LoRA adapters on the frozen network of a pipeline; the teacher is the network with these adapters off.
+    """LoRA adapters on the frozen network of a pipeline, in place; the teacher is the network with these adapters off.
 
     Args:
-        family: The border to the model. Its network gets the adapters in place.
+        family, generator, teacher_family, autocast, teacher_adapter: As in :func:`make_networks`.
         config: The adapters' configuration; without ``target_modules`` the family's own are used.
-        generator: Source of the adapters' initial weights.
-        teacher_family: A separate teacher, or None.
-        autocast: Makes the context in which networks run.
         policy_init: An adapter that the policy starts from and goes on training, of any rank and set of layers;
             ``config`` is then the fake score's alone.
-        teacher_adapter: An adapter that only the teacher has, of a style, say.
 
     Raises:
         ValueError: If the configuration asks for dropout.
@@ -313,14 +309,8 @@ def _checked(config: LoraConfig, family: Family) -> LoraConfig:
 class SeparateNetworks(Networks):
     """Full fine-tuning: the policy is a copy of the pipeline's network, the fake score one of the teacher's.
 
-    With a separate teacher, the policy is the pipeline's network itself.
-
-    Args:
-        family: The border to the model.
-        teacher_family: A separate teacher, or None.
-        autocast: Makes the context in which networks run.
-        policy_init: An adapter that the policy starts from; it is added to its weights.
-        teacher_adapter: An adapter that only the teacher has, of a style, say; it is added to its weights.
+    With a separate teacher, the policy is the pipeline's network itself. The arguments are those of
+    :func:`make_networks`; adapters that the policy or the teacher begin with are added to their weights.
     """
 
     def __init__(
@@ -389,7 +379,7 @@ def make_networks(
         generator: Source of the adapters' initial weights.
         autocast: Makes the context in which networks run.
         policy_init: An adapter that the policy starts from, or None.
-        teacher_adapter: An adapter that only the teacher has, or None.
+        teacher_adapter: An adapter that only the teacher has, of a style, say; or None.
         sharded: Cut the weights over the processes (see :mod:`rdm_rl.networks.sharding`).
 
     Raises:
