@@ -115,12 +115,12 @@ class TeacherCache:
         try:
             with written_whole(self._file(prompt, noise_seed)) as file:
                 Image.fromarray(pixels.numpy()).save(file, "PNG", pnginfo=text)
-                self._left -= file.stat().st_size
+                self._room -= file.stat().st_size
         except OSError as error:
             if not self._warned:
                 logger.warning("Teacher images are not kept in %s: %s. This is said once.", self.folder, error)
             self._warned = True
-        if self._left < 0:
+        if self._room < 0:
             self._make_room()
 
     def _file(self, prompt: str, noise_seed: int) -> Path:
@@ -141,7 +141,7 @@ class TeacherCache:
         for file in self.folder.glob(f"*/{_FILES}.*.partial"):
             if _facts(file)[0] < (time.time() - _STALE_AFTER_SECONDS) * 1e9:
                 _remove(file)
-        self._left = float("inf")
+        self._room = float("inf")
         if self.size_limit is not None:
             pictures = sorted((*_facts(file), file) for file in self.folder.glob(f"*/{_FILES}"))
             total = sum(size for _, size, _ in pictures)
@@ -153,7 +153,7 @@ class TeacherCache:
                     break
                 _remove(file)
                 total -= size
-            self._left = min(self.size_limit - total, (1 - _KEPT_SHARE) * self.size_limit)
+            self._room = min(self.size_limit - total, (1 - _KEPT_SHARE) * self.size_limit)
 
 
 def _facts(file: Path) -> tuple[int, int]:
