@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 Answer = tuple[Tensor, Tensor | None]  # Values, and their gradient at the inputs.
 Call = tuple[Tensor, list[str], dict[str, Any]]  # What a reward is called with: inputs, prompts, columns.
+
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 # Names by which a reward may ask for what is no column of the data set.
 EXTRAS = ("teacher_images", "group_ids")
@@ -111,24 +114,14 @@ def needs(reward: Callable[..., Any]) -> Needs:
     else:
         called = reward.forward if isinstance(reward, nn.Module) else reward
         parameters = list(inspect.signature(called).parameters.values())
-    positional = [
-        parameter
-        for parameter in parameters
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(positional) < 2 and not any(parameter.kind == parameter.VAR_POSITIONAL for parameter in parameters):
+    kinds = {parameter.kind for parameter in parameters}
+    positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
+    if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
         raise TypeError(f"The reward {reward!r} must take (images, prompts, **columns); its signature does not.")
-    named = [*positional[2:], *(parameter for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY)]
-    return Needs(
-        required=frozenset(
-            [
-                *(parameter.name for parameter in named if parameter.default is parameter.empty),
-                *getattr(reward, "required_columns", ()),
-            ]
-        ),
-        optional=frozenset(parameter.name for parameter in named if parameter.default is not parameter.empty),
-        everything=any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters),
-    )
+    named = positional[2:] + [parameter for parameter in parameters if parameter.kind == Parameter.KEYWORD_ONLY]
+    optional = {parameter.name for parameter in named if parameter.default is not Parameter.empty}
+    required = {parameter.name for parameter in named} - optional | {*getattr(reward, "required_columns", ())}
+    return Needs(required=frozenset(required), optional=frozenset(optional), everything=Parameter.VAR_KEYWORD in kinds)
 
 
 def check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> None:

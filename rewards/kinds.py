@@ -253,7 +253,7 @@ class PolicyGradientReward(FinalImageReward):
             raise ValueError(f"The reward {self.name!r} is a black box: without values it has no direction.")
         args, transition, factor = self.context.args, rollout.transitions[step], 1.0
         if args.step_weighting == "std":
-            spreads = torch.stack([past.std for past in rollout.transitions if past.std > 0])
+            spreads = torch.stack([each.std for each in rollout.transitions if each.std > 0])
             factor = (transition.std / spreads.mean()).item()
         low, high = args.clip_range
         signal = RecordedPolicyGradient(

@@ -120,8 +120,8 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
     parts = _parts(networks, tiny, rewards, args)
     passes, activations = _measure(Passes(networks, DTYPES[precision(args)], tiny), args, rewards)
 
-    def peak(setup: Setup) -> int:
-        return max(phase.peak for phase in phases(parts, passes, setup).values())
+    def peak(changed: Setup) -> int:
+        return max(phase.peak for phase in phases(parts, passes, changed).values())
 
     peaks = {name: peak(change) for name, change in _changes(setup, args).items()}
     return Plan(
