@@ -81,9 +81,13 @@ def run_one(study, steps, seed, folder, evaluation):
         print(f"K={steps} seed={seed} {name}: {files[name].read_text()}", flush=True)
 
 
-def read(folder, name, seeds):
-    files = {seed: folder / f"{name}-{seed}.json" for seed in seeds}
+def read_results(files):
+    """The results in files by seed, as far as there are any."""
     return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+
+
+def read(folder, name, seeds):
+    return read_results({seed: folder / f"{name}-{seed}.json" for seed in seeds})
 
 
 def mean_and_spread(values, digits):
@@ -91,29 +95,39 @@ def mean_and_spread(values, digits):
     return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
+def decimals_of(figure):
+    return 2 if "distance" in figure else 3
+
+
+def results_table(results, columns, decimals_of=decimals_of, first="arm"):
+    """The lines of a Markdown table: what each name's results are on average, if it has any."""
+    lines = [f"| {first} | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    for name, rows in results.items():
+        if rows:
+            cells = [mean_and_spread([row[column] for row in rows], decimals_of(column)) for column in columns]
+            lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    return lines
+
+
 def tables(study, folder, step_counts, seeds):
     """Mean and standard deviation over the seeds, and of differences within a seed, as Markdown."""
     names = list(STUDIES[study])
     teachers = sorted({file.stem.rsplit("-", 1)[0] for file in folder.glob("teacher*.json")})
     arms = [f"K{steps}-{name}" for steps in step_counts for name in ("start", *names)]
-    lines = [f"| sampler | seeds | {' | '.join(FIGURES)} |", f"|---|---|{'---|' * len(FIGURES)}"]
-    for name in (*teachers, *arms):
-        rows = read(folder, name, seeds).values()
-        if rows:
-            cells = [mean_and_spread([row[one] for row in rows], 2 if "distance" in one else 3) for one in FIGURES]
-            lines.append(f"| {name.replace('-', ', ')} | {len(rows)} | {' | '.join(cells)} |")
+    results = {name.replace("-", ", "): read(folder, name, seeds).values() for name in (*teachers, *arms)}
+    lines = results_table(results, FIGURES, first="sampler")
     lines += ["", "Mean ± standard deviation over seeds; network B.", ""]
     lines += ["Differences within a seed (the arms of a seed share their start, noise and reference images):", ""]
     lines += ["| K | arm | minus | distance_to_data | distance_to_teacher | recall |", "|---|---|---|---|---|---|"]
     pairs = [(name, "start") for name in names] + [(name, names[0]) for name in names[1:]]
     for steps in step_counts:
         for name, other in pairs:
-            first, second = (read(folder, f"K{steps}-{one}", seeds) for one in (name, other))
+            first, second = (read(folder, f"K{steps}-{arm}", seeds) for arm in (name, other))
             both = sorted(first.keys() & second.keys())
             if both:
                 cells = [
-                    mean_and_spread([first[seed][one] - second[seed][one] for seed in both], 3)
-                    for one in ("distance_to_data", "distance_to_teacher", "recall")
+                    mean_and_spread([first[seed][figure] - second[seed][figure] for seed in both], 3)
+                    for figure in ("distance_to_data", "distance_to_teacher", "recall")
                 ]
                 lines.append(f"| {steps} | {name} | {other} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

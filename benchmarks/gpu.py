@@ -161,7 +161,7 @@ def random_pipeline(blueprint, device, seed=0):
 
 def live_tensors():
     """All tensors of this process."""
-    return [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    return [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
 
 
 @contextmanager
@@ -197,8 +197,8 @@ class Meter:
             torch.cuda.synchronize(self.device)
             working = torch.cuda.max_memory_allocated(self.device) - before
         else:
-            existing, foreign = live_tensors(), {one.data_ptr() for one in self.others}
-            sizes = {one.data_ptr(): one.untyped_storage().nbytes() for one in existing}
+            existing, foreign = live_tensors(), {tensor.data_ptr() for tensor in self.others}
+            sizes = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in existing}
             before = sum(size for place, size in sizes.items() if place not in foreign)
             with allocated() as most:
                 yield
@@ -244,13 +244,9 @@ class MeasuredTrainer(RDMTrainer):
         return metrics
 
 
-def dry_run(name, *, tiny, updates, folder, use_cpu):
-    """One model's figures."""
-    full = blueprint_of(name, tiny)
-    blueprint, family = without_text_encoders(full)
-    count = 4 if tiny else BATCH[name]
-    args = RDMConfig(
-        output_dir=str(folder / name),
+def settings_of(folder, *, tiny, updates, count, use_cpu):
+    return RDMConfig(
+        output_dir=str(folder),
         use_cpu=use_cpu,
         bf16=not use_cpu,
         **{CHECKPOINTING: True},
@@ -271,6 +267,14 @@ def dry_run(name, *, tiny, updates, folder, use_cpu):
         disable_tqdm=True,
         offload=["text_encoders"],
     )
+
+
+def dry_run(name, *, tiny, updates, folder, use_cpu):
+    """One model's figures."""
+    full = blueprint_of(name, tiny)
+    blueprint, family = without_text_encoders(full)
+    count = 4 if tiny else BATCH[name]
+    args = settings_of(folder / name, tiny=tiny, updates=updates, count=count, use_cpu=use_cpu)
     rewards = ["rdm", f"{__file__}:brightness"]
     arguments = TrainArguments(model_name_or_path="", dataset="", reward_funcs=rewards, lora_r=RANK)
     plan = make_plan(full, arguments, args)
@@ -310,24 +314,26 @@ def dry_run(name, *, tiny, updates, folder, use_cpu):
         "finite": all(map(math.isfinite, losses)),
         "moved": moved,
         "reloads": reloads,
-        "phases": {
-            phase: {
-                "before": phases[phase][0],
-                "working": phases[phase][1],
-                "planned_before": max(plan.phases[one].stays for one in parts if one in plan.phases),
-                "planned_working": max(plan.phases[one].working for one in parts if one in plan.phases),
-            }
-            for phase, parts in MEASURED.items()
-        },
+        "phases": {phase: measured_and_planned(phases[phase], plan, parts) for phase, parts in MEASURED.items()},
+    }
+
+
+def measured_and_planned(measured, plan, parts):
+    planned = [plan.phases[part] for part in parts if part in plan.phases]
+    return {
+        "before": measured[0],
+        "working": measured[1],
+        "planned_before": max(phase.stays for phase in planned),
+        "planned_working": max(phase.working for phase in planned),
     }
 
 
 def loads_again(pipeline, network_name, folder, saved):
     """Whether stock diffusers gives a fresh pipeline the adapter that was saved, weight by weight."""
     pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
-    found = get_peft_model_state_dict(getattr(pipeline, network_name), adapter_name="student")
-    return found.keys() == saved.keys() and all(
-        torch.equal(value.cpu(), saved[key].to(value.dtype)) for key, value in found.items()
+    weights = get_peft_model_state_dict(getattr(pipeline, network_name), adapter_name="student")
+    return weights.keys() == saved.keys() and all(
+        torch.equal(value.cpu(), saved[key].to(value.dtype)) for key, value in weights.items()
     )
 
 
@@ -342,17 +348,17 @@ def report(results, device):
         "|---|---|---:|---:|---:|---:|---:|---|---|",
     ]
     details = ["", "| model | phase | before | plan | working | plan |", "|---|---|---:|---:|---:|---:|"]
-    for one in results:
-        measured = max(phase["before"] + phase["working"] for phase in one["phases"].values())
-        planned = max(phase["planned_before"] + phase["planned_working"] for phase in one["phases"].values())
+    for result in results:
+        measured = max(phase["before"] + phase["working"] for phase in result["phases"].values())
+        planned = max(phase["planned_before"] + phase["planned_working"] for phase in result["phases"].values())
         lines.append(
-            f"| {one['model']} | {one['image']} | {one['samples']} | {one['seconds']:.2f} | {measured / GIB:.2f} "
-            f"| {planned / GIB:.2f} | {measured / planned:.2f} | {'yes' if one['finite'] else 'NO'} "
-            f"| {'yes' if one['reloads'] else 'NO'} |"
+            f"| {result['model']} | {result['image']} | {result['samples']} | {result['seconds']:.2f} "
+            f"| {measured / GIB:.2f} | {planned / GIB:.2f} | {measured / planned:.2f} "
+            f"| {'yes' if result['finite'] else 'NO'} | {'yes' if result['reloads'] else 'NO'} |"
         )
-        for name, phase in one["phases"].items():
+        for name, phase in result["phases"].items():
             figures = (phase[key] / GIB for key in ("before", "planned_before", "working", "planned_working"))
-            details.append(f"| {one['model']} | {name} | " + " | ".join(f"{value:.2f}" for value in figures) + " |")
+            details.append(f"| {result['model']} | {name} | " + " | ".join(f"{value:.2f}" for value in figures) + " |")
     return "\n".join([*lines, *details])
 
 

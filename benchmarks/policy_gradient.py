@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from digits import benchmark_command, mean_and_spread
+from digits import benchmark_command, decimals_of, mean_and_spread, read_results, results_table
 from peft import LoraConfig
 from transformers.trainer_callback import TrainerCallback
 
@@ -173,22 +173,14 @@ def run_seed(folder, seed):
 
 def read(folder, name, updates, seeds):
     """Results by seed; no updates are the shared start."""
-    files = {seed: file_of(folder, name if updates else "start", updates, seed) for seed in seeds}
-    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
-
-
-def digits_of(name):
-    return {"network_evaluations": 0, "cpu_seconds": 0}.get(name, 2 if "distance" in name else 3)
+    return read_results({seed: file_of(folder, name if updates else "start", updates, seed) for seed in seeds})
 
 
 def table(folder, seeds):
+    results = {name: read(folder, name, UPDATES, seeds).values() for name in ARMS}
+    results = {"start": read(folder, "start", 0, seeds).values(), **results}
     columns = (*FIGURES, *MEASURED, *COSTS)
-    lines = [f"| arm | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
-    for name, updates in (("start", 0), *((name, UPDATES) for name in ARMS)):
-        rows = read(folder, name, updates, seeds).values()
-        if rows:
-            cells = [mean_and_spread([row[one] for row in rows], digits_of(one)) for one in columns]
-            lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    lines = results_table(results, columns, lambda name: 0 if name in COSTS else decimals_of(name))
     return "\n".join(lines) + "\n"
 
 
@@ -202,8 +194,8 @@ def changes(folder, seeds):
             both = sorted(first.keys() & second.keys())
             if both and name != other:
                 reward, distance = (
-                    [first[seed][one] - second[seed][one] for seed in both]
-                    for one in ("digit_logprob", "distance_to_teacher")
+                    [first[seed][figure] - second[seed][figure] for seed in both]
+                    for figure in ("digit_logprob", "distance_to_teacher")
                 )
                 recall = [100 * (first[seed]["recall"] / second[seed]["recall"] - 1) for seed in both]
                 cells = [mean_and_spread(reward, 4), mean_and_spread(recall, 1), f"{min(recall):.1f}"]
@@ -231,7 +223,13 @@ def picture(folder, seeds, file):
                     )
             x, mean, spread = zip(*points, strict=True)
             axis.errorbar(
-                [one + 0.4 * (index - 1.5) for one in x], mean, yerr=spread, marker="o", ms=3, capsize=2, label=name
+                [position + 0.4 * (index - 1.5) for position in x],
+                mean,
+                yerr=spread,
+                marker="o",
+                ms=3,
+                capsize=2,
+                label=name,
             )
         if key == "recall":
             start = statistics.fmean(row[key] for row in read(folder, "start", 0, seeds).values())

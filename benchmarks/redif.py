@@ -23,7 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from digits import benchmark_command, mean_and_spread
+from digits import benchmark_command, decimals_of, mean_and_spread, read_results, results_table
 from peft import LoraConfig
 from torch.nn.functional import cosine_similarity
 from transformers.trainer_callback import TrainerCallback
@@ -131,11 +131,11 @@ def make_trainer(folder, seed, kind, budget=math.inf, **settings):
     config, trainer, reward = (
         (RDMConfig, RDMTrainer, "rdm") if kind == "gndm" else (ReDiFConfig, ReDiFTrainer, TeacherMSE())
     )
-    given = {**COMMON, **({} if kind == "gndm" else MATCH), "output_dir": str(folder), "seed": seed, **settings}
+    values = {**COMMON, **({} if kind == "gndm" else MATCH), "output_dir": str(folder), "seed": seed, **settings}
     lora = LoraConfig(r=16, lora_alpha=16)
     stop = [StopAtBudget(budget)]
     return trainer(
-        str(TEACHER_FOLDER), reward, config(**given), prompts_for_training(), peft_config=lora, callbacks=stop
+        str(TEACHER_FOLDER), reward, config(**values), prompts_for_training(), peft_config=lora, callbacks=stop
     )
 
 
@@ -174,7 +174,7 @@ class Judge:
         """
         figures = {}
         for name, teacher in {"": self.teacher, "_other_noise": self.teacher.roll(self.period, 0)}.items():
-            features = [digit_features("B", one) for one in (images, teacher)]
+            features = [digit_features("B", pictures) for pictures in (images, teacher)]
             figures |= {
                 f"mse{name}": -TeacherMSE()(images, self.prompts, teacher).mean().item(),
                 f"histogram{name}": -TeacherHistogram()(images, self.prompts, teacher).mean().item(),
@@ -226,28 +226,19 @@ def run_seed(folder, seed):
 
 
 def read(folder, name, seeds):
-    files = {seed: file_of(folder, name, seed) for seed in seeds}
-    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+    return read_results({seed: file_of(folder, name, seed) for seed in seeds})
 
 
 def table(folder, seeds):
-    columns = (*MATCHES, *FIGURES)
-    lines = [f"| arm | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
-    digits = {"mse": 5, "features": 2, "cosine": 4, "histogram": 4}
-    for name in ("teacher, 50 steps", *ARMS):
-        rows = read(folder, name, seeds).values()
-        if rows:
-            cells = [
-                mean_and_spread([row[one] for row in rows], digits.get(one, 2 if "distance" in one else 3))
-                for one in columns
-            ]
-            lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    decimals = {"mse": 5, "features": 2, "cosine": 4, "histogram": 4}
+    results = {name: read(folder, name, seeds).values() for name in ("teacher, 50 steps", *ARMS)}
+    lines = results_table(results, (*MATCHES, *FIGURES), lambda column: decimals.get(column, decimals_of(column)))
     return "\n".join(lines) + "\n\nMean ± standard deviation over seeds.\n"
 
 
 def changes(folder, seeds):
     """The change that each arm made to its own start, in percent for the matches, and what it spent."""
-    head = ["arm", "minus", *(f"{one}, %" for one in MATCHES[:3]), "distance_to_teacher", "recall"]
+    head = ["arm", "minus", *(f"{match}, %" for match in MATCHES[:3]), "distance_to_teacher", "recall"]
     lines = [f"| {' | '.join([*head, 'updates', 'evaluations: policy, teacher, fake score', 'CPU seconds'])} |"]
     lines.append("|---" * (len(head) + 3) + "|")
     for name, start in STARTS.items():
@@ -255,12 +246,12 @@ def changes(folder, seeds):
         both = sorted(after.keys() & before.keys())
         if both:
             cells = [
-                mean_and_spread([100 * (after[seed][one] / before[seed][one] - 1) for seed in both], 1)
-                for one in MATCHES[:3]
+                mean_and_spread([100 * (after[seed][match] / before[seed][match] - 1) for seed in both], 1)
+                for match in MATCHES[:3]
             ]
             cells += [
-                mean_and_spread([after[seed][one] - before[seed][one] for seed in both], places)
-                for one, places in (("distance_to_teacher", 2), ("recall", 3))
+                mean_and_spread([after[seed][column] - before[seed][column] for seed in both], places)
+                for column, places in (("distance_to_teacher", 2), ("recall", 3))
             ]
             rows = [after[seed] for seed in both]
             spent = [

@@ -30,7 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from digits import SEEDS, StopAtOnce, mean_and_spread
+from digits import SEEDS, StopAtOnce, decimals_of, mean_and_spread, read_results
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
@@ -165,7 +165,7 @@ def run_seed(folder, seed, names, development, settings):
             rows.append({**trainer.spent, **figures})
 
         # A checkpoint holds its learning rate, so the arm with another one makes the same start once more.
-        rate = {one: value for one, value in ARMS[name].items() if one == "learning_rate"}
+        rate = {setting: value for setting, value in ARMS[name].items() if setting == "learning_rate"}
         home = work / "twice" if rate else work
         checkpoint = home / "checkpoint-0"
         if not start_file.exists() or not (checkpoint / "trainer_state.json").exists():
@@ -176,15 +176,14 @@ def run_seed(folder, seed, names, development, settings):
         updates = ENOUGH if name == REFERENCE or rate else MOST
         trainer = make_trainer(home, seed, updates, look=look, **{**settings, **ARMS[name]})
         trainer.train(resume_from_checkpoint=checkpoint)
-        ratios = {one: statistics.fmean(values) for one, values in trainer.ratios.items() if values}
+        ratios = {ratio: statistics.fmean(values) for ratio, values in trainer.ratios.items() if values}
         file.write_text(json.dumps({"curve": rows, "ratios": ratios, "evaluations": trainer.by_role}))
         curve = " ".join(f"{row['distance_to_data']:.2f}" for row in rows)
         print(f"{file.stem}: {curve}; {rows[-1]['evaluations']} evaluations, {rows[-1]['seconds']:.0f} s", flush=True)
 
 
 def read(folder, name, seeds):
-    files = {seed: file_of(folder, name, seed) for seed in seeds}
-    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+    return read_results({seed: file_of(folder, name, seed) for seed in seeds})
 
 
 def first_reached(curve, goal):
@@ -202,27 +201,27 @@ def effort_table(folder, seeds):
     Who looks often and wavers is soon lucky, so the last column takes each arm at a fixed budget instead.
     """
     shares = ("evaluations", "seconds")
-    columns = ["reached", *SPENT, *(f"{one}, % of M=1's" for one in shares), f"at {BUDGET:.0%} of the evaluations"]
+    columns = ["reached", *SPENT, *(f"{share}, % of M=1's" for share in shares), f"at {BUDGET:.0%} of the evaluations"]
     lines = [f"| arm | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     references = read(folder, REFERENCE, seeds)
     for name in ARMS:
-        curves = {seed: one["curve"] for seed, one in read(folder, name, seeds).items() if seed in references}
+        curves = {seed: run["curve"] for seed, run in read(folder, name, seeds).items() if seed in references}
         if not curves:
             continue
         ends = {seed: references[seed]["curve"][-1] for seed in curves}
-        found = {seed: first_reached(curve, ends[seed][JUDGED]) for seed, curve in curves.items()}
-        found = {seed: one for seed, one in found.items() if one}
+        reached = {seed: first_reached(curve, ends[seed][JUDGED]) for seed, curve in curves.items()}
+        reached = {seed: row for seed, row in reached.items() if row}
         cells = ["" for _ in (*SPENT, *shares)]
-        if found:
-            cells = [mean_and_spread([one[unit] for one in found.values()], 0) for unit in SPENT]
+        if reached:
+            cells = [mean_and_spread([row[unit] for row in reached.values()], 0) for unit in SPENT]
             for unit in shares:
-                cells.append(mean_and_spread([100 * one[unit] / ends[seed][unit] for seed, one in found.items()], 0))
+                cells.append(mean_and_spread([100 * row[unit] / ends[seed][unit] for seed, row in reached.items()], 0))
         differences = []
         for seed, curve in curves.items():
-            x, y = ([row[one] for row in curve] for one in ("evaluations", JUDGED))
+            x, y = ([row[axis] for row in curve] for axis in ("evaluations", JUDGED))
             differences.append(np.interp(BUDGET * ends[seed]["evaluations"], x, y) - ends[seed][JUDGED])
         cells.append(mean_and_spread(differences, 2))
-        lines.append(f"| {name} | {len(found)} of {len(curves)} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {len(reached)} of {len(curves)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -233,23 +232,23 @@ def end_table(folder, seeds):
         f"|---|---|---|{'---|' * (len(FIGURES) + 2)}",
     ]
     for name in ARMS:
-        curves = [one["curve"] for one in read(folder, name, seeds).values()]
+        curves = [run["curve"] for run in read(folder, name, seeds).values()]
         if not curves:
             continue
         both = [("start", [curve[0] for curve in curves])] if name == REFERENCE else []
         if curves[0][-1]["updates"] > ENOUGH:
             both.append((name, [row for curve in curves for row in curve if row["updates"] == ENOUGH]))
         for label, rows in [*both, (name, [curve[-1] for curve in curves])]:
-            cells = [mean_and_spread([row[one] for row in rows], 2 if "distance" in one else 3) for one in FIGURES]
+            cells = [mean_and_spread([row[figure] for row in rows], decimals_of(figure)) for figure in FIGURES]
             updates = rows[0]["updates"]
             for unit, digits in (("evaluations", 0), ("seconds", 2)):
                 cells.append(f"{statistics.fmean(row[unit] / updates for row in rows):.{digits}f}" if updates else "")
             lines.append(f"| {label} | {updates} | {len(rows)} | {' | '.join(cells)} |")
     lines += ["", f"| arm | {' | '.join(RATIOS)} |", f"|---|{'---|' * len(RATIOS)}"]
     for name in ARMS:
-        found = [one["ratios"] for one in read(folder, name, seeds).values() if one["ratios"]]
-        if found:
-            cells = [f"{statistics.fmean(one[ratio] for one in found):.3g}" for ratio in RATIOS]
+        ratios = [run["ratios"] for run in read(folder, name, seeds).values() if run["ratios"]]
+        if ratios:
+            cells = [f"{statistics.fmean(run[ratio] for run in ratios):.3g}" for ratio in RATIOS]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -258,7 +257,7 @@ def picture(folder, seeds, file):
     """Of arms that have all seeds: the distance to the data against updates, and against network evaluations."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
     for name in ARMS:
-        curves = [one["curve"] for one in read(folder, name, seeds).values()]
+        curves = [run["curve"] for run in read(folder, name, seeds).values()]
         if len(curves) < len(seeds):
             continue
         color = {"M=1": "black", "M=2": "C0", "M=4": "C1"}[name[:3]]

@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from digits import benchmark_command, mean_and_spread
+from digits import benchmark_command, mean_and_spread, results_table
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
@@ -156,13 +156,8 @@ def read(folder, name, seeds):
 
 
 def table(folder, seeds):
-    columns = (*FIGURES, *MEASURED)
-    lines = [f"| arm | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
-    for name in ("teacher", "start", *(name for name, *_ in arms())):
-        rows = read(folder, name, seeds)
-        if rows:
-            cells = [mean_and_spread([row[one] for row in rows], 2 if "distance" in one else 3) for one in columns]
-            lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    names = ("teacher", "start", *(name for name, *_ in arms()))
+    lines = results_table({name: read(folder, name, seeds) for name in names}, (*FIGURES, *MEASURED))
     return (
         "\n".join(lines) + "\n\nMean ± standard deviation over seeds; distances, precision and recall in network B.\n"
     )
@@ -183,7 +178,9 @@ def equal_reward(folder, seeds):
                 for seed in seeds:
                     zero = read(folder, "ink ÷1024, fixed, 150", [seed])
                     fixed = zero + [
-                        row for one in WEIGHTS["fixed"] for row in read(folder, f"{reward}, fixed, {one:g}", [seed])
+                        row
+                        for weight in WEIGHTS["fixed"]
+                        for row in read(folder, f"{reward}, fixed, {weight:g}", [seed])
                     ]
                     arm = read(folder, f"{reward}, {method}, {weight:g}", [seed])
                     if len(fixed) < 1 + len(WEIGHTS["fixed"]) or not arm:
@@ -192,14 +189,14 @@ def equal_reward(folder, seeds):
                     here = (arm[0][reward] - zero[0][reward]) ** 2
                     if here <= max(squares):
                         expected = [
-                            np.interp(here, squares, [row[one] for row in fixed])
-                            for one in ("distance_to_teacher", "recall")
+                            np.interp(here, squares, [row[figure] for row in fixed])
+                            for figure in ("distance_to_teacher", "recall")
                         ]
                         differences.append(
                             (arm[0]["distance_to_teacher"] - expected[0], arm[0]["recall"] - expected[1])
                         )
                 if differences:
-                    cells = [mean_and_spread(list(one), 3) for one in zip(*differences, strict=True)]
+                    cells = [mean_and_spread(list(column), 3) for column in zip(*differences, strict=True)]
                     lines.append(f"| {reward}, {method}, {weight:g} | {len(differences)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -213,25 +210,25 @@ def picture(folder, seeds, file):
         for row, figure_name in enumerate(("distance_to_teacher", "recall")):
             axis = axes[row, column]
             for method, weights in WEIGHTS.items():
-                found = [read(folder, f"{reward}, {method}, {weight:g}", seeds) for weight in weights]
-                found = [(weight, rows) for weight, rows in zip(weights, found, strict=True) if rows]
-                x = [statistics.fmean(one[reward] for one in rows) for _, rows in found]
-                y = [statistics.fmean(one[figure_name] for one in rows) for _, rows in found]
+                measured = [read(folder, f"{reward}, {method}, {weight:g}", seeds) for weight in weights]
+                measured = [(weight, rows) for weight, rows in zip(weights, measured, strict=True) if rows]
+                x = [statistics.fmean(row[reward] for row in rows) for _, rows in measured]
+                y = [statistics.fmean(row[figure_name] for row in rows) for _, rows in measured]
                 errors = [
-                    statistics.stdev([one[figure_name] for one in rows]) if len(rows) > 1 else 0 for _, rows in found
+                    statistics.stdev([row[figure_name] for row in rows]) if len(rows) > 1 else 0 for _, rows in measured
                 ]
                 color, marker = styles[method]
                 axis.errorbar(
                     x, y, yerr=errors, color=color, marker=marker, capsize=2, label=labels.get(method, method)
                 )
-                for place, (weight, _) in zip(zip(x, y, strict=True), found, strict=True):
+                for place, (weight, _) in zip(zip(x, y, strict=True), measured, strict=True):
                     axis.annotate(
                         f"{weight:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=7, color=color
                     )
             for name, marker in (("start", "x"), ("none, GNDM", "+"), ("teacher", "*")):
                 rows = read(folder, name, seeds)
                 if rows:
-                    point = [statistics.fmean(one[key] for one in rows) for key in (reward, figure_name)]
+                    point = [statistics.fmean(row[key] for row in rows) for key in (reward, figure_name)]
                     axis.plot(
                         *point, marker, color="black", label=name.replace("none, GNDM", "no reward"), linestyle="none"
                     )

@@ -96,9 +96,9 @@ def main():
     first = figures["all at once"]
     print(f"{options.samples} latents of {options.size} x {options.size} on {options.device}\n")
     print("| decoding | peak memory | ratio | time ratio | gradient's norm |\n|---|---|---|---|---|")
-    for arm, one in figures.items():
-        ratios = f"{one['gib'] / first['gib']:.2f} | {one['seconds'] / first['seconds']:.2f}"
-        print(f"| {arm} | {one['gib']:.2f} GiB | {ratios} | {one['gradient']:.6g} |")
+    for arm, figure in figures.items():
+        ratios = f"{figure['gib'] / first['gib']:.2f} | {figure['seconds'] / first['seconds']:.2f}"
+        print(f"| {arm} | {figure['gib']:.2f} GiB | {ratios} | {figure['gradient']:.6g} |")
 
 
 if __name__ == "__main__":

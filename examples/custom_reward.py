@@ -28,7 +28,7 @@ BOLD, THIN = 0.38, 0.24  # Mean grey levels. Those of the data are 0.25 to 0.39,
 @register_reward("bold_if_even", differentiable=True)
 def bold_if_even(images: Tensor, prompts: list[str], digit: list[int]) -> Tensor:
     """Minus the distance of the mean grey level from the wanted one, shape (N,)."""
-    wanted = torch.tensor([THIN if one % 2 else BOLD for one in digit], device=images.device)
+    wanted = torch.tensor([THIN if number % 2 else BOLD for number in digit], device=images.device)
     return -(images.mean((1, 2, 3)) - wanted).abs()
 
 
@@ -40,12 +40,12 @@ def pieces(images: Tensor, prompts: list[str]) -> Tensor:
     while True:  # Each pixel takes the largest label around it, until every piece has one label.
         spread = max_pool2d(labels, 3, stride=1, padding=1) * ink
         if torch.equal(spread, labels):
-            return torch.tensor([float(len(one.unique()) - 1) for one in labels])  # Without the background's 0.
+            return torch.tensor([float(len(label.unique()) - 1) for label in labels])  # Without the background's 0.
         labels = spread
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Train and show."""
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/custom"), help="where everything goes")
     parser.add_argument("--weight", type=float, default=1.5, help="weight of bold_if_even; 0 only watches it, too")
@@ -54,8 +54,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--warm_start_num_states", type=int, default=500, help="what it learns from")
     parser.add_argument("--fake_score_warmup_steps", type=int, default=40, help="updates of the fake score before")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
-    options = parser.parse_args(words)
+    return parser.parse_args(words)
 
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train and show."""
+    options = parse(words)
     args = RDMConfig.from_method(
         "gndmr",
         output_dir=str(options.output_dir),

@@ -126,7 +126,7 @@ def look(trainer: RDMTrainer, rows: Sequence[dict[str, Any]]) -> tuple[dict[str,
         for name, reward in trainer.rewards.items():
             if isinstance(reward, AskedReward):
                 values.setdefault(name, []).append(reward.start(chains, -1, gradient=False)().values.cpu())
-    return {name: torch.cat(found).nanmean().item() for name, found in values.items()}, torch.cat(images)
+    return {name: torch.cat(numbers).nanmean().item() for name, numbers in values.items()}, torch.cat(images)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -42,8 +42,8 @@ def alignment(images: Tensor, prompts: list[str], teacher_images: Tensor) -> str
     return ", ".join(f"{name} {mean:.5f}" for name, mean in means.items())
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Train, measure and show."""
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/redif"), help="where everything goes")
     parser.add_argument("--draft", action="store_true", help="the control: the reward's gradient, on the last step")
@@ -57,10 +57,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=128, help="samples of an update; a group is 8 of one prompt")
     parser.add_argument("--num_judged", type=int, default=100, help="held-out pairs before and after")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
-    options = parser.parse_args(words)
+    return parser.parse_args(words)
 
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train, measure and show."""
+    options = parse(words)
     data = training_prompts()
-    named = [one["prompt"] for one in data if one["prompt"].startswith(HELD_OUT)]
+    named = [row["prompt"] for row in data if row["prompt"].startswith(HELD_OUT)]
     args = ReDiFConfig(
         output_dir=str(options.output_dir),
         reward_gradient="pathwise" if options.draft else "score_function",
@@ -83,7 +87,7 @@ def main(words: Sequence[str] | None = None) -> None:
         TEACHER_FOLDER,
         REWARDS,
         args,
-        [one for one in data if not one["prompt"].startswith(HELD_OUT)],
+        [row for row in data if not row["prompt"].startswith(HELD_OUT)],
         [{"prompt": prompt} for prompt in named],
         peft_config=LoraConfig(r=16, lora_alpha=16),
     )
@@ -101,11 +105,8 @@ def main(words: Sequence[str] | None = None) -> None:
     after = trainer.generate(prompts, generator=noises(len(prompts)))
     trainer.save_model(options.output_dir / "student")
 
-    shown = range(min(20, len(prompts)))
-    rows = {"student, before": before, "student, after": after, "teacher": teacher_images}
-    image_grid({name: images[list(shown)] for name, images in rows.items()}, [prompts[one] for one in shown]).save(
-        options.output_dir / "samples.png"
-    )
+    rows = {"student, before": before[:20], "student, after": after[:20], "teacher": teacher_images[:20]}
+    image_grid(rows, prompts[:20]).save(options.output_dir / "samples.png")
     print(f"before: {alignment(before, prompts, teacher_images)}")
     print(f"after: {alignment(after, prompts, teacher_images)}")
     print(f"The student and samples.png are in {options.output_dir}")

@@ -118,10 +118,10 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     for word in (word for word in words if len(word) > 1):
         pieces = [*word[:-1], word[-1] + "</w>"]
         for end in range(1, len(pieces)):
-            left, right = "".join(pieces[:end]), pieces[end]
-            if f"{left} {right}" not in merges:
-                merges.append(f"{left} {right}")
-                tokens.append(left + right)
+            beginning, last = "".join(pieces[:end]), pieces[end]
+            if f"{beginning} {last}" not in merges:
+                merges.append(f"{beginning} {last}")
+                tokens.append(beginning + last)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {
         token: index for index, token in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])
@@ -170,12 +170,9 @@ def train_autoencoder(digits: Digits, steps: int = 1500, batch: int = 64) -> Aut
     return vae
 
 
-def train_unet(
-    digits: Digits, vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, batch: int = 96
-) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
-    """Train U-Net and text encoder on v-prediction and return them with averaged weights."""
+def build_unet(vocabulary: int) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
+    """U-Net and text encoder with random weights, and the scheduler."""
     torch.manual_seed(2)
-    generator = torch.Generator().manual_seed(22)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64, 80),
@@ -187,7 +184,6 @@ def train_unet(
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     )
-    vocabulary = len(tokenizer)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
@@ -212,6 +208,15 @@ def train_unet(
         set_alpha_to_one=True,
         steps_offset=1,  # Not used with trailing spacing, but another value makes the pipeline warn.
     )
+    return unet, text_encoder, scheduler
+
+
+def train_unet(
+    digits: Digits, vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, batch: int = 96
+) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
+    """Train U-Net and text encoder on v-prediction and return them with averaged weights."""
+    unet, text_encoder, scheduler = build_unet(len(tokenizer))
+    generator = torch.Generator().manual_seed(22)
     with torch.no_grad():
         latents = vae.encode(digits.images * 2 - 1).latent_dist.mean * vae.config.scaling_factor
     prompts = [prompt for digit in range(10) for prompt in digit_prompts(digit)]

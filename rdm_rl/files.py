@@ -21,13 +21,9 @@ _NOT_COMPUTED = ("transformers_version", "dtype", "torch_dtype", "base_model_nam
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Write a file whole or not at all, also when the process is killed or another one writes the same.
+    """Where to write a file that is there whole or not at all, also when the process is killed or others write it.
 
-    Args:
-        file: What shall be there; its folder is made.
-
-    Returns:
-        Where to write, in the same folder. It becomes the file at the end of the context.
+    What was written becomes the file at the end of the context; its folder is made.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -48,14 +44,11 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 @torch.no_grad()
 def fingerprint(network: nn.Module | None, **facts: object) -> str:
-    """A short name for a network's weights and some facts: every value counts.
+    """A short name, 16 hexadecimal digits, for a network's weights and some facts: every value counts.
 
     Args:
         network: The network, or None; of adapters, only one that is called ``teacher`` counts.
         facts: What JSON can hold, tensors, sets and dataclasses of those; anything else counts as its text.
-
-    Returns:
-        16 hexadecimal digits.
     """
     digest = xxh3_128(json.dumps(facts, sort_keys=True, default=_plain).encode())  # Models are large: faster than SHA.
     for name, weight in ({} if network is None else network.state_dict()).items():
@@ -76,12 +69,9 @@ def cache_key(networks: Mapping[str, nn.Module | None], **facts: object) -> str:
             adapter called ``teacher``, too, and so do the versions of the libraries that they are made of.
         facts: Everything else that the content depends on, as in :func:`fingerprint`.
 
-    Returns:
-        16 hexadecimal digits.
-
     Example:
-        >>> one = cache_key({"teacher": nn.Linear(2, 2)}, steps=4)
-        >>> len(one), one == cache_key({"teacher": nn.Linear(2, 2)}, steps=5)
+        >>> key = cache_key({"teacher": nn.Linear(2, 2)}, steps=4)
+        >>> len(key), key == cache_key({"teacher": nn.Linear(2, 2)}, steps=5)
         (16, False)
     """
     parts = {name: None if network is None else _network_facts(network) for name, network in networks.items()}
@@ -113,5 +103,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if is_dataclass(value):
-        return [type(value).__name__, {one.name: getattr(value, one.name) for one in fields(value)}]
+        return [type(value).__name__, {each.name: getattr(value, each.name) for each in fields(value)}]
     return str(value)

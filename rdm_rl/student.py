@@ -63,21 +63,18 @@ class SavedStudent(NamedTuple):
         return int(self.call["num_inference_steps"])
 
     def draw(self, prompts: Sequence[str], **options: Any) -> list[Any]:
-        """Images of the stock pipeline.
+        """N images of the stock pipeline, as PIL unless ``output_type`` says otherwise.
 
         Args:
             prompts: N prompts; for a ``DiTPipeline`` the numbers of classes.
             options: More of the pipeline's own arguments, such as ``generator``.
-
-        Returns:
-            N images, as PIL unless ``output_type`` says otherwise.
         """
         pipe: Any = self.pipeline
         names = signature(type(pipe).__call__).parameters
         if "prompt" in names:
             what: dict[str, Any] = {"prompt": list(prompts)}
         elif "class_labels" in names:
-            what = {"class_labels": [int(one) if one.isdigit() else pipe.labels[one] for one in prompts]}
+            what = {"class_labels": [int(prompt) if prompt.isdigit() else pipe.labels[prompt] for prompt in prompts]}
         else:
             what = {"batch_size": len(prompts)}
         images: list[Any] = pipe(**what, **self.call, **options).images
@@ -126,15 +123,18 @@ def save_student(
     elif network is not None:
         family.save_pipeline(str(folder), network, scheduler)
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
+    call = [
+        _WHAT.get(type(family.pipeline).__name__, '"a prompt"'),
+        *(f"{key}={value!r}" for key, value in use.items()),
+    ]
+    kind, name, base = type(scheduler).__name__, name or folder.name, public_name(base)
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     if lora:
-        (folder / _BASE_FILE).write_text(json.dumps({"base": public_name(base)}), encoding="utf-8")
-    kind, name = type(scheduler).__name__, name or folder.name
-    base = public_name(base)
+        (folder / _BASE_FILE).write_text(json.dumps({"base": base}), encoding="utf-8")
     text = _CARD.format(
         name=name,
         steps=num_inference_steps,
-        call=", ".join([_WHAT.get(type(family.pipeline).__name__, '"a prompt"'), *_words(use)]).removeprefix(", "),
+        call=", ".join(call).removeprefix(", "),
         guidance=(_GUIDANCE_INSIDE if guidance_scale == 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
         base=base,
         version=__version__,
@@ -169,28 +169,21 @@ def public_name(source: str) -> str:
 
 
 def base_of(folder: str | Path) -> str | None:
-    """What the model is called that a saved adapter belongs to: a hub name, or a folder's without its place.
+    """What the model is called that a saved adapter belongs to; None for a whole pipeline.
 
-    Args:
-        folder: What :func:`save_student` wrote.
-
-    Returns:
-        The name, ``digits`` for the embedded teacher; None for a whole pipeline.
+    That is a hub name, a folder's without its place, or ``digits`` for the embedded teacher.
     """
     file = Path(folder) / _BASE_FILE
     return json.loads(file.read_text(encoding="utf-8"))["base"] if file.is_file() else None
 
 
 def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32) -> SavedStudent:
-    """A saved student in plain diffusers, and how it is used.
+    """A saved student in plain diffusers, without progress bars, and how it is used.
 
     Args:
         folder: What :func:`save_student` wrote.
         model: The base pipeline, used if the folder holds an adapter.
         dtype: Precision that it is loaded in; the decoder stays in float32.
-
-    Returns:
-        The pipeline, without progress bars, and the arguments of its call.
 
     Raises:
         FileNotFoundError: If the folder holds no student.
@@ -204,7 +197,7 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
         except RuntimeError as error:
             raise ValueError(f"The student {str(folder)!r} is none of {str(model)!r}: {mismatch(error)}.") from error
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        schedulers = {one.__name__: one for one in (LCMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
+        schedulers = {kind.__name__: kind for kind in (LCMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
         pipeline.scheduler = schedulers[config["_class_name"]].from_config(config)
     elif (folder / "model_index.json").is_file():
         pipeline = load_pipeline(str(folder), dtype)
@@ -217,7 +210,3 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
         raise ValueError(f"{str(folder)!r} holds no student: nothing in it says how many steps it takes.")
     steps = int(pipeline.scheduler.config.original_inference_steps)
     return SavedStudent(pipeline, {"num_inference_steps": steps, "guidance_scale": 1.0})
-
-
-def _words(call: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={value!r}" for name, value in call.items()]

@@ -5,12 +5,11 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel
 
-from rdm_rl.rewards.model import RewardModel
+from rdm_rl.rewards.model import RewardModel, read_weights
 from rdm_rl.rewards.preprocessing import Preprocessing
 from rdm_rl.rewards.protocol import RewardInfo
 
@@ -21,21 +20,15 @@ _FILES = ("model.safetensors", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-mo
 
 
 def load_predictor(path: str | Path) -> nn.ModuleList:
-    """The predictor's linear layers.
+    """The predictor's five linear layers, in order.
 
     Args:
         path: The authors' ``.pth`` file, or a safetensors file with the same names.
 
-    Returns:
-        The five layers, in order.
-
     Raises:
         ValueError: If the file does not hold them.
     """
-    path = Path(path)
-    content = (
-        load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    )
+    content = read_weights(path)
     expected = {f"layers.{layer}.{kind}" for layer in _LAYERS for kind in ("weight", "bias")}
     if wrong := sorted(expected ^ {name for name in content if name.startswith("layers.")}):
         raise ValueError(f"{path} is not the linear predictor of version 2: missing or unknown are {wrong}.")
@@ -62,9 +55,7 @@ class AestheticScore(RewardModel):
             one, or None for TRL's copy on the hub (that it equals the authors' file is unchecked).
         encoder: A folder or a hub name of the CLIP model whose image embedding is read. Another one than the published
             ViT-L/14 needs another predictor.
-        device: Where it runs; None for where the images are.
-        dtype: Precision of the weights. The predictor computes in float32.
-        offload: Keep the network on the CPU between uses.
+        device, dtype, offload: As in :class:`RewardModel`; the predictor computes in float32.
 
     Example:
         >>> AestheticScore("predictor.pth").encoder
@@ -111,11 +102,7 @@ class AestheticScore(RewardModel):
         return nn.ModuleDict(parts)
 
     def predictor_file(self) -> Path:
-        """Where the predictor is.
-
-        Raises:
-            FileNotFoundError: If a folder holds none.
-        """
+        """Where the predictor is; a ``FileNotFoundError`` if a folder holds none."""
         path = Path(self.model)
         if path.is_file():
             return path
@@ -127,17 +114,7 @@ class AestheticScore(RewardModel):
         raise FileNotFoundError(f"model={self.model!r} holds no predictor. Put one there named {' or '.join(_FILES)}.")
 
     def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The predicted ratings.
-
-        Args:
-            network: The loaded network, on the images' device.
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Not used.
-            columns: Not used.
-
-        Returns:
-            The values, shape (N,), float32.
-        """
+        """The predicted ratings, shape (N,), float32."""
         parts: Any = network
         pixels = self.preprocessing(images).to(self.dtype)
         embeddings = parts["projection"](parts["encoder"](pixel_values=pixels).pooler_output)

@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 Answer = tuple[Tensor, Tensor | None]  # Values, and their gradient at the inputs.
 Call = tuple[Tensor, list[str], dict[str, Any]]  # What a reward is called with: inputs, prompts, columns.
+
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 # Names by which a reward may ask for what is no column of the data set.
 EXTRAS = ("teacher_images", "group_ids")
@@ -96,13 +99,7 @@ class Needs:
 
 
 def needs(reward: Callable[..., Any]) -> Needs:
-    """What a reward asks for beside images and prompts.
-
-    Args:
-        reward: The reward.
-
-    Returns:
-        The names in its signature.
+    """The names that a reward's signature asks for beside images and prompts.
 
     Raises:
         TypeError: If it does not take two positional arguments.
@@ -117,17 +114,14 @@ def needs(reward: Callable[..., Any]) -> Needs:
     else:
         called = reward.forward if isinstance(reward, nn.Module) else reward
         parameters = list(inspect.signature(called).parameters.values())
-    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < 2 and not any(one.kind == one.VAR_POSITIONAL for one in parameters):
+    kinds = {parameter.kind for parameter in parameters}
+    positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
+    if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
         raise TypeError(f"The reward {reward!r} must take (images, prompts, **columns); its signature does not.")
-    named = [*positional[2:], *(one for one in parameters if one.kind == one.KEYWORD_ONLY)]
-    return Needs(
-        required=frozenset(
-            [*(one.name for one in named if one.default is one.empty), *getattr(reward, "required_columns", ())]
-        ),
-        optional=frozenset(one.name for one in named if one.default is not one.empty),
-        everything=any(one.kind == one.VAR_KEYWORD for one in parameters),
-    )
+    named = positional[2:] + [parameter for parameter in parameters if parameter.kind == Parameter.KEYWORD_ONLY]
+    optional = {parameter.name for parameter in named if parameter.default is not Parameter.empty}
+    required = {parameter.name for parameter in named} - optional | {*getattr(reward, "required_columns", ())}
+    return Needs(required=frozenset(required), optional=frozenset(optional), everything=Parameter.VAR_KEYWORD in kinds)
 
 
 def check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> None:
@@ -156,14 +150,11 @@ def check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str])
 
 
 def read_answer(answer: Any, count: int) -> Tensor:
-    """A reward's answer as a tensor: NaN stands for None, and infinity for any value that is not finite.
+    """A reward's answer, shape (N,), float32, with its graph: NaN stands for None, infinity for what is not finite.
 
     Args:
         answer: What it returned.
         count: How many values it should have.
-
-    Returns:
-        The values, shape (N,), float32, with their graph.
 
     Raises:
         TypeError: If it is no list or tensor of real numbers.
@@ -246,20 +237,18 @@ class PlainReward:
     def start(
         self, inputs: Tensor, batch: PromptBatch, *, gradient: bool, teacher_images: Tensor | None = None
     ) -> Callable[[], RewardOutput]:
-        """Begin to evaluate a batch in a thread of its own.
+        """Begin to evaluate a batch in a thread of its own; the function that is returned waits for the values.
+
+        It raises :class:`RewardError` if the reward fails and that is not to be skipped.
 
         Args:
             inputs: Images or latents, shape (N, ...), without a graph.
             batch: Their prompts.
             gradient: Whether the gradient at the inputs is wanted.
             teacher_images: The teacher's images, shape (N, 3, H', W'), if the reward wants them.
-
-        Returns:
-            A function that waits for the values. It raises :class:`RewardError` if the reward fails and that is not to
-            be skipped.
         """
         cuts = self._cuts(batch)
-        calls = [self._given(inputs, batch, rows, gradient, teacher_images) for rows in cuts]
+        calls = [self._call_for(inputs, batch, rows, gradient, teacher_images) for rows in cuts]
         answers: dict[int, Answer | Exception] = {}  # By the number of the call, in the order in which they come.
         given_up = threading.Event()
         together: list[Future[None]] = []
@@ -286,14 +275,14 @@ class PlainReward:
         def wait() -> RewardOutput:
             thread.join(self.timeout)
             missing: Exception = RuntimeError("it ended without an answer")
-            found = dict(answers)  # Before calls that are given up answer that they were.
+            in_time = dict(answers)  # Before calls that are given up answer that they were.
             if thread.is_alive():
                 given_up.set()  # A newer call may use the reward before this one ends.
                 for call in together:
                     call.cancel()
                 missing = TimeoutError(f"no answer within {self.timeout} seconds (reward_timeout)")
-            absent = {index: missing for index in range(len(cuts)) if index not in found}
-            return self._collect({**found, **absent}, cuts, inputs, batch, gradient)
+            absent = {index: missing for index in range(len(cuts)) if index not in in_time}
+            return self._collect({**in_time, **absent}, cuts, inputs, batch, gradient)
 
         return wait
 
@@ -313,7 +302,7 @@ class PlainReward:
             size = max(group, size // group * group)
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
-    def _given(
+    def _call_for(
         self, inputs: Tensor, batch: PromptBatch, rows: slice, gradient: bool, teacher_images: Tensor | None
     ) -> Call:
         """What the reward is called with for some samples: copies, so that it cannot change what others see."""
@@ -411,20 +400,14 @@ class PlainReward:
         )
 
     def fault(self, prompts: Sequence[str], error: Exception) -> int:
-        """Stop the run, or skip samples.
+        """Stop the run with a :class:`RewardError`, or skip samples: their number.
 
         Args:
             prompts: The prompts of the samples on which the reward failed.
             error: How.
-
-        Returns:
-            The number of samples, if they are to be skipped.
-
-        Raises:
-            RewardError: If they are not.
         """
         distinct = list(dict.fromkeys(prompts))
-        shown = ", ".join(repr(one[:80]) for one in distinct[:4]) + (", ..." if len(distinct) > 4 else "")
+        shown = ", ".join(repr(prompt[:80]) for prompt in distinct[:4]) + (", ..." if len(distinct) > 4 else "")
         what = f"The reward {self.name!r} failed on {len(prompts)} sample(s) of the prompt(s) {shown}"
         reason = f"{type(error).__name__}: {error}"
         if self.on_error == "skip":

@@ -19,10 +19,10 @@ _VIT_H_MEMORY = "3.9 GB in float32, half in bfloat16: computed from 986 M parame
 
 
 def embedding(output: Any) -> Tensor:
-    """The normalised embeddings in what a CLIP encoder returns: a tensor, or with transformers 5 an object.
+    """The embeddings in what a CLIP encoder returns, shape (N, D), float32, of length 1.
 
-    Returns:
-        The embeddings, shape (N, D), float32, of length 1.
+    Args:
+        output: A tensor, or with transformers 5 an object.
     """
     values: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return functional.normalize(values.float(), dim=-1)
@@ -42,9 +42,7 @@ class CLIPScore(RewardModel):
     Args:
         model: A folder, or a hub name, of a CLIP or SigLIP model of fixed image size.
         processor: A folder or a hub name with the tokenizer and the image settings, if they are not with the model.
-        device: Where it runs; None for where the images are.
-        dtype: Precision of the weights. The cosine itself is computed in float32.
-        offload: Keep the network on the CPU between uses.
+        device, dtype, offload: As in :class:`RewardModel`; the cosine itself is computed in float32.
 
     Example:
         >>> CLIPScore(dtype="bfloat16").model
@@ -74,8 +72,8 @@ class CLIPScore(RewardModel):
     ) -> None:
         """Remember what to load; nothing is loaded yet."""
         super().__init__(model, device=device, dtype=dtype, offload=offload)
-        own = self.default_processor is None or (Path(self.model) / "tokenizer_config.json").is_file()
-        self.processor = str(processor or (self.model if own else self.default_processor))
+        has_processor = self.default_processor is None or (Path(self.model) / "tokenizer_config.json").is_file()
+        self.processor = str(processor or (self.model if has_processor else self.default_processor))
 
     def load(self) -> nn.Module:
         """Load the network, the tokenizer and the image settings, on the CPU."""
@@ -98,16 +96,7 @@ class CLIPScore(RewardModel):
         return Preprocessing.from_pretrained(self.processor)
 
     def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The cosines of images and their prompts.
-
-        Args:
-            network: The loaded network, on the images' device.
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Their prompts, length N.
-            columns: Not used.
-
-        Returns:
-            The values, shape (N,), float32.
+        """The cosines of images and their prompts, shape (N,), float32.
 
         Raises:
             ValueError: If the numbers of images and prompts differ.
@@ -163,7 +152,7 @@ class PickScore(CLIPScore):
         return network
 
     def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The logits, shape (N,); the arguments are those of :meth:`CLIPScore.rewards`."""
+        """The logits, shape (N,)."""
         return self.scale * super().rewards(network, images, prompts)
 
 
@@ -217,7 +206,7 @@ class HPSv2(CLIPScore):
         return Preprocessing(size=(self.side, self.side))
 
     def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The cosines, shape (N,); the arguments are those of :meth:`CLIPScore.rewards`."""
+        """The cosines, shape (N,)."""
         return super().rewards(network, fit_square(images, self.side), prompts)
 
 

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from rdm_rl.rewards.model import RewardModel
+from rdm_rl.rewards.model import RewardModel, read_weights
 from rdm_rl.rewards.preprocessing import Preprocessing
 from rdm_rl.rewards.protocol import RewardInfo
 
@@ -68,15 +67,12 @@ class ImageRewardNetwork(nn.Module):
         )
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The raw values.
+        """The values before standardisation, shape (N,).
 
         Args:
             pixels: Normalised images, shape (N, 3, side, side).
             tokens: Ids of the prompts' tokens, shape (N, L), int64.
             mask: 1 for tokens and 0 for padding, shape (N, L).
-
-        Returns:
-            The values before standardisation, shape (N,).
         """
         image_features = self.vision(pixel_values=pixels).last_hidden_state
         features = self.text(
@@ -94,9 +90,6 @@ def network_for(weights: Mapping[str, Tensor]) -> ImageRewardNetwork:
 
     Args:
         weights: The weights by the checkpoint's names.
-
-    Returns:
-        The network.
 
     Raises:
         ValueError: If a weight that tells the architecture is missing.
@@ -141,14 +134,11 @@ def network_for(weights: Mapping[str, Tensor]) -> ImageRewardNetwork:
 
 
 def convert(weights: Mapping[str, Tensor]) -> ImageRewardNetwork:
-    """The network with the weights of a checkpoint.
+    """The network with the weights of a checkpoint, float32, on the CPU.
 
     Args:
         weights: The weights by the checkpoint's names: ``blip.visual_encoder.*``, ``blip.text_encoder.*`` and
             ``mlp.layers.*``.
-
-    Returns:
-        The network, float32, on the CPU.
 
     Raises:
         ValueError: If a weight is missing or unknown.
@@ -180,13 +170,7 @@ def _new_name(name: str) -> str:
 
 
 def find_weights(model: str) -> Path:
-    """The file with the weights.
-
-    Args:
-        model: A file, a folder, or a hub name.
-
-    Returns:
-        The file.
+    """The file with the weights: ``model`` itself, or one in that folder or on the hub.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -219,9 +203,7 @@ class ImageReward(RewardModel):
         model: A file, a folder or a hub name, with weights in the published layout: ``ImageReward.pt``, or the same
             weights as ``model.safetensors``. None for the published ones.
         tokenizer: A folder or a hub name: the vocabulary of BERT, to which BLIP's two tokens are added.
-        device: Where it runs; None for where the images are.
-        dtype: Precision of its weights.
-        offload: Keep the network on the CPU between uses.
+        device, dtype, offload: As in :class:`RewardModel`.
 
     Raises:
         ValueError: If ``dtype`` is no floating-point type.
@@ -259,19 +241,11 @@ class ImageReward(RewardModel):
     def load(self) -> nn.Module:
         """Load the network and the tokenizer, on the CPU.
 
-        Returns:
-            The network.
-
         Raises:
             FileNotFoundError: If there are no weights.
             ValueError: If the weights or the tokenizer are not those of ImageReward.
         """
-        path = find_weights(self.model)
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        network = convert(weights)
+        network = convert(read_weights(find_weights(self.model)))
         self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
         vocabulary = network.text.config.vocab_size
@@ -285,17 +259,7 @@ class ImageReward(RewardModel):
         return network
 
     def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The values of some images.
-
-        Args:
-            network: The loaded network, on the images' device.
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Their prompts, length N.
-            columns: Not read.
-
-        Returns:
-            The values, shape (N,).
-        """
+        """The values, shape (N,), float32."""
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(images.device)

@@ -32,14 +32,11 @@ class ImageDecoder:
 
     @torch.no_grad()
     def images(self, rollout: Rollout, step: int = -1) -> Tensor:
-        """The images of a recorded step, kept until others are asked for.
+        """A step's images, shape (N, 3, H', W'), in [0, 1], without a graph, kept until others are asked for.
 
         Args:
             rollout: The recorded chains.
             step: Index of the step; -1 is the last.
-
-        Returns:
-            Images, shape (N, 3, H', W'), in [0, 1], without a graph.
         """
         step %= len(rollout.times)
         if self._last is None or self._last[0] is not rollout or self._last[1] != step:
@@ -48,7 +45,7 @@ class ImageDecoder:
         return self._last[2]
 
     def pull_back(self, x_0: Tensor, image_gradient: Tensor) -> Tensor:
-        r"""The gradient at the latents that belongs to a gradient at the images, :math:`J^T g`.
+        r"""The gradient at the latents that belongs to one at the images, :math:`J^T g`, shape (N, C, H, W), float32.
 
         The map is linear, so each sample's gradient passes scaled by a power of two to about 1: a decoder in half
         precision would round gradients of single pixels to 0.
@@ -56,9 +53,6 @@ class ImageDecoder:
         Args:
             x_0: Latents, shape (N, C, H, W).
             image_gradient: Gradient at their images, shape (N, 3, H', W').
-
-        Returns:
-            The gradient, shape (N, C, H, W), float32.
         """
         parts = []
         for latents, gradient in zip(x_0.split(self.batch_size), image_gradient.split(self.batch_size), strict=True):
@@ -73,11 +67,7 @@ class ImageDecoder:
 
 
 class TinyDecoder:
-    """A function like ``Family.decode``, made of a tiny autoencoder.
-
-    Args:
-        network: The autoencoder.
-    """
+    """A function like ``Family.decode``, made of a tiny autoencoder."""
 
     def __init__(self, network: AutoencoderTiny) -> None:
         """Keep the network."""
@@ -103,9 +93,6 @@ def load_tiny_decoder(
         latent_channels: Channels C of the latents.
         device: Where it runs.
         checkpointing: Recompute its activations in the backward pass.
-
-    Returns:
-        The decoder.
 
     Raises:
         ValueError: If it is made for latents with another number of channels.

@@ -20,7 +20,7 @@ _RANGE = (
 
 
 def jpeg_sizes(images: Tensor, quality: int = 95) -> list[float]:
-    """Sizes of images as JPEG files, in kB (1000 bytes).
+    """Sizes of N images as JPEG files, in kB (1000 bytes).
 
     The size grows with the resolution, so compare images of one size only. It also depends a little on the JPEG library
     that Pillow was built with, and on its settings (we keep Pillow's: colour is stored at half the resolution).
@@ -28,9 +28,6 @@ def jpeg_sizes(images: Tensor, quality: int = 95) -> list[float]:
     Args:
         images: Images, shape (N, 3, H, W), in [0, 1].
         quality: JPEG quality, from 1 to 100.
-
-    Returns:
-        The sizes, length N.
 
     Example:
         >>> import torch
@@ -44,12 +41,6 @@ def jpeg_sizes(images: Tensor, quality: int = 95) -> list[float]:
         picture.save(file, format="JPEG", quality=quality)
         sizes.append(len(file.getvalue()) / 1000)
     return sizes
-
-
-def _check_quality(quality: int) -> int:
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality={quality} is no JPEG quality; use a number from 1 to 100. The paper's code uses 95.")
-    return quality
 
 
 class JpegIncompressibility:
@@ -84,35 +75,19 @@ class JpegIncompressibility:
 
     def __init__(self, quality: int = 95) -> None:
         """Check the quality."""
-        self.quality = _check_quality(quality)
+        if not 1 <= quality <= 100:
+            raise ValueError(
+                f"quality={quality} is no JPEG quality; use a number from 1 to 100. The paper's code uses 95."
+            )
+        self.quality = quality
 
     def __call__(self, images: Tensor, prompts: list[str]) -> list[float]:
-        """The values of some images.
-
-        Args:
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Not read.
-
-        Returns:
-            The values, length N, above 0.
-        """
+        """The sizes of images of shape (N, 3, H, W) in [0, 1]: N values, above 0."""
         return jpeg_sizes(images, self.quality)
 
 
 class JpegCompressibility(JpegIncompressibility):
-    """Minus the size of the image as a JPEG file, in kB: rewards flat, smooth images. Not differentiable.
-
-    What the size depends on, see :func:`jpeg_sizes`.
-
-    References:
-        | Training Diffusion Models with Reinforcement Learning (Black et al., 2023)
-        | https://arxiv.org/abs/2305.13301; quality 95 is that of https://github.com/kvablack/ddpo-pytorch
-
-    Args:
-        quality: JPEG quality, from 1 to 100.
-
-    Raises:
-        ValueError: If ``quality`` is outside that range.
+    """Minus the size, in kB: rewards flat, smooth images. Otherwise as :class:`JpegIncompressibility`.
 
     Example:
         >>> import torch
@@ -129,13 +104,5 @@ class JpegCompressibility(JpegIncompressibility):
     )
 
     def __call__(self, images: Tensor, prompts: list[str]) -> list[float]:
-        """The values of some images.
-
-        Args:
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Not read.
-
-        Returns:
-            The values, length N, below 0.
-        """
+        """Minus the sizes: N values, below 0."""
         return [-size for size in super().__call__(images, prompts)]

@@ -9,6 +9,9 @@ kind                           direction
 :class:`WatchedReward`         none: a reward with the weight 0 is evaluated and logged
 =============================  ================================================================================
 
+Everywhere, ``rollout`` holds the recorded chains of N samples, ``step`` is the index of the step that will be replayed,
+and a direction is of shape (N, C, H, W).
+
 References:
     | ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation (Xu et al., 2023), ReFL
     | https://arxiv.org/abs/2304.05977
@@ -62,15 +65,9 @@ class TrainingReward(ABC):
 
     @abstractmethod
     def judge(self, rollout: Rollout, step: int, *, generator: Generators) -> Judgement:
-        """What the reward says of the samples at a recorded step.
+        """What the reward says of the samples at a step, with a direction unless that needs advantages.
 
-        Args:
-            rollout: The recorded chains of N samples.
-            step: Index of the step that will be replayed.
-            generator: The reward's randomness: one generator, or one for each sample.
-
-        Returns:
-            The judgement, with a direction unless that needs advantages.
+        The ``generator`` is the reward's randomness: one generator, or one for each sample.
 
         Raises:
             RewardError: If the reward fails and that is not to be skipped.
@@ -80,23 +77,16 @@ class TrainingReward(ABC):
         """Where the samples should move, for a reward whose judgement does not say it.
 
         Args:
-            rollout: The recorded chains of N samples.
+            rollout: The recorded chains.
             step: Index of the step.
             judgement: What the reward said of it.
             advantages: Its normalised rewards, shape (N,).
-
-        Returns:
-            The direction, shape (N, C, H, W).
         """
         raise NotImplementedError(f"{type(self).__name__} gives its direction with its judgement.")
 
 
 class DirectedReward(TrainingReward):
-    """A reward that knows its direction: ``rdm``, or an object of the user's.
-
-    Args:
-        reward: The object.
-    """
+    """A reward that knows its direction: ``rdm``, or an object of the user's."""
 
     needs_fake_score = True
 
@@ -120,12 +110,7 @@ class DirectedReward(TrainingReward):
 
 
 class AskedReward(TrainingReward):
-    """A reward that is a callable: binding, and asking it.
-
-    Args:
-        name: The reward's name.
-        function: The callable.
-    """
+    """A reward that is a callable: binding, and asking it."""
 
     def __init__(self, name: str, function: Callable[..., object]) -> None:
         """Read the reward's declarations."""
@@ -135,11 +120,7 @@ class AskedReward(TrainingReward):
         self._context: RewardContext | None = None
 
     def bind(self, context: RewardContext) -> None:
-        """Take the decoder and the settings.
-
-        Args:
-            context: What the trainer gives before training.
-        """
+        """Take the decoder and the settings."""
         self._context = context
         args = context.args
         self.reward.batch_size, self.reward.timeout = args.reward_batch_size, args.reward_timeout
@@ -157,16 +138,7 @@ class AskedReward(TrainingReward):
         return self._context
 
     def start(self, rollout: Rollout, step: int, *, gradient: bool) -> Callable[[], RewardOutput]:
-        """Begin to ask the reward about a recorded step.
-
-        Args:
-            rollout: The recorded chains of N samples.
-            step: Index of the step.
-            gradient: Whether its gradient at what it looks at is wanted.
-
-        Returns:
-            A function that waits for the answer.
-        """
+        """Begin to ask about a step, with the gradient at the inputs or not; what is returned waits for the answer."""
         inputs = rollout.x_0[step] if self.reward.inputs == "latents" else self.context.decoder.images(rollout, step)
         teacher_images = self.context.teacher_images(rollout) if self.reward.wants_teacher_images else None
         return self.reward.start(inputs, rollout.batch, gradient=gradient, teacher_images=teacher_images)
@@ -286,14 +258,7 @@ class PolicyGradientReward(FinalImageReward):
     def direction(self, rollout: Rollout, step: int, judgement: Judgement, advantages: Tensor) -> Direction:
         """The gradient of the clipped surrogate, at the recorded prediction and at any other.
 
-        Args:
-            rollout: The recorded chains of N samples.
-            step: Index of a random step.
-            judgement: The values.
-            advantages: The normalised values, shape (N,); they are clipped to ``advantage_clip`` on both sides.
-
-        Returns:
-            The direction, shape (N, C, H, W).
+        The advantages, shape (N,), are clipped to ``advantage_clip`` on both sides.
 
         Raises:
             ValueError: If the judgement has no values.
@@ -302,7 +267,7 @@ class PolicyGradientReward(FinalImageReward):
             raise ValueError(f"The reward {self.name!r} is a black box: without values it has no direction.")
         args, transition, factor = self.context.args, rollout.transitions[step], self._sign
         if args.step_weighting == "std":
-            spreads = torch.stack([one.std for one in rollout.transitions if one.std > 0])
+            spreads = torch.stack([each.std for each in rollout.transitions if each.std > 0])
             factor *= (transition.std / spreads.mean()).item()
         low, high = args.clip_range
         signal = RecordedPolicyGradient(
@@ -330,9 +295,6 @@ def as_training_rewards(
         weights: Their weights. A plain reward with the weight 0 is only watched.
         columns: The data set's columns beside the prompt.
         pathwise: Whether differentiable rewards act by their gradient; else they are black boxes, too.
-
-    Returns:
-        The rewards by name.
 
     Raises:
         ValueError: If a column is missing.

@@ -1,13 +1,26 @@
-"""The base of rewards that hold a network."""
+"""The base of rewards that hold a network.
+
+Wherever a reward is asked, ``images`` are of shape (N, 3, H, W), float32 in [0, 1], ``prompts`` are theirs, and the
+values are of shape (N,). A ``network`` is what :meth:`RewardModel.load` returned, on the images' device.
+"""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rdm_rl.rewards.protocol import RewardInfo
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file of safetensors, or of torch, which runs no code of the file."""
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
 class RewardModel(ABC):
@@ -55,27 +68,19 @@ class RewardModel(ABC):
 
     @abstractmethod
     def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The values of some images.
+        """The values of some images, shape (N,).
 
         Args:
             network: The loaded network, on the images' device.
             images: Images, shape (N, 3, H, W), float32 in [0, 1].
             prompts: Their prompts, length N.
             columns: Further columns of the data set, for rewards that read any.
-
-        Returns:
-            The values, shape (N,).
         """
 
     def __call__(
         self, images: Tensor, prompts: list[str], **columns: Any
     ) -> Tensor | list[Tensor | None] | list[float | None]:
-        """The rewards of some images; the arguments are those of :meth:`rewards`.
-
-        Returns:
-            The values of :meth:`evaluate`. A class whose reward does not apply to every sample overrides this, to
-            return a list with None there.
-        """
+        """The values of :meth:`evaluate`; a reward that does not apply to every sample returns a list with None."""
         return self.evaluate(images, prompts, **columns)
 
     def prepare(self) -> None:
@@ -88,11 +93,7 @@ class RewardModel(ABC):
             self._network = self.load().to(self.dtype).eval().requires_grad_(False)
 
     def evaluate(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The values of some images, from the network, which is loaded if it is not yet.
-
-        Returns:
-            The values, shape (N,), float32, on the images' device, with a graph if the images have one.
-        """
+        """The values, shape (N,), float32, on the images' device, with a graph if the images have one."""
         self.prepare()
         if self._network is None:
             raise RuntimeError(f"{type(self).__name__}.prepare() loaded nothing.")

@@ -19,16 +19,10 @@ _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|«([^»]+)»|「([^」]+)」')
 
 
 def quoted_text(prompt: str) -> str:
-    """What a prompt says between quotation marks; several such texts are joined with spaces.
+    """What a prompt says between quotation marks, several such texts joined with spaces; empty if there is none.
 
     Marks are ``"…"``, ``“…”``, ``«…»`` and ``「…」``. Single ones are not read, since apostrophes look the same. A lone
     ``"``, as for inches, can mislead it: then give the texts in a column.
-
-    Args:
-        prompt: The prompt.
-
-    Returns:
-        The text; empty if there is none.
 
     Example:
         >>> quoted_text('a shop with "OPEN" on the door and "24 hours" below')
@@ -45,10 +39,10 @@ def edit_distance(first: str, second: str) -> int:
         3
     """
     row = list(range(len(second) + 1))
-    for count, left in enumerate(first, 1):
+    for count, letter in enumerate(first, 1):
         diagonal, row[0] = row[0], count
-        for index, right in enumerate(second, 1):
-            diagonal, row[index] = row[index], min(row[index] + 1, row[index - 1] + 1, diagonal + (left != right))
+        for index, other in enumerate(second, 1):
+            diagonal, row[index] = row[index], min(row[index] + 1, row[index - 1] + 1, diagonal + (letter != other))
     return row[-1]
 
 
@@ -59,9 +53,6 @@ def text_similarity(read: str, wanted: str, *, allow_extra_text: bool = True) ->
         read: The text that was read.
         wanted: The wanted text, not empty.
         allow_extra_text: The value is 1 if ``read`` contains ``wanted``, whatever else it contains.
-
-    Returns:
-        The value, from 0 to 1.
 
     Example:
         >>> text_similarity("opem", "open"), text_similarity("open24hours", "open")
@@ -103,9 +94,7 @@ class TextMatch(RewardModel):
         ignore_spaces: Spaces and line breaks do not count.
         allow_extra_text: Further text in the image costs nothing if the wanted text is complete.
         max_new_tokens: After how many tokens reading stops.
-        device: Where it runs; None for where the images are.
-        dtype: Precision of its weights.
-        offload: Keep the network on the CPU between uses.
+        device, dtype, offload: As in :class:`RewardModel`.
 
     Raises:
         ValueError: If both ``model`` and ``recogniser`` are given, or ``dtype`` is no floating-point type.
@@ -154,11 +143,7 @@ class TextMatch(RewardModel):
         self.max_new_tokens = max_new_tokens
 
     def load(self) -> nn.Module:
-        """Load the model and its processor, on the CPU.
-
-        Returns:
-            The network; one that does nothing if a ``recogniser`` reads.
-        """
+        """Load the model and its processor, on the CPU; a network that does nothing if a ``recogniser`` reads."""
         if self.recogniser is not None:
             return nn.Identity()
         self.processor = GotOcr2Processor.from_pretrained(self.model)
@@ -166,14 +151,7 @@ class TextMatch(RewardModel):
         return network
 
     def read(self, network: Any, images: Tensor) -> list[str]:
-        """The text in some images.
-
-        Args:
-            network: The loaded network.
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-
-        Returns:
-            The texts, length N; empty where none was seen.
+        """The N texts in images of shape (N, 3, H, W); empty where none was seen.
 
         Raises:
             TypeError: If the ``recogniser`` does not return one string for each image.
@@ -207,18 +185,7 @@ class TextMatch(RewardModel):
         text: Sequence[str | None] | None = None,
         **columns: Any,
     ) -> Tensor:
-        """The values of images that all want text.
-
-        Args:
-            network: The loaded network, on the images' device.
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Their prompts, length N.
-            text: The wanted texts, length N; None to take them from the prompts.
-            columns: Not read.
-
-        Returns:
-            The values, shape (N,).
-        """
+        """The values of images that all want text, shape (N,); without ``text``, what their prompts quote."""
         pairs = zip(self.read(network, images), self._wanted(prompts, text), strict=True)
         similarity = [
             text_similarity(self._normalise(read), wanted, allow_extra_text=self.allow_extra_text)
@@ -229,20 +196,12 @@ class TextMatch(RewardModel):
     def __call__(
         self, images: Tensor, prompts: list[str], *, text: Sequence[str | None] | None = None, **columns: Any
     ) -> list[float | None]:
-        """The values of some images.
+        """N values, from 0 to 1, or None where no text is wanted.
 
-        Args:
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Their prompts, length N.
-            text: The wanted texts, length N, with None or nothing where there is none; None to take them from the
-                prompts.
-            columns: Not read.
-
-        Returns:
-            The values, length N, from 0 to 1; None where no text is wanted.
+        ``text`` holds the wanted texts, length N, with None or nothing where there is none; without it the prompts do.
         """
         wanted = self._wanted(prompts, text)
-        asked = [index for index, one in enumerate(wanted) if one]
+        asked = [index for index, words in enumerate(wanted) if words]
         values: list[float | None] = [None] * len(prompts)
         if asked:
             some = self.evaluate(images[asked], [prompts[index] for index in asked], text=[wanted[i] for i in asked])
@@ -251,7 +210,7 @@ class TextMatch(RewardModel):
         return values
 
     def _wanted(self, prompts: Sequence[str], text: Sequence[str | None] | None) -> list[str]:
-        return [self._normalise(one or "") for one in (map(quoted_text, prompts) if text is None else text)]
+        return [self._normalise(words or "") for words in (map(quoted_text, prompts) if text is None else text)]
 
     def _normalise(self, text: str) -> str:
         text = "".join(text.split()) if self.ignore_spaces else " ".join(text.split())

@@ -51,9 +51,6 @@ def open_clip_config(
         text_head_dim: Width of an attention head of the text encoder.
         hidden_act: The activation; ``quick_gelu`` for models with OpenAI's weights.
 
-    Returns:
-        The configuration.
-
     Raises:
         ValueError: If a weight that tells the architecture is missing.
     """
@@ -97,14 +94,11 @@ def open_clip_config(
 
 
 def convert_open_clip(weights: Mapping[str, Tensor], config: CLIPConfig) -> CLIPModel:
-    """A model of transformers with weights of OpenCLIP.
+    """A model of transformers with weights of OpenCLIP, float32, on the CPU.
 
     Args:
         weights: The weights by OpenCLIP's names.
         config: Their architecture, see :func:`open_clip_config`.
-
-    Returns:
-        The model, float32, on the CPU.
 
     Raises:
         ValueError: If a weight is missing, unknown or of another shape.
@@ -138,13 +132,10 @@ def convert_open_clip(weights: Mapping[str, Tensor], config: CLIPConfig) -> CLIP
 
 
 def load_open_clip(path: str | Path) -> CLIPModel:
-    """The model in an OpenCLIP checkpoint of ViT-H/14, such as ``HPS_v2_compressed.pt``.
+    """The model in an OpenCLIP checkpoint of ViT-H/14, such as ``HPS_v2_compressed.pt``, float32, on the CPU.
 
     Args:
         path: The file: the weights, or a dictionary that holds them as ``state_dict``.
-
-    Returns:
-        The model, float32, on the CPU, whatever the precision in the file.
 
     Raises:
         ValueError: If these are not such weights.

@@ -1,4 +1,4 @@
-"""From images in [0, 1] to what an image encoder reads, with gradients."""
+"""From images, shape (N, 3, H, W), in [0, 1], to what an image encoder reads, with gradients."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +35,6 @@ def resize(images: Tensor, size: int | tuple[int, int], *, mode: Filter = "bicub
             and the width, which does not.
         mode: The filter.
 
-    Returns:
-        The images, shape (N, 3, height, width), in [0, 1].
-
     Example:
         >>> resize(torch.rand(2, 3, 48, 64), 24).shape
         torch.Size([2, 3, 24, 32])
@@ -53,38 +50,23 @@ def resize(images: Tensor, size: int | tuple[int, int], *, mode: Filter = "bicub
 
 
 def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle of images.
-
-    Args:
-        images: Images, shape (N, 3, H, W).
-        size: Height and width of the part to keep.
-
-    Returns:
-        The parts, shape (N, 3, height, width).
+    """The middle of images, of a height and a width.
 
     Raises:
-        ValueError: If an image is smaller than the part.
+        ValueError: If an image is smaller than that.
 
     Example:
         >>> center_crop(torch.arange(5.0).expand(1, 3, 1, 5), (1, 3))[0, 0]
         tensor([[1., 2., 3.]])
     """
-    top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], size, strict=True))
-    if top < 0 or left < 0:
+    first_row, first_column = ((have - want) // 2 for have, want in zip(images.shape[-2:], size, strict=True))
+    if first_row < 0 or first_column < 0:
         raise ValueError(f"Images of {tuple(images.shape[-2:])} are smaller than a crop of {size}. Resize them first.")
-    return images[..., top : top + size[0], left : left + size[1]]
+    return images[..., first_row : first_row + size[0], first_column : first_column + size[1]]
 
 
 def fit_square(images: Tensor, size: int, *, mode: Filter = "bicubic") -> Tensor:
-    """Images fitted into a square, with black bars beside the shorter side.
-
-    Args:
-        images: Images, shape (N, 3, H, W), in [0, 1].
-        size: Height and width of the square.
-        mode: The filter.
-
-    Returns:
-        The images, shape (N, 3, size, size), in [0, 1].
+    """Images fitted into a square of ``size``, with black bars beside the shorter side.
 
     Example:
         >>> fit_square(torch.ones(1, 3, 4, 2), 4)[0, 0, 0]
@@ -92,8 +74,8 @@ def fit_square(images: Tensor, size: int, *, mode: Filter = "bicubic") -> Tensor
     """
     scale = size / max(images.shape[-2:])
     height, width = (round(side * scale) for side in images.shape[-2:])
-    top, left = (size - height) // 2, (size - width) // 2
-    bars = (left, size - width - left, top, size - height - top)
+    above, beside = (size - height) // 2, (size - width) // 2
+    bars = (beside, size - width - beside, above, size - height - above)
     return functional.pad(resize(images, (height, width), mode=mode), bars)
 
 
@@ -121,13 +103,7 @@ class Preprocessing:
 
     @classmethod
     def from_pretrained(cls, model: str | Path) -> "Preprocessing":
-        """The settings saved with a checkpoint (``preprocessor_config.json``).
-
-        Args:
-            model: A folder, or a hub name.
-
-        Returns:
-            The settings.
+        """The settings saved with a checkpoint (``preprocessor_config.json``) in a folder or on the hub.
 
         Raises:
             ValueError: If the settings ask for something that is not supported.
@@ -143,9 +119,6 @@ class Preprocessing:
         Args:
             settings: Content of ``preprocessor_config.json``. CLIP resizes the shorter side and crops; SigLIP resizes
                 to a square whatever the aspect ratio.
-
-        Returns:
-            The settings.
 
         Raises:
             ValueError: If the settings ask for something that is not supported.
@@ -178,14 +151,7 @@ class Preprocessing:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """What the image encoder reads.
-
-        Args:
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-
-        Returns:
-            The input, shape (N, 3, height, width), float32, normalised.
-        """
+        """What the image encoder reads, shape (N, 3, height, width), float32, normalised."""
         images = resize(images, self.size, mode=self.mode)
         if self.crop is not None:
             images = center_crop(images, self.crop)

@@ -80,15 +80,12 @@ class DirectionReward(Protocol):
     """A reward that gives its own direction."""
 
     def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> Direction:
-        """Where the prediction of x_0 at a recorded step should move.
+        """Where the prediction of x_0 at a recorded step should move, shape (N, C, H, W).
 
         Args:
             rollout: The recorded chains of N samples.
             step: Index of the step that will be replayed with gradients.
             generator: The reward's randomness: one generator, or one for each sample.
-
-        Returns:
-            The direction, shape (N, C, H, W).
         """
         ...
 

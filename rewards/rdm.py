@@ -32,23 +32,13 @@ class DistributionMatchingReward:
         self._context: RewardContext | None = None
 
     def bind(self, context: RewardContext) -> None:
-        """Take the networks and the settings.
-
-        Args:
-            context: What the trainer gives before training.
-        """
+        """Take the networks and the settings."""
         self._context = context
 
     def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> Direction:
-        """Where the teacher would rather see the predictions of a step than the fake score does.
+        """Where the teacher would rather see a step's predictions than the fake score does; its metric is :func:`gap`.
 
-        Args:
-            rollout: The recorded chains of N samples.
-            step: Index of the step that will be replayed.
-            generator: One generator, or one for each sample.
-
-        Returns:
-            The direction, shape (N, C, H, W), applicable everywhere, with the metric :func:`gap`.
+        It is applicable everywhere; the arguments are those of :class:`DirectionReward`.
 
         Raises:
             RuntimeError: If the reward was not bound to networks.
@@ -99,15 +89,14 @@ class DistributionMatchingReward:
 
 
 def gap(x_0: Tensor, teacher_x_0: Tensor, fake_x_0: Tensor) -> float:
-    r"""How far the fake score is from the teacher: the rms of :math:`\mu_{real} - \mu_{fake}` over that of the error.
+    r"""How far the fake score is from the teacher.
+
+    That is the rms of :math:`\mu_{real} - \mu_{fake}` over that of :math:`\hat x_0 - \mu_{real}`.
 
     Args:
         x_0: The policy's predictions, shape (N, C, H, W).
         teacher_x_0: The teacher's predictions at R re-noisings of them, shape (R, N, C, H, W).
         fake_x_0: The fake score's there.
-
-    Returns:
-        The ratio to the root mean square of :math:`\hat x_0 - \mu_{real}`.
     """
     difference = (teacher_x_0 - fake_x_0).square().mean()
     return (difference / (x_0 - teacher_x_0).square().mean().clamp_min(1e-24)).sqrt().item()

@@ -56,17 +56,14 @@ _REGISTERED: dict[str, Callable[..., Any]] = {}
 
 
 def register_reward(name: str, **declarations: Any) -> Callable[[Reward], Reward]:
-    """A decorator that registers a reward under a name.
+    """A decorator that registers a reward under a name, and returns what it decorates.
 
-    What it decorates is either a function, which is the reward, or a class, which makes the reward when the name is
-    asked for (with the options given there).
+    That is either a function, which is the reward, or a class, which makes the reward when the name is asked for (with
+    the options given there).
 
     Args:
         name: The name to use in ``reward_funcs``.
         declarations: Attributes to set on it, such as ``differentiable=True`` (see :mod:`rdm_rl.rewards.calling`).
-
-    Returns:
-        The decorator; it returns what it decorates.
 
     Raises:
         ValueError: If the name is taken, or could not be told from ``module:attribute``.
@@ -99,9 +96,6 @@ def register_reward(name: str, **declarations: Any) -> Callable[[Reward], Reward
 def unregister_reward(name: str) -> None:
     """Remove a reward that :func:`register_reward` added.
 
-    Args:
-        name: Its name.
-
     Raises:
         KeyError: If no such reward was registered; the library's own cannot be removed.
     """
@@ -119,13 +113,10 @@ def list_rewards() -> list[str]:
 
 
 def find_reward(name: str) -> Callable[..., Any]:
-    """The function or class behind a name.
+    """The function that is the reward of a name, or the class that makes it.
 
     Args:
         name: A registered name, ``module:attribute`` or ``path/to/file.py:attribute``.
-
-    Returns:
-        The function, which is the reward, or the class that makes it.
 
     Raises:
         ValueError: If no reward has the name (the message suggests the nearest), or two have it.
@@ -164,8 +155,8 @@ def find_reward(name: str) -> Callable[..., Any]:
             near = get_close_matches(attribute, dir(module), n=1, cutoff=0.6)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"reward_funcs names {name!r}, but {source!r} has no {attribute!r}.{hint}")
-        found: Callable[..., Any] = getattr(module, attribute)
-        return found
+        reward: Callable[..., Any] = getattr(module, attribute)
+        return reward
     near = get_close_matches(name, list_rewards(), n=1, cutoff=0.3)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"No reward is named {name!r}. {hint}`rdm-rl rewards list` shows all of them.")
@@ -206,14 +197,11 @@ def _load(name: str, load: Callable[[], Any], install: str = "") -> Any:
 
 
 def get_reward(name: str, **options: Any) -> Any:
-    """A reward by name.
+    """A reward by name: a new object if the name stands for a class, else the function itself.
 
     Args:
-        name: A registered name, ``module:attribute`` or ``path/to/file.py:attribute``.
+        name: As in :func:`find_reward`.
         options: What the reward's class takes, such as ``model="folder"`` or ``device="cuda:1"``.
-
-    Returns:
-        The reward: a new object if the name stands for a class, else the function itself.
 
     Raises:
         ValueError: If no reward has the name, or it takes no such options.
@@ -222,18 +210,18 @@ def get_reward(name: str, **options: Any) -> Any:
         >>> get_reward("clip_score", model="my-clip", dtype="bfloat16").model
         'my-clip'
     """
-    found = find_reward(name)
-    if not inspect.isclass(found):
+    reward = find_reward(name)
+    if not inspect.isclass(reward):
         if options:
             raise ValueError(f"The reward {name!r} is a function and takes no options; got {', '.join(options)}.")
-        return found
+        return reward
     try:
-        inspect.signature(found).bind(**options)
+        inspect.signature(reward).bind(**options)
     except TypeError as error:
-        known = ", ".join(inspect.signature(found).parameters) or "none"
+        known = ", ".join(inspect.signature(reward).parameters) or "none"
         raise ValueError(f"The reward {name!r} cannot be made: {error}. Its options are: {known}.") from None
     try:
-        made: Any = found(**options)
+        made: Any = reward(**options)
     except TypeError as error:  # Options that it passes on.
         raise ValueError(f"The reward {name!r} cannot be made with {options}: {error}.") from error
     if not hasattr(made, "name"):
@@ -244,12 +232,8 @@ def get_reward(name: str, **options: Any) -> Any:
 def name_of(spec: RewardSpec) -> str:
     """The name under which a reward appears in the log.
 
-    Args:
-        spec: A name, a function or an object.
-
-    Returns:
-        The registered name; the attribute's name for ``module:attribute``; a function's name; an object's ``name``, or
-        that of its class.
+    That is the registered name; the attribute's name for ``module:attribute``; a function's name; an object's ``name``,
+    or that of its class.
 
     Example:
         >>> name_of("my_package.rewards:sharpness")
@@ -261,13 +245,10 @@ def name_of(spec: RewardSpec) -> str:
 
 
 def load_rewards(reward_funcs: RewardSpec | Sequence[RewardSpec]) -> dict[str, Any]:
-    """The rewards that ``reward_funcs`` names or holds, by name.
+    """The rewards that ``reward_funcs`` names or holds, by name, in the given order.
 
     Args:
         reward_funcs: One name, callable or object, or a list of them.
-
-    Returns:
-        The rewards in the given order.
 
     Raises:
         ValueError: If the list is empty, a name is unknown, or two rewards share a name.
@@ -305,9 +286,6 @@ def reward_weights(
         weights: One weight for each; None for the default.
         adaptive: Whether weights are shares of the force of ``rdm``. Then the default is 1 for ``rdm`` and 0.3 for each
             other reward, which on the digits raised a reward and cost little fidelity; otherwise it is 1 for all.
-
-    Returns:
-        The weights.
 
     Raises:
         ValueError: If the numbers differ, or one is not finite.

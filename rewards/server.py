@@ -244,7 +244,9 @@ def _client() -> httpx2.AsyncClient:
 def _hide_queries(record: logging.LogRecord) -> bool:
     """The client logs whole addresses, and so a key in a query."""
     if isinstance(record.args, tuple):
-        record.args = tuple(one.copy_with(query=None) if isinstance(one, httpx2.URL) else one for one in record.args)
+        record.args = tuple(
+            value.copy_with(query=None) if isinstance(value, httpx2.URL) else value for value in record.args
+        )
     return True
 
 

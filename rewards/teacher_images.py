@@ -82,14 +82,9 @@ class TeacherCache:
         self._make_room()
 
     def get(self, prompt: str, noise_seed: int) -> Tensor | None:
-        """The image that was kept for a prompt and a noise.
+        """The image that was kept for a prompt and the seed of a noise; None if there is none.
 
-        Args:
-            prompt: The prompt.
-            noise_seed: The seed of the initial noise.
-
-        Returns:
-            The pixels, shape (H, W, 3), uint8, on the CPU; None if there are none.
+        It is of shape (H, W, 3), uint8, on the CPU.
         """
         file = self._file(prompt, noise_seed)
         try:
@@ -110,14 +105,9 @@ class TeacherCache:
         return pixels
 
     def put(self, prompt: str, noise_seed: int, pixels: Tensor) -> None:
-        """Keep an image, in the place of any other for the same prompt and noise.
+        """Keep an image, shape (H, W, 3), uint8, in the place of any other for the same prompt and seed.
 
         A failure to write (a full disk, say) is logged once, and the image is not kept: the run can do without.
-
-        Args:
-            prompt: The prompt.
-            noise_seed: The seed of the initial noise.
-            pixels: The pixels, shape (H, W, 3), uint8.
         """
         text = PngInfo()
         for name, value in self._labels(prompt, noise_seed, pixels).items():
@@ -125,12 +115,12 @@ class TeacherCache:
         try:
             with written_whole(self._file(prompt, noise_seed)) as file:
                 Image.fromarray(pixels.numpy()).save(file, "PNG", pnginfo=text)
-                self._left -= file.stat().st_size
+                self._room -= file.stat().st_size
         except OSError as error:
             if not self._warned:
                 logger.warning("Teacher images are not kept in %s: %s. This is said once.", self.folder, error)
             self._warned = True
-        if self._left < 0:
+        if self._room < 0:
             self._make_room()
 
     def _file(self, prompt: str, noise_seed: int) -> Path:
@@ -151,7 +141,7 @@ class TeacherCache:
         for file in self.folder.glob(f"*/{_FILES}.*.partial"):
             if _facts(file)[0] < (time.time() - _STALE_AFTER_SECONDS) * 1e9:
                 _remove(file)
-        self._left = float("inf")
+        self._room = float("inf")
         if self.size_limit is not None:
             pictures = sorted((*_facts(file), file) for file in self.folder.glob(f"*/{_FILES}"))
             total = sum(size for _, size, _ in pictures)
@@ -163,7 +153,7 @@ class TeacherCache:
                     break
                 _remove(file)
                 total -= size
-            self._left = min(self.size_limit - total, (1 - _KEPT_SHARE) * self.size_limit)
+            self._room = min(self.size_limit - total, (1 - _KEPT_SHARE) * self.size_limit)
 
 
 def _facts(file: Path) -> tuple[int, int]:
@@ -182,8 +172,6 @@ def _remove(file: Path) -> None:
 
 class TeacherImages:
     """The teacher's images from the noise and the prompts of a rollout: what each sample would have become.
-
-    Images always have 8 bits per channel, with a cache or without, so that a kept image is the made image.
 
     If the batch says from which seed each sample's noise is (``noise_seeds``), samples of equal prompt and seed are
     computed once, and the cache is asked first. Otherwise each sample is computed, and nothing is written. Samples that
@@ -219,13 +207,7 @@ class TeacherImages:
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
-        """The images, kept until another rollout is asked about.
-
-        Args:
-            rollout: The recorded chains of N samples.
-
-        Returns:
-            Images, shape (N, 3, H', W'), float32 in [0, 1].
+        """The images, shape (N, 3, H', W'), float32 in [0, 1], kept until another rollout is asked about.
 
         Raises:
             ValueError: If an image that the teacher made is not finite.

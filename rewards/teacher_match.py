@@ -1,7 +1,8 @@
 r"""Rewards that compare the student's image with the teacher's: the same prompt and the same initial noise.
 
 This is how ReDiF rewards: a sample is good if it is what the teacher would have made of its noise. The library hands
-over the teacher's images as ``teacher_images``, in the order of the student's (see :mod:`rdm_rl.rewards.calling`).
+over the teacher's images as ``teacher_images``, in the order and of the shape of the student's, (N, 3, H, W), float32
+in [0, 1] (see :mod:`rdm_rl.rewards.calling`). Values are of shape (N,), and prompts are not read.
 
 ======================  ================================================================  =====
 reward                  value                                                             equal
@@ -51,13 +52,6 @@ _UNIFORM_SHARE = 1e-3
 def paired(images: Tensor, teacher_images: Tensor) -> Tensor:
     """The teacher's images, ready to be compared: on the device and in the type of the student's, without a graph.
 
-    Args:
-        images: The student's images, shape (N, 3, H, W).
-        teacher_images: The teacher's, in the same order.
-
-    Returns:
-        The teacher's images, shape (N, 3, H, W).
-
     Raises:
         ValueError: If the shapes differ.
 
@@ -84,26 +78,10 @@ class TeacherFeatures(RewardModel):
 
     @abstractmethod
     def features(self, network: nn.Module, images: Tensor) -> list[Tensor]:
-        """What is compared.
-
-        Args:
-            network: The loaded network, on the images' device.
-            images: Images, shape (N, 3, H, W), float32 in [0, 1].
-
-        Returns:
-            Features of length 1, one tensor for each layer: shape (N, D, number of places), float32.
-        """
+        """What is compared: features of length 1, a tensor for each layer, shape (N, D, number of places), float32."""
 
     def likeness(self, features: Tensor, teacher_features: Tensor) -> Tensor:
-        """How alike features are at each place: their cosine.
-
-        Args:
-            features: The student's, shape (N, D, places), of length 1.
-            teacher_features: The teacher's.
-
-        Returns:
-            The cosines, shape (N, places).
-        """
+        """How alike features, shape (N, D, places), are at each place: their cosine, shape (N, places)."""
         return (features * teacher_features).sum(1)
 
     def rewards(
@@ -115,17 +93,7 @@ class TeacherFeatures(RewardModel):
         teacher_images: Tensor | None = None,
         **columns: Any,
     ) -> Tensor:
-        """The mean likeness over the places of each layer, and over the layers.
-
-        Args:
-            network: The loaded network, on the images' device.
-            images: The student's images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Not read.
-            teacher_images: The teacher's images, of the same shape and order.
-            columns: Not read.
-
-        Returns:
-            The values, shape (N,), float32.
+        """The mean likeness over the places of each layer, and over the layers, shape (N,), float32.
 
         Raises:
             ValueError: If there are no teacher images, or their shape differs.
@@ -135,7 +103,7 @@ class TeacherFeatures(RewardModel):
         # The network is frozen, so the teacher's features have no graph.
         targets = self.features(network, paired(images, teacher_images))
         layers = zip(self.features(network, images), targets, strict=True)
-        return torch.stack([self.likeness(own, target).mean(1) for own, target in layers]).mean(0)
+        return torch.stack([self.likeness(features, target).mean(1) for features, target in layers]).mean(0)
 
 
 class TeacherCLIP(TeacherFeatures):
@@ -145,16 +113,12 @@ class TeacherCLIP(TeacherFeatures):
     does not count.
 
     References:
-        | ReDiF: Reinforced Distillation for Few Step Diffusion (Tighkhorshid et al., 2025)
-        | https://arxiv.org/abs/2512.22802
         | Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021), CLIP
         | https://arxiv.org/abs/2103.00020
 
     Args:
         model: A folder, or a hub name, of a CLIP or SigLIP model with its image settings; None for ReDiF's encoder.
-        device: Where it runs; None for where the images are.
-        dtype: Precision of the weights. The cosine itself is computed in float32.
-        offload: Keep the network on the CPU between uses.
+        device, dtype, offload: As in :class:`RewardModel`; the cosine itself is computed in float32.
 
     Example:
         >>> TeacherCLIP(dtype="bfloat16").model
@@ -182,7 +146,7 @@ class TeacherCLIP(TeacherFeatures):
         return network
 
     def features(self, network: nn.Module, images: Tensor) -> list[Tensor]:
-        """The embedding: one layer, one place; the arguments are those of :meth:`TeacherFeatures.features`."""
+        """The embedding: one layer, one place."""
         model: Any = network
         return [embedding(model.get_image_features(pixel_values=self.preprocessing(images).to(self.dtype)))[..., None]]
 
@@ -194,8 +158,6 @@ class TeacherDINO(TeacherFeatures):
     ReDiF's repository has DINOv3 at 512 pixels, whose weights are gated; ours is DINOv2 at the size of its settings.
 
     References:
-        | ReDiF: Reinforced Distillation for Few Step Diffusion (Tighkhorshid et al., 2025)
-        | https://arxiv.org/abs/2512.22802
         | DINOv2: Learning Robust Visual Features without Supervision (Oquab et al., 2023)
         | https://arxiv.org/abs/2304.07193
 
@@ -204,9 +166,7 @@ class TeacherDINO(TeacherFeatures):
             settings; None for DINOv2's base size.
         tokens: ``patch`` compares the patches, ``class`` the class token, which says what is in the image rather than
             where.
-        device: Where it runs; None for where the images are.
-        dtype: Precision of the weights. The cosines themselves are computed in float32.
-        offload: Keep the network on the CPU between uses.
+        device, dtype, offload: As in :class:`RewardModel`; the cosines themselves are computed in float32.
 
     Raises:
         ValueError: If there are no such ``tokens``.
@@ -248,7 +208,7 @@ class TeacherDINO(TeacherFeatures):
         return network
 
     def features(self, network: nn.Module, images: Tensor) -> list[Tensor]:
-        """The tokens after the last layer; the arguments are those of :meth:`TeacherFeatures.features`."""
+        """The tokens after the last layer."""
         model: Any = network
         tokens: Tensor = model(pixel_values=self.preprocessing(images).to(self.dtype)).last_hidden_state
         first_patch = 1 + getattr(model.config, "num_register_tokens", 0)
@@ -275,17 +235,13 @@ class TeacherPerceptual(TeacherFeatures):
         | https://arxiv.org/abs/2203.04946
         | Deep Residual Learning for Image Recognition (He et al., 2015), the network
         | https://arxiv.org/abs/1512.03385
-        | ReDiF: Reinforced Distillation for Few Step Diffusion (Tighkhorshid et al., 2025)
-        | https://arxiv.org/abs/2512.22802
 
     Args:
         model: A folder, or a hub name, of a ResNet, RegNet, ConvNeXt or ConvNeXt V2 with its image settings; None for
             ResNet-50.
         size: Length to which the shorter side is resized, such as the 224 that the network was trained at; None
             compares images at their own size.
-        device: Where it runs; None for where the images are.
-        dtype: Precision of the weights. The distance itself is computed in float32.
-        offload: Keep the network on the CPU between uses.
+        device, dtype, offload: As in :class:`RewardModel`; the distance itself is computed in float32.
 
     Raises:
         ValueError: If ``size`` is not above 0.
@@ -329,7 +285,7 @@ class TeacherPerceptual(TeacherFeatures):
         return network
 
     def features(self, network: nn.Module, images: Tensor) -> list[Tensor]:
-        """The features of stem and stages; the arguments are those of :meth:`TeacherFeatures.features`."""
+        """The features of stem and stages."""
         height, width = images.shape[-2:]
         pixels = replace(self.preprocessing, size=self.size or (height, width), crop=None)(images).to(self.dtype)
         model: Any = network
@@ -337,7 +293,7 @@ class TeacherPerceptual(TeacherFeatures):
         return [layer * (layer.square().sum(1, keepdim=True) + _LENGTH_FLOOR).rsqrt() for layer in maps]
 
     def likeness(self, features: Tensor, teacher_features: Tensor) -> Tensor:
-        """Minus the squared distance at each place; the arguments are those of :meth:`TeacherFeatures.likeness`."""
+        """Minus the squared distance at each place."""
         return -(features - teacher_features).square().sum(1)
 
 
@@ -351,10 +307,6 @@ def _load(model: str, kinds: tuple[str, ...], wanted: str) -> nn.Module:
 
 class TeacherMSE:
     """Minus the mean squared difference between the pixels of student and teacher; images of any size.
-
-    References:
-        | ReDiF: Reinforced Distillation for Few Step Diffusion (Tighkhorshid et al., 2025)
-        | https://arxiv.org/abs/2512.22802
 
     Example:
         >>> TeacherMSE()(torch.zeros(1, 3, 8, 8), ["a cat"], torch.full((1, 3, 8, 8), 0.5))
@@ -372,15 +324,7 @@ class TeacherMSE:
     )
 
     def __call__(self, images: Tensor, prompts: list[str], teacher_images: Tensor) -> Tensor:
-        """The values of some images.
-
-        Args:
-            images: The student's images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Not read.
-            teacher_images: The teacher's images, of the same shape and order.
-
-        Returns:
-            The values, shape (N,), from -1 to 0.
+        """The values, from -1 to 0.
 
         Raises:
             ValueError: If the shapes of the images differ.
@@ -427,10 +371,6 @@ class TeacherHistogram:
     only along the slope between the two bins nearest to it, so it is small where both images have few pixels between
     their tones: pair it with a reward that sees places.
 
-    References:
-        | ReDiF: Reinforced Distillation for Few Step Diffusion (Tighkhorshid et al., 2025)
-        | https://arxiv.org/abs/2512.22802
-
     Args:
         bins: Number of bins, at least 2; ReDiF's repository has 32.
 
@@ -460,21 +400,13 @@ class TeacherHistogram:
         self.bins = bins
 
     def __call__(self, images: Tensor, prompts: list[str], teacher_images: Tensor) -> Tensor:
-        """The values of some images.
-
-        Args:
-            images: The student's images, shape (N, 3, H, W), float32 in [0, 1].
-            prompts: Not read.
-            teacher_images: The teacher's images, of the same shape and order.
-
-        Returns:
-            The values, shape (N,), at most 0.
+        """The values, at most 0.
 
         Raises:
             ValueError: If the shapes of the images differ.
         """
         teacher, student = (
-            (1 - _UNIFORM_SHARE) * histogram(one, self.bins) + _UNIFORM_SHARE / self.bins
-            for one in (paired(images, teacher_images), images)
+            (1 - _UNIFORM_SHARE) * histogram(pictures, self.bins) + _UNIFORM_SHARE / self.bins
+            for pictures in (paired(images, teacher_images), images)
         )
         return (teacher * (student / teacher).log()).sum((1, 2)).to(images.dtype)

@@ -10,10 +10,7 @@ from rdm_rl import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: The words after ``rdm-rl``; None for those of the process.
+    """Run one command: the words after ``rdm-rl``, or those of the process.
 
     Returns:
         The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
@@ -28,13 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_script(function: Callable[[Sequence[str]], None]) -> int:
-    """Run the main function of a script as the commands are run: a mistake in what was asked is explained in one line.
-
-    Args:
-        function: It takes the words after the script's name; ``--debug`` is taken out of them.
+    """Run the main function of a script as the commands are run, with the words after its name but ``--debug``.
 
     Returns:
-        The exit status: 0, or 2 for such a mistake.
+        The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
     """
     words = [word for word in sys.argv[1:] if word != "--debug"]
     return _explained(lambda: function(words), Path(sys.argv[0]).name, debug="--debug" in sys.argv)
@@ -112,7 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output_dir", type=Path, help="also write a report here")
     evaluate.set_defaults(run=_evaluate)
 
-    rewards = commands.add_parser("rewards", help="list the rewards, or try one on images")
+    _add_rewards(commands.add_parser("rewards", help="list the rewards, or try one on images"))
+    methods = commands.add_parser("methods", help="list the methods and the settings that make them")
+    methods.set_defaults(run=_methods)
+    env = commands.add_parser("env", help="print versions and devices, for a bug report")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _add_rewards(rewards: argparse.ArgumentParser) -> None:
     actions = rewards.add_subparsers(title="actions", required=True, metavar="action")
     listing = actions.add_parser("list", help="list the registered rewards")
     listing.add_argument("--markdown", action="store_true", help="with papers, units, ranges and licences, as Markdown")
@@ -125,12 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     trial.add_argument("--column", action="append", default=[], help="key=value of a column that the reward reads")
     trial.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     trial.set_defaults(run=_test_reward)
-
-    methods = commands.add_parser("methods", help="list the methods and the settings that make them")
-    methods.set_defaults(run=_methods)
-    env = commands.add_parser("env", help="print versions and devices, for a bug report")
-    env.set_defaults(run=_env)
-    return parser
 
 
 def _load_silently() -> None:

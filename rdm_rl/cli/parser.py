@@ -119,13 +119,7 @@ class SettingsParser(TrlParser):
                 action.type = action.choices = None
 
     def parse(self, words: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """The dataclasses, filled.
-
-        Args:
-            words: The command line; None for the process's own.
-
-        Returns:
-            An object for each dataclass.
+        """The dataclasses, filled from the words of a command line, or from the process's own.
 
         Raises:
             FileNotFoundError: If the YAML file does not exist.
@@ -134,32 +128,28 @@ class SettingsParser(TrlParser):
         first = argparse.ArgumentParser(prog=self.prog, usage=self.usage, add_help=False, allow_abbrev=False)
         first.add_argument("--config")
         first.add_argument("--method")
-        given, left = first.parse_known_args(sys.argv[1:] if words is None else list(words))
-        self._method, self._file = given.method, given.config or self.config
+        source, rest = first.parse_known_args(sys.argv[1:] if words is None else list(words))
+        self._method, self._file = source.method, source.config or self.config
         for name, old in self._old_names().items():
-            left = [re.sub(rf"^--{name}(?==|$)", f"--{old}", word) for word in left]
-        for flag in (word.partition("=")[0] for word in left if word.startswith("--")):
+            rest = [re.sub(rf"^--{name}(?==|$)", f"--{old}", word) for word in rest]
+        for flag in (word.partition("=")[0] for word in rest if word.startswith("--")):
             if flag not in self._option_string_actions:  # Before the settings are made, which may be wrong too.
                 raise ValueError(f"The command line sets {self._unknown(flag)}")
         if self._file is None:
             self.set_defaults_with_config()
         elif Path(self._file).is_file():
-            left = ["--config", str(self._file), *left]  # Which TRL reads.
+            rest = ["--config", str(self._file), *rest]  # Which TRL reads.
         else:
             raise FileNotFoundError(f"--config {str(self._file)!r} does not exist.")
-        *found, strange = self.parse_args_and_config(left, return_remaining_strings=True)
+        *filled, strange = self.parse_args_and_config(rest, return_remaining_strings=True)
         if strange:
             raise ValueError(f"{strange[0]!r} on the command line belongs to no flag.")
-        return tuple(found[: len(self.kinds)])
+        return tuple(filled[: len(self.kinds)])
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """Take a file's settings for defaults, over those of the method and of the script.
+        """Take a file's settings for defaults, over those of the method and of the script; nothing is left over.
 
-        Args:
-            config: Values by setting. A ``dataset`` that lies beside the file is found from any folder.
-
-        Returns:
-            Nothing that is left over.
+        A ``dataset`` that lies beside the file is found from any folder.
 
         Raises:
             ValueError: If a setting or the method is unknown.
@@ -187,16 +177,16 @@ class SettingsParser(TrlParser):
 
     def groups(self) -> Iterator[tuple[str, list[argparse.Action]]]:
         """The headings of the help text, and the flags under each."""
-        left: dict[str, argparse.Action] = {}
+        shown: dict[str, argparse.Action] = {}
         for action in self._actions:  # The second of --save_ema and --no_save_ema is not shown.
             if action.dest not in _REFUSED and action.dest not in INHERITED[UNUSED]:
-                left.setdefault(action.dest, action)
+                shown.setdefault(action.dest, action)
         names: dict[str, list[str]] = {FIRST_GROUP: ["help", "config", "method"], OWN_GROUP: []}
         declared = [(title, [*members]) for kind in self.kinds for title, members in groups(kind).items()]
         for title, members in [*declared, *((title, [*members]) for title, members in INHERITED.items())]:
             names.setdefault(title, []).extend(members)
-        grouped = {title: [left.pop(name) for name in members if name in left] for title, members in names.items()}
-        grouped[OWN_GROUP] = [*left.values()]
+        grouped = {title: [shown.pop(name) for name in members if name in shown] for title, members in names.items()}
+        grouped[OWN_GROUP] = [*shown.values()]
         yield from ((title, actions) for title, actions in grouped.items() if actions)
 
     def format_help(self) -> str:

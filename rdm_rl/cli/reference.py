@@ -22,9 +22,8 @@ _OURS = {name: RDMConfig.__dataclass_fields__[name] for name in RDMConfig.__anno
 def settings_tables() -> dict[str, str]:
     """The tables of the reference page, in Markdown, by their marker.
 
-    Returns:
-        ``arguments`` are the flags of ``rdm-rl train`` alone, ``settings`` those of the method, and ``inherited`` those
-        of transformers.
+    ``arguments`` are the flags of ``rdm-rl train`` alone, ``settings`` those of the method, and ``inherited`` those of
+    transformers.
     """
     inherited = {
         title: {name: (_default(_OURS[name]) if name in _OURS else "", text) for name, text in members.items()}
@@ -38,13 +37,7 @@ def settings_tables() -> dict[str, str]:
 
 
 def with_tables(page: str) -> str:
-    """A page whose tables of settings are up to date.
-
-    Args:
-        page: Its text, where ``<!-- table: settings -->`` and ``<!-- end of table -->`` enclose one.
-
-    Returns:
-        The text with the present tables.
+    """A page with its tables, between ``<!-- table: settings -->`` and ``<!-- end of table -->``, up to date.
 
     Example:
         >>> "| `lora_r` | `64` |" in with_tables("<!-- table: arguments --><!-- end of table -->")

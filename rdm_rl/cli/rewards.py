@@ -19,33 +19,25 @@ from rdm_rl.rewards.registry import find_reward, get_reward, list_rewards
 
 
 def reward_info(name: str) -> tuple[RewardInfo, str]:
-    """What a registered reward says of itself.
+    """What a registered reward says of itself, and how it acts.
 
-    Args:
-        name: Its name.
-
-    Returns:
-        Its facts (the first line of its docstring, if it carries none), and how it acts: ``direction`` (it gives one),
-        ``gradient`` (it is differentiable) or ``black box``.
+    It acts by ``direction`` (it gives one), ``gradient`` (it is differentiable) or as ``black box``. A reward without
+    facts is described by the first line of its docstring.
 
     Example:
         >>> reward_info("rdm")[1]
         'direction'
     """
-    found = find_reward(name)
-    documented = (inspect.getdoc(found) or "").split("\n")[0]
-    info = getattr(found, "info", None) or RewardInfo(description=documented)
-    if hasattr(found, "direction"):
+    reward = find_reward(name)
+    documented = (inspect.getdoc(reward) or "").split("\n")[0]
+    info = getattr(reward, "info", None) or RewardInfo(description=documented)
+    if hasattr(reward, "direction"):
         return info, "direction"
-    return info, "gradient" if getattr(found, "differentiable", False) else "black box"
+    return info, "gradient" if getattr(reward, "differentiable", False) else "black box"
 
 
 def rewards_as_markdown() -> str:
-    """All registered rewards as a table and a list of facts, for ``docs/rewards.md``.
-
-    Returns:
-        Markdown.
-    """
+    """All registered rewards as a table and a list of facts, for ``docs/rewards.md``."""
     rows = ["| name | rewards | acts by | units | ordinary values |", "|---|---|---|---|---|"]
     facts = []
     for name in list_rewards():
@@ -78,14 +70,7 @@ def print_rewards() -> None:
 
 
 def read_image(file: Path) -> Tensor:
-    """An image file, shape (3, H, W), float32 in [0, 1].
-
-    Args:
-        file: The file.
-
-    Returns:
-        The image.
-    """
+    """An image file, shape (3, H, W), float32 in [0, 1]."""
     with Image.open(file) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -148,13 +133,6 @@ def try_reward(
 
 def parse_pairs(pairs: Sequence[str], flag: str) -> dict[str, Any]:
     """The values of a flag that is repeated as ``key=value``; a value is JSON, or else text.
-
-    Args:
-        pairs: What was given.
-        flag: The flag, for the message.
-
-    Returns:
-        The values by key.
 
     Raises:
         ValueError: If an entry has no equals sign.

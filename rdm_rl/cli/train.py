@@ -83,13 +83,7 @@ class TrainArguments(RewardNameSettings, AdapterSettings, SourceSettings):  # In
 
 
 def load_prompts(arguments: TrainArguments) -> Any:
-    """The data set of prompts that the arguments name, with its text column called ``prompt``.
-
-    Args:
-        arguments: The arguments.
-
-    Returns:
-        A ``datasets.Dataset``, or rows.
+    """The prompts that the arguments name, a ``datasets.Dataset`` or rows, with the text column called ``prompt``.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -109,8 +103,8 @@ def load_prompts(arguments: TrainArguments) -> Any:
     else:
         column = arguments.prompt_column
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # Written by save_to_disk.
-            found = load_from_disk(name)
-            data = found[arguments.dataset_split] if isinstance(found, DatasetDict) else found
+            stored = load_from_disk(name)
+            data = stored[arguments.dataset_split] if isinstance(stored, DatasetDict) else stored
         else:
             data = load_dataset(name, split=arguments.dataset_split)
     if column not in data.column_names:
@@ -121,14 +115,11 @@ def load_prompts(arguments: TrainArguments) -> Any:
 
 
 def make_rewards(names: Sequence[str], options: dict[str, Any] | str | None) -> list[Any]:
-    """The rewards of a run: names, or objects where the arguments give options.
+    """The rewards of a run: names, or objects where there are options.
 
     Args:
         names: The rewards' names.
         options: Options by name, as a dictionary or as JSON.
-
-    Returns:
-        An entry for each name.
 
     Raises:
         ValueError: If the options are no JSON object of objects, or belong to a reward that is not used.
@@ -138,23 +129,17 @@ def make_rewards(names: Sequence[str], options: dict[str, Any] | str | None) -> 
         ['rdm', 'ink']
     """
     try:
-        given: Any = json.loads(options) if isinstance(options, str) else options or {}
+        by_name: Any = json.loads(options) if isinstance(options, str) else options or {}
     except json.JSONDecodeError as error:
         raise ValueError(f"--reward_options {options!r} is no JSON: {error}.") from None
-    if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
+    if not isinstance(by_name, dict) or not all(isinstance(entry, dict) for entry in by_name.values()):
         raise ValueError(
             f'--reward_options {options!r} must be options by reward, e.g. {{"hpsv2": {{"device": "cpu"}}}}.'
         )
-    unused = sorted(given.keys() - {*names})
+    unused = sorted(by_name.keys() - {*names})
     if unused:
         raise ValueError(f"--reward_options has options for {', '.join(unused)}, but reward_funcs is {list(names)}.")
-    made = []
-    for name in names:
-        if name in given:
-            made.append(get_reward(name, **given[name]))
-        else:
-            made.append(name)
-    return made
+    return [get_reward(name, **by_name[name]) if name in by_name else name for name in names]
 
 
 def lora_config(arguments: TrainArguments) -> LoraConfig | None:
@@ -176,9 +161,8 @@ def lora_config(arguments: TrainArguments) -> LoraConfig | None:
 def train_command(words: Sequence[str]) -> None:
     """Parse, train and save.
 
-    Args:
-        words: Flags: those of :class:`TrainArguments` and of ``RDMConfig``, ``--config FILE.yaml`` for both, and
-            ``--method NAME`` for a method's settings, which other flags and the file override.
+    The words are the flags of :class:`TrainArguments` and of ``RDMConfig``, ``--config FILE.yaml`` for both, and
+    ``--method NAME`` for a method's settings, which other flags and the file override.
     """
     summary = "Distil a pipeline into a few-step student; `rdm-rl methods` lists what a method sets."
     arguments, args = SettingsParser((TrainArguments, RDMConfig), summary, prog="rdm-rl train").parse(words)

@@ -49,13 +49,7 @@ class Digits:
 
 
 def enlarge(pixels: Tensor) -> Tensor:
-    """The 8x8 grey images as 32x32 RGB images.
-
-    Args:
-        pixels: Grey levels, shape (N, 8, 8), in [0, 1].
-
-    Returns:
-        Images, shape (N, 3, 32, 32), in [0, 1].
+    """The 8x8 grey images, shape (N, 8, 8), in [0, 1], as RGB images, shape (N, 3, 32, 32).
 
     Example:
         >>> enlarge(torch.zeros(2, 8, 8)).shape
@@ -71,12 +65,6 @@ def load_digits(split: Literal["train", "held_out"]) -> Digits:
 
     ``"train"`` (1,297 images) trained the embedded teacher and the evaluation networks. ``"held_out"`` (500 images,
     50 of each digit) was seen by none of them and is kept for reporting.
-
-    Args:
-        split: Which part of the data.
-
-    Returns:
-        The images and labels of that split.
 
     Raises:
         ValueError: If the split is unknown.
@@ -97,12 +85,6 @@ def load_digits(split: Literal["train", "held_out"]) -> Digits:
 def digit_prompts(digit: int) -> list[str]:
     """Every phrasing that the embedded teacher knows for one digit: each template with the word and the numeral.
 
-    Args:
-        digit: The digit, 0..9.
-
-    Returns:
-        The prompts.
-
     Example:
         >>> digit_prompts(7)[:3]
         ['a handwritten seven', 'a handwritten 7', 'the digit seven']
@@ -112,16 +94,10 @@ def digit_prompts(digit: int) -> list[str]:
 
 
 def mixed_prompts(count: int) -> tuple[list[str], Tensor]:
-    """Prompts of which every second names a digit, in turn, and the others are empty.
+    """Prompts of which every second names a digit, and the others are empty; and which digits answer each, (count, 10).
 
     The teacher was trained with empty prompts too, as classifier-free guidance needs it. Then any digit will do, so
     the distribution for one prompt has many modes, which is what a few-step student finds hard.
-
-    Args:
-        count: How many prompts.
-
-    Returns:
-        The prompts, and which digits answer each, shape (count, 10), bool.
 
     Example:
         >>> prompts, wanted = mixed_prompts(4)
@@ -138,13 +114,7 @@ def mixed_prompts(count: int) -> tuple[list[str], Tensor]:
 
 
 def balanced_prompts(count: int) -> tuple[list[str], Tensor]:
-    """Prompts that go through the ten digits in turn and through the phrasings as they repeat.
-
-    Args:
-        count: How many prompts.
-
-    Returns:
-        The prompts, and the digit that each asks for, shape (count,), int64.
+    """Prompts that go through the digits in turn and through the phrasings as they repeat; and their digits, (count,).
 
     Example:
         >>> prompts, digits = balanced_prompts(11)

@@ -13,14 +13,10 @@ from rdm_rl.evaluation.metrics import Kind, SamplerMetrics
 
 
 def check_images(name: str, images: Tensor) -> None:
-    """Refuse what the recognisers cannot judge.
-
-    Args:
-        name: What the images are called in the message.
-        images: Images that should be of shape (N, 3, 32, 32), finite and in [0, 1].
+    """Refuse what the recognisers cannot judge: images that are not of shape (N, 3, 32, 32), finite and in [0, 1].
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If they are not; ``name`` is what the message calls them.
     """
     if images.ndim != 4 or images.shape[1:] != (3, 32, 32):
         raise ValueError(f"{name} must have shape (N, 3, 32, 32); got {tuple(images.shape)}.")
@@ -51,9 +47,9 @@ def judge(
     report network B, which was trained independently: a student that only pleases the network it was tuned on is
     found out.
 
-    The teacher's images must be drawn with seeds of their own, which no judged sampler uses, and serve for every row:
-    otherwise the teacher's own row would be at distance 0, and its true value, the distance between two of its draws,
-    is the floor for the students.
+    Images are clamped to [0, 1] first. The teacher's must be drawn with seeds of their own, which no judged sampler
+    uses, and serve for every row: otherwise the teacher's own row would be at distance 0, and its true value, the
+    distance between two of its draws, is the floor for the students.
 
     Args:
         images: The sampler's images, shape (N, 3, 32, 32), in [0, 1].
@@ -69,9 +65,6 @@ def judge(
         seconds_per_image: Wall-clock time for each image.
         network: Which shipped recogniser's features the distances are measured in.
 
-    Returns:
-        The measurements. The images are clamped to [0, 1] first.
-
     Raises:
         ValueError: If shapes or the range of values do not fit.
 
@@ -82,18 +75,17 @@ def judge(
         >>> row.distance_to_data < 10, row.accuracy
         (True, 1.0)
     """
-    sets = {"images": images, "data_images": data_images}
-    for set_name, one in (
-        sets.items() if teacher_images is None else (sets | {"teacher_images": teacher_images}).items()
-    ):
-        check_images(set_name, one)
+    check_images("images", images)
+    check_images("data_images", data_images)
+    if teacher_images is not None:
+        check_images("teacher_images", teacher_images)
     if labels.shape not in (images.shape[:1], (len(images), 10)):
         count = len(images)
         raise ValueError(f"{count} images need labels of shape ({count},) or ({count}, 10); got {tuple(labels.shape)}.")
     wanted = labels.cpu() if labels.ndim == 2 else one_hot(labels.cpu(), 10).bool()
     asked = ~wanted.all(1)
     images = images.float().cpu().clamp(0, 1)
-    features, real_features = (digit_features(network, one) for one in (images, data_images))
+    features, real_features = (digit_features(network, pictures) for pictures in (images, data_images))
     overlap = manifold_metrics(features, real_features)
     seen = recognised_digits(images)
     return SamplerMetrics(
@@ -107,10 +99,7 @@ def judge(
         distance_to_teacher=(
             nan if teacher_images is None else frechet_distance(features, digit_features(network, teacher_images))
         ),
-        precision=overlap.precision,
-        recall=overlap.recall,
-        density=overlap.density,
-        coverage=overlap.coverage,
+        **vars(overlap),
         accuracy=float(wanted[asked, seen[asked]].double().mean()),
         digit_counts=tuple(torch.bincount(seen, minlength=10).tolist()),
     )

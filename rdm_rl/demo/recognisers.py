@@ -4,6 +4,8 @@ A and B give features for Fréchet distances and precision/recall; C names the d
 (own seed, own width) on the training images, by ``examples/train_digits_teacher.py``. Settings are chosen on A;
 results are reported on B and C. None of them is ever a reward. Network D, which is one, judges nothing and lives in
 :mod:`rdm_rl.demo.rewards`.
+
+Images are of shape (N, 3, 32, 32), in [0, 1], of any floating type and on any device; answers are on the CPU.
 """
 
 from functools import lru_cache
@@ -42,19 +44,12 @@ class DigitNetwork(nn.Module):
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(32, 10))
 
     def features(self, images: Tensor) -> Tensor:
-        """Features of images.
-
-        Args:
-            images: Images, shape (N, 3, 32, 32), in [0, 1].
-
-        Returns:
-            Features, shape (N, 32).
-        """
+        """Features of images, shape (N, 32)."""
         features: Tensor = self.trunk(images.mean(1, keepdim=True) * 2 - 1)
         return features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of the ten digits, shape (N, 10), for images of shape (N, 3, 32, 32) in [0, 1]."""
+        """Logits of the ten digits, shape (N, 10)."""
         logits: Tensor = self.head(self.features(images))
         return logits
 
@@ -62,13 +57,6 @@ class DigitNetwork(nn.Module):
 @lru_cache(maxsize=3)
 def load_network(name: Literal["A", "B", "C"], file: Path = NETWORKS_FILE) -> DigitNetwork:
     """One of the shipped recognisers, frozen, in evaluation mode, on the CPU.
-
-    Args:
-        name: Which network.
-        file: A safetensors file with the weights of all of them.
-
-    Returns:
-        The network.
 
     Raises:
         ValueError: If the name is unknown, as is that of the reward's network D: it must not judge.
@@ -88,14 +76,7 @@ def load_network(name: Literal["A", "B", "C"], file: Path = NETWORKS_FILE) -> Di
 
 @torch.no_grad()
 def digit_features(name: Literal["A", "B", "C"], images: Tensor) -> Tensor:
-    """Features of digit images in one shipped network.
-
-    Args:
-        name: Which network.
-        images: Images, shape (N, 3, 32, 32), in [0, 1], of any floating type and on any device.
-
-    Returns:
-        Features, shape (N, 32), float32, on the CPU.
+    """Features of digit images in one shipped network, shape (N, 32), float32.
 
     Example:
         >>> digit_features("A", torch.zeros(2, 3, 32, 32)).shape
@@ -106,13 +87,7 @@ def digit_features(name: Literal["A", "B", "C"], images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def recognised_digits(images: Tensor) -> Tensor:
-    """The digit that network C sees in each image.
-
-    Args:
-        images: Images, shape (N, 3, 32, 32), in [0, 1], of any floating type and on any device.
-
-    Returns:
-        The digits, shape (N,), int64 in 0..9, on the CPU.
+    """The digit that network C sees in each image, shape (N,), int64 in 0..9.
 
     Example:
         >>> recognised_digits(torch.zeros(2, 3, 32, 32)).shape
@@ -123,14 +98,7 @@ def recognised_digits(images: Tensor) -> Tensor:
 
 
 def digit_accuracy(images: Tensor, labels: Tensor) -> float:
-    """Share of images that network C recognises as the digit they were asked to show.
-
-    Args:
-        images: Images, shape (N, 3, 32, 32), in [0, 1].
-        labels: The prompted digits, shape (N,), int64.
-
-    Returns:
-        The share, in [0, 1].
+    """Share of images that network C recognises as the digit they were asked to show, shape (N,).
 
     Raises:
         ValueError: If there is not one label for each image.

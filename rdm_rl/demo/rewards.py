@@ -24,13 +24,7 @@ _DIGIT = re.compile(rf"\b(?:{'|'.join(DIGIT_WORDS)}|\d)\b", re.IGNORECASE)
 
 
 def named_digit(prompt: str) -> int | None:
-    """The digit that a prompt names, as a whole word ("seven") or a numeral ("7").
-
-    Args:
-        prompt: The prompt.
-
-    Returns:
-        The digit, 0..9; None if the prompt names none or several.
+    """The digit that a prompt names, as a whole word ("seven") or a numeral ("7"); None if it names none or several.
 
     Example:
         >>> named_digit("a drawing of a seven"), named_digit("the digit 7"), named_digit("a bone")
@@ -48,9 +42,7 @@ class DigitLogProb(RewardModel):
 
     Args:
         model: A safetensors file with weights for the same layers; None for the shipped ones.
-        device: Where it runs; None for where the images are.
-        dtype: Precision of its weights.
-        offload: Keep the network on the CPU between uses.
+        device, dtype, offload: As in :class:`RewardModel`.
 
     Example:
         >>> DigitLogProb()(torch.zeros(2, 3, 32, 32), ["the digit seven", ""])[1] is None
@@ -74,16 +66,7 @@ class DigitLogProb(RewardModel):
         return network
 
     def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
-        """The log-probabilities, for prompts that each name a digit.
-
-        Args:
-            network: Network D.
-            images: Images, shape (N, 3, 32, 32), in [0, 1].
-            prompts: Their prompts, length N.
-            columns: Not read.
-
-        Returns:
-            Log-probabilities, shape (N,), at most 0.
+        """The log-probabilities, shape (N,), at most 0, for prompts that each name a digit.
 
         Raises:
             ValueError: If the images have another size.
@@ -98,16 +81,7 @@ class DigitLogProb(RewardModel):
         return logits.float().log_softmax(1).gather(1, digits[:, None])[:, 0]
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[Tensor | None]:
-        """The rewards of some images.
-
-        Args:
-            images: Images, shape (N, 3, 32, 32), float32 in [0, 1].
-            prompts: Their prompts, length N.
-            columns: Not read.
-
-        Returns:
-            N entries: a scalar, with a graph if the images have one, or None where the prompt names no digit.
-        """
+        """N scalars, with a graph if the images have one, or None where the prompt names no digit."""
         named = [index for index, prompt in enumerate(prompts) if named_digit(prompt) is not None]
         values = self.evaluate(images[named], [prompts[index] for index in named])
         rewards: list[Tensor | None] = [None] * len(prompts)
@@ -117,14 +91,7 @@ class DigitLogProb(RewardModel):
 
 
 def ink(images: Tensor, prompts: list[str]) -> Tensor:
-    """Mean grey level of each image: the more ink, the higher, whatever is drawn.
-
-    Args:
-        images: Images, shape (N, 3, H, W), in [0, 1]; strokes are bright.
-        prompts: Not read.
-
-    Returns:
-        Grey levels, shape (N,), in [0, 1].
+    """Mean grey level of each image, shape (N,), in [0, 1]: the more ink, the higher, whatever is drawn.
 
     Example:
         >>> ink(torch.ones(1, 3, 4, 4), [""])
@@ -134,14 +101,7 @@ def ink(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def symmetry(images: Tensor, prompts: list[str]) -> Tensor:
-    """Minus the mean absolute difference between each image and its left-right mirror image: a blank page is perfect.
-
-    Args:
-        images: Images, shape (N, 3, H, W), in [0, 1].
-        prompts: Not read.
-
-    Returns:
-        Differences in grey level, shape (N,), in [-1, 0].
+    """Minus the mean absolute difference between each image and its mirror image, shape (N,): a blank page is perfect.
 
     Example:
         >>> symmetry(torch.eye(2).expand(1, 3, 2, 2), [""])

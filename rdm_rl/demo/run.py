@@ -90,30 +90,9 @@ class Evaluation:
     def draw(
         self, pipeline: StableDiffusionPipeline, steps: int, seed: int | None = None, guidance_scale: float = 1.0
     ) -> Draw:
-        """Images of a pipeline.
-
-        Args:
-            pipeline: The pipeline.
-            steps: Steps for each image.
-            seed: Seed of the noise; None for that of the judged images.
-            guidance_scale: Its guidance.
-
-        Returns:
-            The images.
-        """
-
-        def sample(prompts: list[str], generator: torch.Generator) -> Tensor:
-            output = pipeline(
-                prompts,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                generator=generator,
-                output_type="pt",
-            )
-            images: Tensor = output.images
-            return images
-
-        return self.collect(sample, steps, seed)
+        """Images of a pipeline, from the noise of the judged images unless a seed is given."""
+        call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+        return self.collect(lambda prompts, noise: pipeline(prompts, generator=noise, **call).images, steps, seed)
 
     def collect(
         self, sample: Callable[[list[str], torch.Generator], Tensor], steps: int, seed: int | None = None
@@ -124,9 +103,6 @@ class Evaluation:
             sample: Makes images of some prompts, shape (M, 3, 32, 32), in [0, 1].
             steps: Steps for each image.
             seed: Seed of the noise; None for that of the judged images.
-
-        Returns:
-            The images.
         """
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(self.judged_seed if seed is None else seed)
@@ -135,14 +111,7 @@ class Evaluation:
         return Draw(images=images, seconds=time.perf_counter() - start, steps=steps)
 
     def judge(self, draws: Mapping[str, Draw]) -> list[SamplerMetrics]:
-        """The measurements of every sampler on network B and held-out images, after those of real training images.
-
-        Args:
-            draws: Images by the sampler's name.
-
-        Returns:
-            A row for each.
-        """
+        """The measurements of every sampler on network B and held-out images, after those of real training images."""
         common: dict[str, Any] = {"data_images": load_digits("held_out").images, "teacher_images": self.reference}
         train = load_digits("train")
         chosen = torch.randperm(len(train.labels), generator=seeded_generator(self.seed, "demo/real"))[:NUM_IMAGES]
@@ -162,14 +131,7 @@ class Evaluation:
         return rows
 
     def picture(self, draws: Mapping[str, Draw]) -> tuple[dict[str, Tensor], list[str]]:
-        """What the report shows of each sampler: the first image of each named digit, and six of the empty prompt.
-
-        Args:
-            draws: Images by the sampler's name.
-
-        Returns:
-            Images of shape (M, 3, 32, 32) by name, and the M captions.
-        """
+        """What the report shows of each sampler: the first image of each named digit, and six of the empty prompt."""
         shown = [2 * digit for digit in range(10)] + [2 * index + 1 for index in range(6)]
         captions = [str(digit) for digit in range(10)] + ["any"] * 6
         return {name: draw.images[shown] for name, draw in draws.items()}, captions
@@ -193,10 +155,7 @@ class _WarmStartImages(TrainerCallback):
 
 
 def training_prompts() -> list[dict[str, Any]]:
-    """The prompts that students are trained on: as often one that names a digit as the empty one.
-
-    Returns:
-        240 rows with ``prompt``.
+    """The 240 prompts that students are trained on: as often one that names a digit as the empty one.
 
     Example:
         >>> training_prompts()[0]
@@ -215,35 +174,24 @@ def demo_config(num_inference_steps: int, output_dir: str | Path, seed: int = 0,
         seed: Seed of the run.
         overrides: Settings that replace the demo's.
 
-    Returns:
-        The settings.
-
     Example:
         >>> demo_config(1, "out").num_inference_steps
         1
     """
-    own = STUDENT_SETTINGS[max(steps for steps in STUDENT_SETTINGS if steps <= num_inference_steps)]
+    chosen = STUDENT_SETTINGS[max(steps for steps in STUDENT_SETTINGS if steps <= num_inference_steps)]
     fixed: dict[str, Any] = {
         "output_dir": str(output_dir),
         "seed": seed,
         "use_cpu": True,
         "save_strategy": "no",
         "report_to": "none",
+        "disable_tqdm": False,  # Left open, it would follow transformers' log level, which the command line lowers.
     }
-    fixed["disable_tqdm"] = False  # Left open, it would follow transformers' log level, which the command line lowers.
-    return RDMConfig(**{"num_inference_steps": num_inference_steps, **COMMON_SETTINGS, **own, **fixed, **overrides})
+    return RDMConfig(**{"num_inference_steps": num_inference_steps, **COMMON_SETTINGS, **chosen, **fixed, **overrides})
 
 
 def demo_trainer(args: RDMConfig, callbacks: list[TrainerCallback] | None = None) -> RDMTrainer:
-    """A trainer of the embedded teacher's student.
-
-    Args:
-        args: The settings.
-        callbacks: Callbacks.
-
-    Returns:
-        The trainer, ready to train.
-    """
+    """A trainer of the embedded teacher's student."""
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK)
     trainer = RDMTrainer(
         str(TEACHER_FOLDER), "rdm", args, training_prompts(), peft_config=lora, callbacks=callbacks or []
@@ -282,15 +230,7 @@ def steps_text(count: int) -> str:
 
 
 def draw_teacher(evaluation: Evaluation, students: Sequence[int]) -> dict[str, Draw]:
-    """The teacher's images with all of its steps, and with the students' steps under each stock scheduler.
-
-    Args:
-        evaluation: Prompts and noise.
-        students: Steps of the students.
-
-    Returns:
-        Images by the sampler's name.
-    """
+    """The teacher's images with all of its steps, and with the students' steps under each stock scheduler, by name."""
     teacher = load_teacher()
     plan = [(f"teacher, {steps_text(TEACHER_STEPS)}", teacher.scheduler, TEACHER_STEPS)]
     for name, scheduler in stock_schedulers(teacher).items():
@@ -308,14 +248,6 @@ def train_student(args: RDMConfig, folder: Path, evaluation: Evaluation) -> tupl
     """Distil one student, save it, and draw images before and after distribution matching.
 
     The images after are drawn by plain diffusers from the saved files.
-
-    Args:
-        args: The settings.
-        folder: Where the student is saved.
-        evaluation: Prompts and noise.
-
-    Returns:
-        The trainer, and images by the sampler's name.
     """
     before = _WarmStartImages(evaluation=evaluation)
     before.trainer = trainer = demo_trainer(args, [before])
@@ -328,16 +260,13 @@ def train_student(args: RDMConfig, folder: Path, evaluation: Evaluation) -> tupl
 
 
 def run_demo(output_dir: str | Path, *, seed: int = 0, students: Sequence[int] = (4, 1), **overrides: Any) -> Path:
-    """Distil the embedded teacher, judge the students as plain diffusers loads them, and write the report.
+    """Distil the embedded teacher, judge the students as plain diffusers loads them, and write ``report.html``.
 
     Args:
         output_dir: Where everything goes; files of an earlier demo are overwritten.
         seed: Seed of training and of the judged images.
         students: Steps of the students.
         overrides: Settings that replace the demo's, for both students.
-
-    Returns:
-        The report, ``report.html``.
     """
     start, folder = time.perf_counter(), Path(output_dir)
     print("Teacher: images with 50 steps, and with stock few-step schedulers", flush=True)
@@ -376,10 +305,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, students: Sequence[int] =
 def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir: Path | None = None) -> None:
     """Judge saved students of the embedded teacher beside it, print the table, and write a report if asked.
 
-    Args:
-        folders: What ``save_model`` wrote, for each student.
-        seeds: One repetition for each seed.
-        output_dir: Where a report goes, or None.
+    There is a repetition for each seed.
     """
     teacher_call = {"num_inference_steps": TEACHER_STEPS, "guidance_scale": 1.0}
     pipelines = {f"teacher, {steps_text(TEACHER_STEPS)}": SavedStudent(load_teacher(), teacher_call)}
@@ -388,8 +314,10 @@ def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir:
     for seed in tqdm(seeds, desc="repetitions"):
         evaluation = Evaluation(seed)
         draws = {
-            name: evaluation.draw(one.pipeline, one.num_inference_steps, guidance_scale=one.call["guidance_scale"])
-            for name, one in pipelines.items()
+            name: evaluation.draw(
+                student.pipeline, student.num_inference_steps, guidance_scale=student.call["guidance_scale"]
+            )
+            for name, student in pipelines.items()
         }
         rows += evaluation.judge(draws)
         pictures, captions = evaluation.picture(draws)

@@ -1,4 +1,4 @@
-"""Distances between two sets of images, measured on feature vectors.
+"""Distances between two sets of images, measured on feature vectors, shapes (N, F) and (M, F).
 
 Nothing here knows where the features come from: pass those of a recogniser, of an Inception network, or plain pixels.
 A Fréchet distance is only comparable between sets of the same size seen by the same feature network.
@@ -22,10 +22,6 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
         | GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel et al., 2017), eq. 6
         | https://arxiv.org/abs/1706.08500
 
-    Args:
-        features: Features of the first set, shape (N, F).
-        reference: Features of the second set, shape (M, F).
-
     Returns:
         The distance, in squared feature units; 0 for equal sets.
 
@@ -45,7 +41,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
         raise ValueError("A Fréchet distance needs at least two samples in each set.")
     first, second = features.double(), reference.double()
     shift = first.mean(0) - second.mean(0)
-    cov_1, cov_2 = (torch.atleast_2d(torch.cov(one.T)) for one in (first, second))
+    cov_1, cov_2 = (torch.atleast_2d(torch.cov(points.T)) for points in (first, second))
     values, vectors = torch.linalg.eigh(cov_1)
     root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp_min(0).sqrt().sum()
@@ -88,9 +84,6 @@ def manifold_metrics(features: Tensor, reference: Tensor, *, k: int = 3) -> Mani
         features: Features of the samples, shape (N, F).
         reference: Features of the reference images, shape (M, F).
         k: Which neighbour sets the radius of a ball.
-
-    Returns:
-        The four numbers.
 
     Raises:
         ValueError: If a set has k or fewer members.

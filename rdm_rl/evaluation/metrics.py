@@ -1,10 +1,10 @@
 """What the judged images of one sampler are worth, and the mean of repetitions."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite, nan
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["data", "teacher", "baseline", "student"]
 
@@ -69,18 +69,12 @@ FLOAT_FIELDS = tuple(field.name for field in fields(SamplerMetrics) if field.typ
 def summarize(rows: Iterable[SamplerMetrics]) -> list[Summary]:
     """The rows of each name averaged, in the order in which the names first appear.
 
-    Args:
-        rows: Measurements; rows of the same name are repetitions with other seeds.
-
-    Returns:
-        One summary for each name.
-
     Raises:
         ValueError: If two rows share a name but not the sampler's settings or the number of images.
 
     Example:
         >>> rows = [SamplerMetrics(name="a", num_images=9, recall=value) for value in (0.2, 0.4)]
-        >>> [(one.mean.recall, one.repetitions) for one in summarize(rows)]
+        >>> [(summary.mean.recall, summary.repetitions) for summary in summarize(rows)]
         [(0.30000000000000004, 2)]
     """
     groups: dict[str, list[SamplerMetrics]] = {}
@@ -100,16 +94,12 @@ def _summary(rows: Sequence[SamplerMetrics]) -> Summary:
     measured = {
         name: [value for value in (getattr(row, name) for row in rows) if isfinite(value)] for name in FLOAT_FIELDS
     }
-    first = rows[0]
+    means: dict[str, Any] = {name: fmean(values) if values else nan for name, values in measured.items()}
     return Summary(
-        mean=SamplerMetrics(
-            name=first.name,
-            kind=first.kind,
-            num_images=first.num_images,
-            num_inference_steps=first.num_inference_steps,
-            network_evaluations=first.network_evaluations,
+        mean=replace(
+            rows[0],
             digit_counts=tuple(sum(counts) for counts in zip(*(row.digit_counts for row in rows), strict=True)),
-            **{name: fmean(values) if values else nan for name, values in measured.items()},
+            **means,
         ),
         spread={name: stdev(values) for name, values in measured.items() if len(values) > 1},
         repetitions=len(rows),

@@ -1,7 +1,8 @@
 """Pictures for people: grids of samples and curves of a training run.
 
 Everything is drawn on objects of its own (no pyplot), so that a picture made during training touches no global state
-and needs no display.
+and needs no display. Images are of shape (N, 3, H, W), in [0, 1]; ``histories`` is a trainer's log history (records
+with the key ``step`` and the metrics logged at that step), or several by the name of the run, drawn over each other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,21 +52,16 @@ DARK = Theme(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grids of samples
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Grids of samples -------------------------------------------------------------------------------------------------
 
 
 def first_of_each(images: Tensor, labels: Tensor, count: int = 2) -> Tensor:
-    """The first images of each digit, in order: what a grid shows, without anybody choosing.
+    """The first images of each digit, shape (count, 10, C, H, W): what a grid shows, without anybody choosing.
 
     Args:
         images: Images, shape (N, C, H, W).
         labels: The digit that each shows or was asked to show, shape (N,), int64 in 0..9.
         count: How many of each digit.
-
-    Returns:
-        The images, shape (count, 10, C, H, W).
 
     Raises:
         ValueError: If a digit has fewer images than that.
@@ -85,10 +81,7 @@ def tiled(images: Tensor, *, gap: int = 0) -> Image.Image:
 
     Args:
         images: Images, shape (R, M, 3, H, W), in [0, 1]; values outside are clamped.
-        gap: Transparent pixels between neighbours.
-
-    Returns:
-        The picture, M * (W + gap) - gap wide and R * (H + gap) - gap high, with an alpha channel if there are gaps.
+        gap: Transparent pixels between neighbours; with them, the picture has an alpha channel.
 
     Example:
         >>> tiled(torch.zeros(2, 5, 3, 8, 8)).size
@@ -119,9 +112,6 @@ def image_grid(
         scale: How many pixels wide and high a pixel becomes; None chooses it for small images to become 64 pixels wide.
         theme: The colours.
 
-    Returns:
-        The picture.
-
     Raises:
         ValueError: If there is nothing to draw or the shapes differ.
 
@@ -132,8 +122,10 @@ def image_grid(
     blocks = {name: images[None] if images.ndim == 4 else images for name, images in rows.items()}
     shapes = {block.shape[1:] for block in blocks.values()}
     if len(shapes) != 1 or any(block.ndim != 5 or block.shape[2] != 3 for block in blocks.values()):
-        found = {name: tuple(images.shape) for name, images in rows.items()}
-        raise ValueError(f"A grid needs rows of shape (M, 3, H, W) or (R, M, 3, H, W), equal but for R; got {found}.")
+        shapes_by_name = {name: tuple(images.shape) for name, images in rows.items()}
+        raise ValueError(
+            f"A grid needs rows of shape (M, 3, H, W) or (R, M, 3, H, W), equal but for R; got {shapes_by_name}."
+        )
     columns, _, height, width = shapes.pop()
     if labels is not None and len(labels) != columns:
         raise ValueError(f"{len(labels)} column captions for {columns} columns.")
@@ -142,28 +134,28 @@ def image_grid(
     margin, gap, block_gap, font, small = 12, 2, 10, _font(15), _font(11)
     cell_width, cell_height = width * scale + gap, height * scale + gap
     captions = [_break_text(str(label), small, width * scale) for label in labels or ()]
-    left = margin + max(int(font.getlength(name)) for name in blocks) + margin
-    top = margin + 15 * max((len(caption) for caption in captions), default=0)
+    first_x = margin + max(int(font.getlength(name)) for name in blocks) + margin
+    first_y = margin + 15 * max((len(caption) for caption in captions), default=0)
     lines = sum(len(block) for block in blocks.values())
     size = (
-        left + columns * cell_width - gap + margin,
-        top + lines * cell_height - gap * len(blocks) + block_gap * (len(blocks) - 1) + margin,
+        first_x + columns * cell_width - gap + margin,
+        first_y + lines * cell_height - gap * len(blocks) + block_gap * (len(blocks) - 1) + margin,
     )
     picture = Image.new("RGB", size, theme.background)
     draw = ImageDraw.Draw(picture)
     for column, caption in enumerate(captions):
-        centre = left + column * cell_width + width * scale // 2
+        centre = first_x + column * cell_width + width * scale // 2
         for line, text in enumerate(reversed(caption)):
-            draw.text((centre, top - 6 - 15 * line), text, fill=theme.ink, font=small, anchor="ms")
-    y = top
+            draw.text((centre, first_y - 6 - 15 * line), text, fill=theme.ink, font=small, anchor="ms")
+    y = first_y
     for name, block in blocks.items():
         block_height = len(block) * cell_height - gap
-        draw.text((left - margin, y + block_height // 2), name, fill=theme.ink, font=font, anchor="rm")
+        draw.text((first_x - margin, y + block_height // 2), name, fill=theme.ink, font=font, anchor="rm")
         for line in range(len(block)):
             for column in range(columns):
                 tile = tiled(block[line : line + 1, column : column + 1])
                 tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-                picture.paste(tile, (left + column * cell_width, y + line * cell_height))
+                picture.paste(tile, (first_x + column * cell_width, y + line * cell_height))
         y += block_height + block_gap
     return picture
 
@@ -191,9 +183,7 @@ def _break_text(text: str, font: ImageFont.FreeTypeFont, width: int, most_lines:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Curves of a training run
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Curves of a training run -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,12 +311,6 @@ PANELS = (
 def as_runs(histories: Mapping[str, History] | History) -> Mapping[str, History]:
     """One or several log histories by the name of the run; a single one is called "run".
 
-    Args:
-        histories: A trainer's log history, or several by name.
-
-    Returns:
-        The histories by name.
-
     Example:
         >>> list(as_runs([{"step": 1, "rewards/rdm/gap": 0.5}]))
         ['run']
@@ -337,33 +321,20 @@ def as_runs(histories: Mapping[str, History] | History) -> Mapping[str, History]
 def curve(history: History, metric: str) -> tuple[list[float], list[float]]:
     """The steps and values at which a metric was logged with a finite value.
 
-    Args:
-        history: A log history: records with the key ``step`` and the metrics logged at that step. The phases before
-            training proper count their own ``phase_step``, which is used where it is present.
-        metric: Name of the metric.
-
-    Returns:
-        The steps and the values, equally long.
+    The phases before training proper count their own ``phase_step``, which is used where it is present.
 
     Example:
         >>> curve([{"step": 1, "loss": 0.5}, {"step": 2}, {"step": 3, "loss": float("nan")}], "loss")
         ([1.0], [0.5])
     """
-    present = [one for one in history if "step" in one and metric in one]
-    points = [(float(one.get("phase_step", one["step"])), float(one[metric])) for one in present]
+    present = [record for record in history if "step" in record and metric in record]
+    points = [(float(record.get("phase_step", record["step"])), float(record[metric])) for record in present]
     points = [(step, value) for step, value in points if isfinite(value)]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean over a window around each value, cut off at both ends.
-
-    Args:
-        values: The values.
-        window: How many values are averaged; rounded up to an odd number.
-
-    Returns:
-        The means, as many as values.
+    """The mean over a window around each value, cut off at both ends; an even window is one wider.
 
     Example:
         >>> running_mean([0.0, 3.0, 6.0, 0.0], 3)
@@ -375,30 +346,24 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def present_panels(histories: Mapping[str, History] | History) -> list[Panel]:
-    """The panels for which a run has logged something, with patterns replaced by the metrics found.
-
-    Args:
-        histories: A trainer's log history, or several by name.
-
-    Returns:
-        The panels, those of the first look first.
+    """The panels for which a run has logged something, with metrics in place of patterns.
 
     Example:
         >>> [panel.title for panel in present_panels([{"step": 1, "rewards/rdm/gap": 0.5, "rewards/hps/mean": 0.2}])]
         ['Gap between teacher and fake score', 'Other rewards']
     """
-    logged = {key for history in as_runs(histories).values() for one in history for key in one}
+    logged = {key for history in as_runs(histories).values() for record in history for key in record}
     metrics = sorted(key for key in logged if any(curve(run, key)[0] for run in as_runs(histories).values()))
     claimed = {key for panel in PANELS for key in panel.metrics}
     panels = []
     for panel in PANELS:
-        found: dict[str, str] = {}
+        present: dict[str, str] = {}
         for pattern, label in panel.metrics.items():
             # A metric with a panel of its own does not appear under a pattern as well.
             matches = [key for key in metrics if key == pattern or (key not in claimed and fnmatchcase(key, pattern))]
-            found |= {key: label.format(key.removeprefix("rewards/").removesuffix("/mean")) for key in matches}
-        if found:
-            panels.append(replace(panel, metrics=found))
+            present |= {key: label.format(key.removeprefix("rewards/").removesuffix("/mean")) for key in matches}
+        if present:
+            panels.append(replace(panel, metrics=present))
     return panels
 
 
@@ -462,16 +427,13 @@ def _scale_axis(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
 def curves_figure(
     panels: Sequence[Panel], histories: Mapping[str, History] | History, *, columns: int = 3, theme: Theme = LIGHT
 ) -> Figure:
-    """A figure of the given panels; thin lines are the log, thick ones its running mean.
+    """A figure of the given panels, on a canvas of its own; thin lines are the log, thick ones its running mean.
 
     Args:
         panels: What to draw, see :func:`present_panels`.
-        histories: A trainer's log history, or several by the name of the run, drawn over each other.
+        histories: The log history, or several by the name of the run.
         columns: How many panels stand side by side.
         theme: The colours.
-
-    Returns:
-        The figure, on a canvas of its own; ``savefig`` writes it.
 
     Raises:
         ValueError: If there is no panel.
@@ -493,15 +455,11 @@ def curves_figure(
 
 
 def training_curves(histories: Mapping[str, History] | History, path: Path | str) -> Path | None:
-    """The picture of everything a run has logged, or of several runs over each other, as a PNG file.
+    """The picture of all that runs have logged, as a PNG file; None if the log holds nothing to draw.
 
     Args:
-        histories: A trainer's log history: records with the key ``step`` and the metrics logged at that step. Or
-            several by the name of the run, such as ``{"4 steps": log_4, "1 step": log_1}``.
+        histories: The log history, or several by the name of the run, such as ``{"4 steps": log_4, "1 step": log_1}``.
         path: The file to write.
-
-    Returns:
-        The file, or None if the log holds nothing to draw.
 
     Example:
         >>> from tempfile import mkdtemp

@@ -94,14 +94,8 @@ class Report:
 def write_report(folder: Path | str, report: Report) -> Path:
     """The path of ``report.html``, written with ``report.md``, ``metrics.json``, ``samples.png`` and ``curves.png``.
 
-    The two pictures are only written if there is something to show. Files of an earlier report are overwritten.
-
-    Args:
-        folder: Where to; made if it does not exist.
-        report: What to write.
-
-    Returns:
-        The HTML file.
+    The folder is made if it does not exist, and files of an earlier report are overwritten. The two pictures are only
+    written if there is something to show.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -121,16 +115,11 @@ def write_report(folder: Path | str, report: Report) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# JSON
-# ---------------------------------------------------------------------------------------------------------------------
+# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def library_versions() -> dict[str, str]:
     """The versions of Python, of this library and of those it computes with, and the kind of machine.
-
-    Returns:
-        Versions by name.
 
     Example:
         >>> library_versions()["rdm_rl"] == rdm_rl.__version__
@@ -148,13 +137,6 @@ def library_versions() -> dict[str, str]:
 
 def metrics_json(report: Report) -> str:
     """The numbers of a report as strict JSON: what is not finite becomes null.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The text, indented, with the keys ``schema_version``, ``title``, ``network``, ``rows``, ``settings``, ``seeds``,
-        ``versions``, ``command`` and ``seconds``.
 
     Example:
         >>> row = SamplerMetrics(name="a", num_images=9, recall=0.5)
@@ -178,22 +160,16 @@ def metrics_json(report: Report) -> str:
 def _plain(value: Any) -> Any:
     """A value in terms of JSON."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(one) for one in value]
+        return [_plain(entry) for entry in value]
     if isinstance(value, float):
         return value if isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def read_rows(file: Path | str) -> list[SamplerMetrics]:
-    """The measurements in a ``metrics.json``, to compare reports or to put several into one table.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The rows, with NaN for null where a number belongs.
+    """The measurements in a ``metrics.json``, to compare reports or to put several into one table; null becomes NaN.
 
     Raises:
         ValueError: If the file was written for another version of the format.
@@ -218,45 +194,34 @@ def read_rows(file: Path | str) -> list[SamplerMetrics]:
     return [SamplerMetrics(**{**row, "digit_counts": tuple(row["digit_counts"])}) for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What HTML and Markdown both say
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What HTML and Markdown both say ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
-    """The result for one student in three figures.
-
-    Args:
-        name: The student.
-        figures: Pairs of a figure and what it is.
-    """
+    """The result for one student in three figures: pairs of a figure and what it is."""
 
     name: str
     figures: Sequence[tuple[str, str]]
 
 
 def headlines(rows: Sequence[SamplerMetrics]) -> list[Headline]:
-    """For each student what changed against the teacher with the most steps. No student is left out.
-
-    Args:
-        rows: The measurements.
-
-    Returns:
-        One headline for each student; none without a teacher.
+    """For each student what changed against the teacher with the most steps; none is left out. Empty without a teacher.
 
     Example:
         >>> teacher = SamplerMetrics(name="t", kind="teacher", num_images=9, num_inference_steps=50, accuracy=0.5)
         >>> headlines([teacher, SamplerMetrics(name="s", num_images=9, accuracy=1.0)])[0].figures
         [('100.0 %', 'show the digit asked for (teacher: 50.0 %)')]
     """
-    means = [one.mean for one in summarize(rows)]
-    teachers = [one for one in means if one.kind == "teacher"]
+    means = [summary.mean for summary in summarize(rows)]
+    teachers = [mean for mean in means if mean.kind == "teacher"]
     if not teachers:
         return []
-    teacher = max(teachers, key=lambda one: one.num_inference_steps or 0)
-    floor = next((one.distance_to_data for one in means if one.kind == "data"), nan)
-    return [Headline(name=one.name, figures=_figures(one, teacher, floor)) for one in means if one.kind == "student"]
+    teacher = max(teachers, key=lambda mean: mean.num_inference_steps or 0)
+    floor = next((mean.distance_to_data for mean in means if mean.kind == "data"), nan)
+    return [
+        Headline(name=mean.name, figures=_figures(mean, teacher, floor)) for mean in means if mean.kind == "student"
+    ]
 
 
 def _figures(student: SamplerMetrics, teacher: SamplerMetrics, floor: float) -> list[tuple[str, str]]:
@@ -278,18 +243,12 @@ def _figures(student: SamplerMetrics, teacher: SamplerMetrics, floor: float) -> 
 def table_note(rows: Sequence[SamplerMetrics]) -> str:
     """The sentences under the table.
 
-    Args:
-        rows: The measurements.
-
-    Returns:
-        Plain text.
-
     Example:
         >>> table_note([SamplerMetrics(name="a", num_images=500)])[:25]
         'Each row judges 500 image'
     """
     counts = sorted({row.num_images for row in rows})
-    repeated = max(one.repetitions for one in summarize(rows))
+    repeated = max(summary.repetitions for summary in summarize(rows))
     sentences = [
         f"Each row judges {' or '.join(map(str, counts))} images.",
         "Arrows point to better values; the best of each column is highlighted, where real images do not compete.",
@@ -300,38 +259,23 @@ def table_note(rows: Sequence[SamplerMetrics]) -> str:
 
 
 def cautions(rows: Sequence[SamplerMetrics]) -> list[str]:
-    """What a reader must know before comparing the rows.
-
-    Args:
-        rows: The measurements.
-
-    Returns:
-        Sentences in plain text, often none.
+    """What a reader must know before comparing the rows: sentences, often none.
 
     Example:
         >>> len(cautions([SamplerMetrics(name="a", num_images=9), SamplerMetrics(name="b", num_images=8)]))
         1
     """
     if len({row.num_images for row in rows}) > 1:
-        sizes = ", ".join(f"{one.mean.name}: {one.mean.num_images}" for one in summarize(rows))
+        sizes = ", ".join(f"{summary.mean.name}: {summary.mean.num_images}" for summary in summarize(rows))
         return [f"The rows judge different numbers of images ({sizes}), so their distances are not comparable."]
     return []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Markdown
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
 def markdown_report(report: Report, *, has_curves: bool = True) -> str:
-    """A short report in Markdown, with links to the pictures beside it.
-
-    Args:
-        report: The report.
-        has_curves: Whether ``curves.png`` exists.
-
-    Returns:
-        The text.
+    """A short report in Markdown, with links to the pictures beside it; to ``curves.png`` if it exists.
 
     Example:
         >>> markdown_report(Report(rows=[SamplerMetrics(name="a", num_images=9)], title="A title")).splitlines()[0]
@@ -339,8 +283,8 @@ def markdown_report(report: Report, *, has_curves: bool = True) -> str:
     """
     parts = [f"# {report.title}", report.summary]
     lines = [
-        f"- **{one.name}**: " + "; ".join(f"**{figure}** {text}" for figure, text in one.figures)
-        for one in headlines(report.rows)
+        f"- **{headline.name}**: " + "; ".join(f"**{figure}** {text}" for figure, text in headline.figures)
+        for headline in headlines(report.rows)
     ]
     if lines:
         parts.append("\n".join(lines))
@@ -361,19 +305,11 @@ def markdown_report(report: Report, *, has_curves: bool = True) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HTML
-# ---------------------------------------------------------------------------------------------------------------------
+# --- HTML -------------------------------------------------------------------------------------------------------------
 
 
 def html_report(report: Report) -> str:
-    """The report as one HTML document that loads nothing from anywhere.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The document. All text of the report is escaped.
+    """The report as one HTML document that loads nothing from anywhere. All text of the report is escaped.
 
     Example:
         >>> row = SamplerMetrics(name="<script>", num_images=9, recall=0.5)
@@ -399,11 +335,11 @@ def html_report(report: Report) -> str:
 def _cards(headings: Sequence[Headline]) -> str:
     """The headlines side by side."""
     cards = []
-    for one in headings:
+    for headline in headings:
         figures = "".join(
-            f"<div><dt>{escape(text)}</dt><dd>{escape(figure)}</dd></div>" for figure, text in one.figures
+            f"<div><dt>{escape(text)}</dt><dd>{escape(figure)}</dd></div>" for figure, text in headline.figures
         )
-        cards.append(f'<section class="card"><h3>{escape(one.name)}</h3><dl>{figures}</dl></section>')
+        cards.append(f'<section class="card"><h3>{escape(headline.name)}</h3><dl>{figures}</dl></section>')
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
@@ -431,7 +367,11 @@ def _samples(report: Report) -> str:
 
 def _digit_counts(summaries: Sequence[Summary]) -> str:
     """A bar chart of the digits that network C sees, for each sampler."""
-    charts = [_count_chart(one.mean.name, one.mean.digit_counts) for one in summaries if sum(one.mean.digit_counts)]
+    charts = [
+        _count_chart(summary.mean.name, summary.mean.digit_counts)
+        for summary in summaries
+        if sum(summary.mean.digit_counts)
+    ]
     if not charts:
         return ""
     return (

@@ -1,4 +1,7 @@
-"""Tables of measurements, as plain text, Markdown and HTML: one list of columns behind all three."""
+"""Tables of measurements, as plain text, Markdown and HTML: one list of columns behind all three.
+
+``rows`` are measurements; those of the same name are averaged.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -64,18 +67,12 @@ class Cell:
 def table_cells(summaries: Sequence[Summary]) -> list[tuple[Column, list[Cell]]]:
     """The columns in which anything was measured, with one cell for each sampler.
 
-    Args:
-        summaries: The samplers.
-
-    Returns:
-        The columns and their cells.
-
     Example:
         >>> rows = [SamplerMetrics(name=name, num_images=9, recall=value) for name, value in (("a", 0.25), ("b", 0.5))]
         >>> [(column.field, [cell.best for cell in cells]) for column, cells in table_cells(summarize(rows))]
         [('recall', [False, True])]
     """
-    columns = [(column, [_number(one.mean, column) for one in summaries]) for column in COLUMNS]
+    columns = [(column, [_number(summary.mean, column) for summary in summaries]) for column in COLUMNS]
     return [
         (column, _column_cells(column, values, summaries))
         for column, values in columns
@@ -98,31 +95,28 @@ def _column_cells(column: Column, values: Sequence[float], summaries: Sequence[S
     }
     order = orders.get(column.better)
     texts = ["" if isnan(value) else f"{value:.{column.decimals}f}" for value in values]
-    competing = {text for text, one in zip(texts, summaries, strict=True) if text and one.mean.kind != "data"}
+    competing = {text for text, summary in zip(texts, summaries, strict=True) if text and summary.mean.kind != "data"}
     best = min(map(float, competing), key=order) if order and len(competing) > 1 else None
     cells = []
-    for text, one in zip(texts, summaries, strict=True):
-        spread = one.spread.get(column.field)
+    for text, summary in zip(texts, summaries, strict=True):
+        spread = summary.spread.get(column.field)
         cells.append(
             Cell(
                 text=text,
                 spread="" if spread is None else f"{spread * column.factor:.{column.decimals}f}",
-                best=bool(text) and one.mean.kind != "data" and best is not None and float(text) == best,
+                best=bool(text) and summary.mean.kind != "data" and best is not None and float(text) == best,
             )
         )
     return cells
 
 
 def format_table(rows: Iterable[SamplerMetrics], *, max_width: int = 120) -> str:
-    """A plain-text table for the terminal; a star marks the best value of a column.
+    """A plain-text table for the terminal; a star marks the best value of a column. A remark stands below where needed.
 
     Args:
-        rows: Measurements; rows of the same name are averaged.
+        rows: Measurements.
         max_width: Where the table would be wider than this, the standard deviations over repetitions are left out, and
             then density, the least telling column. Long names may still make it wider.
-
-    Returns:
-        The lines of the table, without a line break at the end; a remark below them where one is needed.
 
     Example:
         >>> rows = [SamplerMetrics(name=name, num_images=9, recall=value) for name, value in (("a", 0.25), ("b", 0.5))]
@@ -134,15 +128,15 @@ def format_table(rows: Iterable[SamplerMetrics], *, max_width: int = 120) -> str
     """
     summaries = summarize(rows)
     columns = table_cells(summaries)
-    names = [one.mean.name for one in summaries]
-    repeated = any(one.spread for one in summaries)
+    names = [summary.mean.name for summary in summaries]
+    repeated = any(summary.spread for summary in summaries)
     without_density = [(column, cells) for column, cells in columns if column.field != "density"]
     for with_spread, chosen in ((repeated, columns), (False, columns), (False, without_density)):
         lines = _text_lines(names, [_text_column(column, cells, with_spread) for column, cells in chosen])
         if max(map(len, lines)) <= max_width:
             break
     if repeated:
-        count = max(one.repetitions for one in summaries)
+        count = max(summary.repetitions for summary in summaries)
         shown = "± is their standard deviation." if with_spread else "Their spread is in the report."
         lines.append(f"Means of up to {count} repetitions. {shown}")
     return "\n".join(line for line in lines if line)
@@ -173,12 +167,6 @@ def _text_column(column: Column, cells: Sequence[Cell], with_spread: bool) -> li
 def markdown_table(rows: Iterable[SamplerMetrics]) -> str:
     """A Markdown table; the best value of a column is bold.
 
-    Args:
-        rows: Measurements; rows of the same name are averaged.
-
-    Returns:
-        The lines of the table.
-
     Example:
         >>> print(markdown_table([SamplerMetrics(name="a", num_images=9, recall=0.25)]))
         | sampler | recall ↑ |
@@ -189,8 +177,8 @@ def markdown_table(rows: Iterable[SamplerMetrics]) -> str:
     columns = table_cells(summaries)
     titles = [f"{column.title} {ARROWS[column.better]}".strip() for column, _ in columns]
     lines = [["sampler", *titles], ["---", *["---:"] * len(titles)]]
-    for index, one in enumerate(summaries):
-        lines.append([one.mean.name.replace("|", "\\|"), *(_markdown_cell(cells[index]) for _, cells in columns)])
+    for index, summary in enumerate(summaries):
+        lines.append([summary.mean.name.replace("|", "\\|"), *(_markdown_cell(cells[index]) for _, cells in columns)])
     # No spaces in the rule: the usual compact form.
     return "\n".join(f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
 
@@ -204,12 +192,6 @@ def _markdown_cell(cell: Cell) -> str:
 def html_table(rows: Iterable[SamplerMetrics]) -> str:
     """An HTML table; the best value of a column is set in ``<strong>``.
 
-    Args:
-        rows: Measurements; rows of the same name are averaged.
-
-    Returns:
-        A ``<table>`` element with escaped text.
-
     Example:
         >>> "<strong>" in html_table([SamplerMetrics(name="<a>", num_images=9, recall=0.25)])
         False
@@ -221,10 +203,10 @@ def html_table(rows: Iterable[SamplerMetrics]) -> str:
         for column, _ in columns
     )
     body = "".join(
-        f'<tr class="{one.mean.kind}"><th scope="row">{escape(one.mean.name)}</th>'
+        f'<tr class="{summary.mean.kind}"><th scope="row">{escape(summary.mean.name)}</th>'
         + "".join(f"<td>{_html_cell(cells[index])}</td>" for _, cells in columns)
         + "</tr>\n"
-        for index, one in enumerate(summaries)
+        for index, summary in enumerate(summaries)
     )
     return f'<table>\n<thead><tr><th scope="col">sampler</th>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>'
 

@@ -103,7 +103,7 @@ class Networks(ABC):
     def predict(
         self, role: Role, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
-        """A role's prediction of x_0.
+        """A role's prediction of x_0, shape (N, C, H, W), float32.
 
         Args:
             role: Who is asked.
@@ -111,9 +111,6 @@ class Networks(ABC):
             t: Times, shape (N,), in (0, 1].
             conditioning: Encoded prompts, N rows.
             guidance_scale: Scale of classifier-free guidance; 1 is without.
-
-        Returns:
-            The prediction, shape (N, C, H, W), float32.
         """
         family = self.family_of(role)
         with self.role(role), self.autocast():
@@ -129,11 +126,7 @@ class Networks(ABC):
 
     @torch.no_grad()
     def load_state_dict(self, role: Role, state: dict[str, Tensor]) -> None:
-        """Copy weights into a role.
-
-        Args:
-            role: Whose weights.
-            state: What :meth:`state_dict` gave.
+        """Copy weights into a role: what :meth:`state_dict` gave.
 
         Raises:
             ValueError: If a name or a shape differs.
@@ -152,13 +145,8 @@ class Networks(ABC):
             parameter.copy_(cut_like(state[name], parameter))
 
     def shard(self, device: torch.device) -> None:
-        """Cut the weights of all networks over the processes (:mod:`rdm_rl.networks.sharding`); adapters stay whole.
-
-        Args:
-            device: Where this process computes.
-        """
-        networks = {id(self.module(role)): self.module(role) for role in get_args(Role)}
-        for network in networks.values():
+        """Cut the weights of all networks over the processes (:mod:`rdm_rl.networks.sharding`); adapters stay whole."""
+        for network in dict.fromkeys(map(self.module, get_args(Role))):
             shard(network, device, self.adapters)
 
     @property
@@ -168,25 +156,20 @@ class Networks(ABC):
 
     @abstractmethod
     def whole_policy(self, *, keep: bool = True) -> nn.Module | None:
-        """The policy as one plain network, to be saved; if the networks are sharded, all processes must call it.
+        """The policy as one plain network, to be saved; None where it is not to be kept.
 
-        Args:
-            keep: Whether this process wants it; the others get None.
+        If the networks are sharded, all processes must call it.
         """
 
 
 class AdapterNetworks(Networks):
-    """LoRA adapters on the frozen network of a pipeline; the teacher is the network with these adapters off.
+    """LoRA adapters on the frozen network of a pipeline, in place; the teacher is the network with these adapters off.
 
     Args:
-        family: The border to the model. Its network gets the adapters in place.
+        family, generator, teacher_family, autocast, teacher_adapter: As in :func:`make_networks`.
         config: The adapters' configuration; without ``target_modules`` the family's own are used.
-        generator: Source of the adapters' initial weights.
-        teacher_family: A separate teacher, or None.
-        autocast: Makes the context in which networks run.
         policy_init: An adapter that the policy starts from and goes on training, of any rank and set of layers;
             ``config`` is then the fake score's alone.
-        teacher_adapter: An adapter that only the teacher has, of a style, say.
 
     Raises:
         ValueError: If the configuration asks for dropout.
@@ -216,15 +199,10 @@ class AdapterNetworks(Networks):
             for role in ADAPTERS:
                 if role == "fake_score" or policy_init is None:
                     inject_adapter_in_model(deepcopy(self.config), self.module(role), role)
-        networks = {id(one.network): one.network for one in (self.family, self.teacher_family)}
-        self._layers = [
-            module
-            for network in networks.values()
-            for module in network.modules()
-            if isinstance(module, BaseTunerLayer)
-        ]
-        for network in networks.values():
-            network.eval().requires_grad_(False)
+        bases = dict.fromkeys((family.network, self.teacher_family.network))
+        self._layers = [module for base in bases for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        for base in bases:
+            base.eval().requires_grad_(False)
         self._has_teacher_adapter = teacher_adapter is not None
         self._current: Role = "teacher"
         for adapter in ADAPTERS:
@@ -288,13 +266,8 @@ class AdapterNetworks(Networks):
     @property
     def adapters(self) -> list[nn.Parameter]:
         """The weights of all adapters, trained or not."""
-        networks = {id(one.network): one.network for one in (self.family, self.teacher_family)}
-        return [
-            parameter
-            for network in networks.values()
-            for name, parameter in network.named_parameters()
-            if "lora_" in name
-        ]
+        bases = dict.fromkeys((self.family.network, self.teacher_family.network))
+        return [weight for base in bases for name, weight in base.named_parameters() if "lora_" in name]
 
     def whole_policy(self, *, keep: bool = True) -> nn.Module | None:
         """A copy of the policy's network with its adapter added to the weights, without any adapter, in float32."""
@@ -306,8 +279,8 @@ class AdapterNetworks(Networks):
                 layer._disable_adapters = False
                 if "policy" in layer.active_adapters or "policy" in layer.lora_A:
                     layer.merge(adapter_names=["policy"])
-                parent, _, own = name.rpartition(".")
-                setattr(network.get_submodule(parent), own, layer.get_base_layer())
+                parent, _, attribute = name.rpartition(".")
+                setattr(network.get_submodule(parent), attribute, layer.get_base_layer())
         del network.peft_config
         return network
 
@@ -336,14 +309,8 @@ def _checked(config: LoraConfig, family: Family) -> LoraConfig:
 class SeparateNetworks(Networks):
     """Full fine-tuning: the policy is a copy of the pipeline's network, the fake score one of the teacher's.
 
-    With a separate teacher, the policy is the pipeline's network itself.
-
-    Args:
-        family: The border to the model.
-        teacher_family: A separate teacher, or None.
-        autocast: Makes the context in which networks run.
-        policy_init: An adapter that the policy starts from; it is added to its weights.
-        teacher_adapter: An adapter that only the teacher has, of a style, say; it is added to its weights.
+    With a separate teacher, the policy is the pipeline's network itself. The arguments are those of
+    :func:`make_networks`; adapters that the policy or the teacher begin with are added to their weights.
     """
 
     def __init__(
@@ -358,10 +325,8 @@ class SeparateNetworks(Networks):
         """Copy the networks, in float32."""
         super().__init__(family, teacher_family, autocast)
         fake_score = deepcopy(self.teacher_family.network).float()
-        if self.teacher_family is not family:
-            policy = family.network.float()  # Nothing else needs it.
-        else:
-            policy = deepcopy(family.network).float()
+        # With a separate teacher, nothing else needs the pipeline's network.
+        policy = (deepcopy(family.network) if self.teacher_family is family else family.network).float()
         if policy_init is not None:
             family.with_network(policy).fuse_adapter(policy_init, "policy_init")
         if teacher_adapter is not None:
@@ -414,39 +379,36 @@ def make_networks(
         generator: Source of the adapters' initial weights.
         autocast: Makes the context in which networks run.
         policy_init: An adapter that the policy starts from, or None.
-        teacher_adapter: An adapter that only the teacher has, or None.
+        teacher_adapter: An adapter that only the teacher has, of a style, say; or None.
         sharded: Cut the weights over the processes (see :mod:`rdm_rl.networks.sharding`).
-
-    Returns:
-        The networks.
 
     Raises:
         ValueError: If the teacher shares too little with the student.
     """
-    families = [one for one in (family, teacher_family) if one is not None]
-    for one in families:
-        one.set_precision(dtype)
-    if teacher_family is not None and teacher_family.latent_shape != family.latent_shape:
-        raise ValueError(
-            f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
-            "Distribution matching compares them, so both must share one latent space."
-        )
-    if teacher_family is not None and teacher_family.border() != family.border():
-        raise ValueError(
-            "The teacher has another noise schedule or text encoder than the student. Both are given the same noisy "
-            "samples and the same encoded prompts, so these must be equal."
-        )
+    families = [family] if teacher_family is None else [family, teacher_family]
+    for member in families:
+        member.set_precision(dtype)
     if teacher_family is not None:
+        if teacher_family.latent_shape != family.latent_shape:
+            raise ValueError(
+                f"The teacher's latents are {teacher_family.latent_shape}, the student's {family.latent_shape}. "
+                "Distribution matching compares them, so both must share one latent space."
+            )
+        if teacher_family.border() != family.border():
+            raise ValueError(
+                "The teacher has another noise schedule or text encoder than the student. Both are given the same "
+                "noisy samples and the same encoded prompts, so these must be equal."
+            )
         teacher_family.share_components(family)
-    for one in families:
-        one.to(device, network=not sharded)  # What is sharded may not fit on the device as a whole.
+    for member in families:
+        member.to(device, network=not sharded)  # What is sharded may not fit on the device as a whole.
     # Full copies are made before the frozen weights are halved, adapters after: what is trained stays in float32.
     starts: dict[str, Any] = {"policy_init": policy_init, "teacher_adapter": teacher_adapter}
     copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast, **starts)
     frozen = families if copies is None else [copies.teacher_family]
-    for one in frozen:
-        if next(one.network.parameters()).dtype != dtype:
-            one.network.to(dtype)
+    for member in frozen:
+        if next(member.network.parameters()).dtype != dtype:
+            member.network.to(dtype)
     networks = copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)
     if sharded:
         networks.shard(device)

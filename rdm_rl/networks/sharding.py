@@ -31,10 +31,7 @@ from rdm_rl.families.hub import sharing_a_base
 
 
 def check_sharding(processes: int) -> None:
-    """Check that networks can be sharded.
-
-    Args:
-        processes: How many processes train together.
+    """Check that networks can be sharded over so many processes.
 
     Raises:
         ValueError: If there is only one.
@@ -73,7 +70,7 @@ def shard(network: nn.Module, device: torch.device, whole: Iterable[nn.Parameter
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
 
 
-def blocks(network: nn.Module) -> Iterator[nn.Module]:
+def blocks(network: nn.Module, *, outermost: bool = True) -> Iterator[nn.Module]:
     """The parts of a network that are gathered one at a time, inner ones first.
 
     They are the items of its lists of modules, and of the lists in these, and what beside them holds lists of its own,
@@ -85,21 +82,17 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
         >>> block.resnets = nn.ModuleList([nn.Linear(2, 2)])
         >>> unet = nn.Module()
         >>> unet.down_blocks, unet.conv_out = nn.ModuleList([block]), nn.Linear(2, 2)
-        >>> [type(one).__name__ for one in blocks(unet)]
+        >>> [type(part).__name__ for part in blocks(unet)]
         ['Linear', 'Module']
     """
-    yield from _blocks(network, outermost=True)
-
-
-def _blocks(module: nn.Module, *, outermost: bool = False) -> Iterator[nn.Module]:
-    for child in module.children():
+    for child in network.children():
         items: Iterable[nn.Module] = []
         if isinstance(child, nn.ModuleList):
             items = child
-        elif outermost and any(isinstance(one, nn.ModuleList) for one in child.children()):
+        elif outermost and any(isinstance(item, nn.ModuleList) for item in child.children()):
             items = [child]
         for item in items:
-            yield from _blocks(item)
+            yield from blocks(item, outermost=False)
             if any(True for _ in item.parameters()):
                 yield item
 
@@ -139,14 +132,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole value cut as a parameter is, on its device; the value itself if the parameter is not cut.
+    """A whole value, the same on all processes, cut as a parameter is, on its device and with memory of its own.
 
-    Args:
-        value: The same on all processes.
-        parameter: What it belongs to.
-
-    Returns:
-        A tensor with the placement of the parameter and memory of its own, if that is cut.
+    It is the value itself if the parameter is not cut.
     """
     if not isinstance(parameter, DTensor):
         return value
@@ -159,10 +147,7 @@ def gather(tree: Any, *, keep: bool = True) -> Any:
     Args:
         tree: Dictionaries, lists and tuples of tensors and whatever else.
         keep: Whether this process wants the result: one process that writes a file is enough, and the others need no
-            memory for it.
-
-    Returns:
-        The structure; without ``keep`` the tensors that were cut are empty.
+            memory for it. Without it the tensors that were cut are empty.
     """
     if isinstance(tree, DTensor):
         full = whole(tree)
@@ -177,13 +162,11 @@ def gather(tree: Any, *, keep: bool = True) -> Any:
 def whole_copy(network: nn.Module, *, keep: bool = True) -> nn.Module | None:
     """A plain network with the weights of another one, whole, to be saved; of a sharded one all processes must call it.
 
+    The copy is on the CPU and in float32, in which an adapter can be added to the weights without being rounded away.
+
     Args:
         network: A network of diffusers, sharded or not, with adapters or without.
-        keep: Whether this process wants the copy.
-
-    Returns:
-        The copy, on the CPU and in float32, in which an adapter can be added to the weights without being rounded away;
-        None without ``keep``.
+        keep: Whether this process wants the copy; None without.
     """
     from torch.distributed.fsdp import FSDPModule  # Not there before torch 2.6.
 
@@ -191,14 +174,14 @@ def whole_copy(network: nn.Module, *, keep: bool = True) -> nn.Module | None:
     if not keep:
         return None
     # FSDP2 gives a network a class of its own and hooks, which neither can be copied nor should be saved.
-    kind: Any = next(one for one in type(network).__mro__ if not issubclass(one, FSDPModule))
+    kind: Any = next(base for base in type(network).__mro__ if not issubclass(base, FSDPModule))
     source: Any = network
     with torch.device("meta"), sharing_a_base():
         copy: nn.Module = kind.from_config(source.config)
         for name, config in getattr(source, "peft_config", {}).items():
             inject_adapter_in_model(deepcopy(config), copy, name)
     # With memory of its own: what is merged into it must not reach the network.
-    own = {name: value.to("cpu", value.dtype, copy=True) for name, value in state.items()}
-    copy.load_state_dict(own, assign=True)
+    copies = {name: value.to("cpu", value.dtype, copy=True) for name, value in state.items()}
+    copy.load_state_dict(copies, assign=True)
     copy.float()
     return copy.eval().requires_grad_(False)

@@ -9,11 +9,7 @@ from rdm_rl.cli.plan.model_sizes import MODELS
 
 
 def plan_command(words: Sequence[str]) -> None:
-    """Parse, plan and print.
-
-    Args:
-        words: ``--model``, ``--gpus`` and ``--json``, and every setting of ``rdm-rl train``.
-    """
+    """Parse, plan and print: ``--model``, ``--gpus`` and ``--json``, and every setting of ``rdm-rl train``."""
     parser = argparse.ArgumentParser(
         prog="rdm-rl plan",
         usage="%(prog)s --model MODEL [--config FILE.yaml] [--setting VALUE ...]",
@@ -24,9 +20,9 @@ def plan_command(words: Sequence[str]) -> None:
     parser.add_argument("--model", help=f"pipeline folder, hub name, or one of {', '.join(MODELS)}")
     parser.add_argument("--gpus", type=int, default=1, help="processes, each with a GPU; with shard they share")
     parser.add_argument("--json", type=Path, help="also write the plan here, in bytes")
-    own, rest = parser.parse_known_args(list(words))
-    if own.gpus < 1:
-        raise ValueError(f"--gpus {own.gpus}, but a run needs at least one.")
+    options, rest = parser.parse_known_args(list(words))
+    if options.gpus < 1:
+        raise ValueError(f"--gpus {options.gpus}, but a run needs at least one.")
     # Seconds of imports, for which the help need not wait.
     from rdm_rl.cli.parser import SettingsParser
     from rdm_rl.cli.plan.report import format_plan, make_plan
@@ -37,10 +33,10 @@ def plan_command(words: Sequence[str]) -> None:
     defaults = {"dataset": "digits", "model_name_or_path": "", "output_dir": "plan"}
     settings = SettingsParser((TrainArguments, RDMConfig), "", prog="rdm-rl plan", defaults=defaults)
     arguments, args = settings.parse([*rest, "--use_cpu", "true"])
-    arguments.model_name_or_path = own.model or arguments.model_name_or_path
+    arguments.model_name_or_path = options.model or arguments.model_name_or_path
     if not arguments.model:
         raise ValueError("--model is missing: pass it, or a --config with model_name_or_path.")
-    plan = make_plan(arguments.model, arguments, args, gpus=own.gpus)
+    plan = make_plan(arguments.model, arguments, args, gpus=options.gpus)
     print(format_plan(plan))
-    if own.json is not None:
-        own.json.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if options.json is not None:
+        options.json.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")

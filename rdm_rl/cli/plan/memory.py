@@ -69,12 +69,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """The memory of one phase, in bytes.
-
-    Args:
-        stays: What is there before and after it.
-        working: The most that it takes beside that.
-    """
+    """The memory of one phase, in bytes: what is there before and after it, and the most that it takes beside that."""
 
     stays: int
     working: int
@@ -86,11 +81,7 @@ class Phase:
 
 
 def kept(parts: Mapping[str, int], setup: Setup) -> dict[str, int]:
-    """What stays on one GPU, part by part, as if nothing were offloaded.
-
-    Args:
-        parts: Bytes by part, before anything is cut.
-        setup: The setup.
+    """What stays on one GPU, part by part, as if nothing were offloaded; ``parts`` are bytes before anything is cut.
 
     Example:
         >>> kept({"frozen networks": 100, "policy": 10, "gathered blocks": 5}, Setup(shards=4))
@@ -133,11 +124,7 @@ def phases(parts: Mapping[str, int], passes: Mapping[str, tuple[int, int]], setu
 
 
 def fits(peak: int, card: int) -> bool:
-    """Whether a peak fits a card, gaps and CUDA's own needs included.
-
-    Args:
-        peak: Bytes.
-        card: The card's size in GB.
+    """Whether a peak in bytes fits a card of a size in GB, gaps and CUDA's own needs included.
 
     Example:
         >>> fits(22 * GIB, 24), fits(23 * GIB, 24)

@@ -10,11 +10,11 @@ whole matrix.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rdm_rl.families import Family
 from rdm_rl.networks.roles import Networks, Role
 from rdm_rl.records import Conditioning
+from rdm_rl.rewards.images import TinyDecoder
 
 # What CUDA's autocast computes in half precision, and what in float32, among what diffusion networks spend memory on.
 # https://docs.pytorch.org/docs/stable/amp.html, "CUDA Op-Specific Behavior"
@@ -40,7 +41,7 @@ WIDENED = {
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes that are allocated and not yet freed within the context.
+    """Counts the bytes alive (``now``, and at most ``peak``) of what is allocated within the context.
 
     Args:
         existing: Tensors that are there already, which count as nothing.
@@ -50,10 +51,6 @@ class Memory(TorchDispatchMode):
         ...     kept = torch.ones(10) + torch.ones(10)
         >>> memory.now, memory.peak
         (40, 120)
-
-    Attributes:
-        now: Bytes alive.
-        peak: The most at once.
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
@@ -108,8 +105,7 @@ class FusedAttention(torch.autograd.Function):
 class Cuda(TorchFunctionMode):
     """On the meta device, the types of tensors that CUDA's autocast would make, and its fused attention.
 
-    Args:
-        dtype: Precision of the autocast; float32 is without.
+    The ``dtype`` is the autocast's precision; float32 is without.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -137,8 +133,7 @@ class Cuda(TorchFunctionMode):
             args = tuple(self._cast(value, dtype) for value in args)
             kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
         if function is functional.scaled_dot_product_attention:
-            names = ("query", "key", "value")
-            inputs = (*args[:3], *(kwargs[name] for name in names[len(args) :]))
+            inputs = (*args[:3], *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))
             return FusedAttention.apply(*inputs)  # type: ignore[no-untyped-call]
         return function(*args, **kwargs)
 
@@ -165,20 +160,12 @@ class Passes:
     Args:
         networks: The three roles, on the meta device.
         dtype: Precision of the run: bfloat16, float16 or float32.
-        decode: Images of latents; None is the family's own way.
-        decoder: The network that does it, if it is not the family's.
+        tiny: What makes images of latents, if it is not the family's own decoder.
     """
 
-    def __init__(
-        self,
-        networks: Networks,
-        dtype: torch.dtype,
-        decode: Callable[[Tensor], Tensor] | None = None,
-        decoder: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, networks: Networks, dtype: torch.dtype, tiny: TinyDecoder | None = None) -> None:
         """Keep the networks."""
-        self.networks, self.dtype, self.decoder = networks, dtype, decoder
-        self._decode = decode or networks.family.decode
+        self.networks, self.dtype, self.tiny = networks, dtype, tiny
         self._rows: dict[Family, Conditioning] = {}
 
     def forward(self, role: Role, count: int) -> int:
@@ -211,7 +198,7 @@ class Passes:
         latents = torch.zeros(count, *self.networks.family.latent_shape, device="meta", requires_grad=gradient)
         memory, cuda = Memory(self._existing(latents)), Cuda()
         with torch.set_grad_enabled(gradient), cuda, memory:
-            images = self._decode(latents)
+            images = (self.tiny or self.networks.family.decode)(latents)
             cuda.end_forward()
             if gradient:
                 _pull_back([images], [latents])
@@ -221,9 +208,8 @@ class Passes:
         """Recompute activations from now on, in the networks and the decoder."""
         self.networks.enable_activation_checkpointing()
         self.networks.family.enable_decoder_checkpointing()
-        if self.decoder is not None:
-            tiny: Any = self.decoder
-            tiny.enable_gradient_checkpointing()
+        if self.tiny is not None:
+            self.tiny.network.enable_gradient_checkpointing()
 
     def _inputs(self, role: Role, count: int) -> tuple[Tensor, Tensor, Conditioning]:
         family = self.networks.family_of(role)
@@ -237,7 +223,8 @@ class Passes:
             return self.networks.family_of(role).forward(self.networks.module(role), x_t, t, conditioning)
 
     def _existing(self, *inputs: Any) -> Iterator[Tensor]:
-        for module in (*map(self.networks.module, get_args(Role)), self.networks.family.decoder, self.decoder):
+        tiny = None if self.tiny is None else self.tiny.network
+        for module in (*map(self.networks.module, get_args(Role)), self.networks.family.decoder, tiny):
             if module is not None:
                 yield from (*module.parameters(), *module.buffers())
         for value in inputs:

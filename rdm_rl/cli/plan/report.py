@@ -31,6 +31,8 @@ NOTE = (
 )
 # Bytes of optimiser state for each byte of trained weights; Adam's for what is not named here.
 STATE = {"8bit": 0.5, "4bit": 0.25, "sgd": 0.0, "adafactor": 0.0}
+# Where a reward's facts say how large its network is.
+PARAMETERS = re.compile(r"([\d.,]+)( M)? parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +101,12 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
         FileNotFoundError: If the model does not exist.
         ValueError: If the settings do not suit the model.
     """
-    notes: list[str] = []
     rewards = load_rewards(make_rewards(arguments.reward_funcs, arguments.reward_options))
-    networks = _networks(model, arguments, args, "rdm" in rewards, notes)
-    tiny = None if args.reward_decoder is None else _tiny_decoder(args.reward_decoder)
-    if args.shard and gpus == 1:
-        notes.append("shard is on, but for one GPU; --gpus says for how many.")
+    networks = _networks(model, arguments, args, matches_distributions="rdm" in rewards)
+    tiny = None
+    if args.reward_decoder is not None:
+        with torch.device("meta"):
+            tiny = TinyDecoder(AutoencoderTiny.from_config(AutoencoderTiny.load_config(args.reward_decoder)))
     setup = Setup(
         checkpointing=args.gradient_checkpointing,
         offload=frozenset(args.offload) | ({"text_encoders"} if args.prompt_cache_dir else set()),
@@ -115,39 +117,59 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
     )
     # What is looked at first: checkpointing stays on once it is on.
     components = _components(networks, tiny, arguments.full)
-    parts = _parts(networks, tiny, rewards, args, notes)
-    passes, activations = _measure(
-        Passes(networks, DTYPES[precision(args)], TinyDecoder(tiny) if tiny else None, tiny), args, rewards
-    )
-    found = phases(parts, passes, setup)
-    peak = max(phase.peak for phase in found.values())
-    tried = {
-        name: max(phase.peak for phase in phases(parts, passes, change).values())
-        for name, change in _changes(setup, args).items()
-    }
-    lower = {name: value for name, value in sorted(tried.items(), key=lambda item: item[1]) if value < 0.99 * peak}
+    parts = _parts(networks, tiny, rewards, args)
+    passes, activations = _measure(Passes(networks, DTYPES[precision(args)], tiny), args, rewards)
+
+    def peak(changed: Setup) -> int:
+        return max(phase.peak for phase in phases(parts, passes, changed).values())
+
+    peaks = {name: peak(change) for name, change in _changes(setup, args).items()}
     return Plan(
         title=_title(model, networks.family, arguments, args, gpus),
         components=components,
         kept=kept(parts, setup),
-        phases=found,
-        remedies=lower,
+        phases=phases(parts, passes, setup),
+        remedies={
+            name: peaks[name] for name in sorted(peaks, key=peaks.__getitem__) if peaks[name] < 0.99 * peak(setup)
+        },
         activations=activations,
         setup=setup,
-        notes=notes,
+        notes=_notes(arguments, args, rewards, gpus),
     )
+
+
+def _notes(arguments: TrainArguments, args: RDMConfig, rewards: Mapping[str, Any], gpus: int) -> list[str]:
+    """What the reader must know of a plan."""
+    init, optimiser = arguments.policy_init, _optimiser(args)
+    notes = []
+    if init is not None and not _is_pipeline(init):
+        notes.append(
+            f"policy_init={init!r} is counted as an adapter of rank {arguments.lora_r}; a network adds its own size."
+        )
+    if arguments.teacher_adapter is not None:
+        notes.append("teacher_adapter is not counted; an adapter of its rank is about as large as the policy's.")
+    if args.shard and gpus == 1:
+        notes.append("shard is on, but for one GPU; --gpus says for how many.")
+    if "adam" not in optimiser and optimiser != "sgd":
+        notes.append(f"optim={optimiser!r} is counted as {'sgd' if optimiser == 'adafactor' else 'Adam'} is.")
+    for name, reward in rewards.items():
+        if isinstance(reward, RewardModel) and reward.device is not None:
+            notes.append(f"The reward {name} lives on {reward.device} and is not counted.")
+        elif isinstance(reward, RewardModel) and not PARAMETERS.search(reward.info.memory):
+            notes.append(f"The size of the reward {name} is not known.")
+    return notes
 
 
 def _optimiser(args: RDMConfig) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
+def _is_pipeline(folder: str) -> bool:
+    return (Path(folder) / "model_index.json").is_file()
+
+
 def _networks(
-    model: str | Path | Blueprint,
-    arguments: TrainArguments,
-    args: RDMConfig,
-    matches_distributions: bool,
-    notes: list[str],
+    model: str | Path | Blueprint, arguments: TrainArguments, args: RDMConfig, *, matches_distributions: bool
 ) -> Networks:
     """The three roles as the trainer makes them, on the meta device."""
     loaded = torch.float32 if arguments.full else DTYPES[precision(args)]  # As load_networks reads them.
@@ -159,16 +181,9 @@ def _networks(
 
     family = family_of(model)
     teacher = None if arguments.teacher is None else family_of(arguments.teacher)
-    init = arguments.policy_init
-    if init is not None and (Path(init) / "model_index.json").is_file():
-        family, teacher = family_of(init), teacher or family
-    elif init is not None:
-        notes.append(
-            f"policy_init={init!r} is counted as an adapter of rank {arguments.lora_r}; a network adds its own size."
-        )
-    if arguments.teacher_adapter is not None:
-        notes.append("teacher_adapter is not counted; an adapter of its rank is about as large as the policy's.")
-    families = [one for one in (family, teacher) if one is not None]
+    if arguments.policy_init is not None and _is_pipeline(arguments.policy_init):
+        family, teacher = family_of(arguments.policy_init), teacher or family
+    families = [family] if teacher is None else [family, teacher]
     check_family_settings(args, families, matches_distributions=matches_distributions)
     meta, generator = torch.device("meta"), torch.Generator()
     networks = make_networks(
@@ -179,22 +194,16 @@ def _networks(
     return networks
 
 
-def _tiny_decoder(model: str) -> AutoencoderTiny:
-    with torch.device("meta"):
-        tiny: AutoencoderTiny = AutoencoderTiny.from_config(AutoencoderTiny.load_config(model))
-    return tiny
-
-
 def _bytes(*sources: nn.Module | Iterable[torch.Tensor] | None) -> int:
     """The size of tensors, and of modules' parameters and buffers, each counted once."""
     tensors: dict[int, torch.Tensor] = {}
     for source in sources:
-        found = (*source.parameters(), *source.buffers()) if isinstance(source, nn.Module) else source or ()
-        tensors |= {id(tensor): tensor for tensor in found}
+        whole = (*source.parameters(), *source.buffers()) if isinstance(source, nn.Module) else source or ()
+        tensors |= {id(tensor): tensor for tensor in whole}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _components(networks: Networks, tiny: nn.Module | None, full: bool) -> dict[str, Component]:
+def _components(networks: Networks, tiny: TinyDecoder | None, full: bool) -> dict[str, Component]:
     """Each network of a run, adapters apart from what they sit on."""
     trained = {id(parameter) for parameter in networks.adapters}
 
@@ -208,37 +217,37 @@ def _components(networks: Networks, tiny: nn.Module | None, full: bool) -> dict[
         if not label or family is not networks.family:
             names = (family.network_name, family.decoder_name, *family.text_encoder_names)
             modules |= {name + label: getattr(family.pipeline, name, None) for name in names if name is not None}
-    modules["reward decoder"] = tiny
-    found = {
-        name: component(*(one for one in module.parameters() if id(one) not in trained), buffers=module.buffers())
+    modules["reward decoder"] = None if tiny is None else tiny.network
+    components = {
+        name: component(
+            *(weight for weight in module.parameters() if id(weight) not in trained), buffers=module.buffers()
+        )
         for name, module in modules.items()
         if module is not None
     }
-    label = "copy for" if full else "adapter of"
-    return found | {f"{label} the {role.replace('_', ' ')}": component(*networks.parameters(role)) for role in ADAPTERS}
+    label = "copy for the" if full else "adapter of the"
+    return components | {
+        f"{label} {role.replace('_', ' ')}": component(*networks.parameters(role)) for role in ADAPTERS
+    }
 
 
-def _parts(
-    networks: Networks, tiny: nn.Module | None, rewards: Mapping[str, Any], args: RDMConfig, notes: list[str]
-) -> dict[str, int]:
+def _parts(networks: Networks, tiny: TinyDecoder | None, rewards: Mapping[str, Any], args: RDMConfig) -> dict[str, int]:
     """What a run keeps, by part, before anything is cut or offloaded."""
     families = (networks.family, networks.teacher_family)
     policy, fake_score = (_bytes(networks.parameters(role)) for role in ADAPTERS)
     roles = [networks.module(role) for role in ADAPTERS]
     updated = policy + (fake_score if args.fake_score_updates_per_policy_update else 0)
-    name = _optimiser(args)
-    if "adam" not in name and name != "sgd":
-        notes.append(f"optim={name!r} is counted as {'sgd' if name == 'adafactor' else 'Adam'} is.")
+    state = next((size for word, size in STATE.items() if word in _optimiser(args)), 2.0)
     return {
         "frozen networks": _bytes(*(family.network for family in families), *roles) - policy - fake_score,
         "policy": policy,
         "fake score": fake_score,
-        "optimiser state": int(updated * next((size for word, size in STATE.items() if word in name), 2.0)),
+        "optimiser state": int(updated * state),
         "averaged policy": policy * (int(args.ema_decay > 0) + int(args.beta > 0)),
         "gathered blocks": _gathered(networks),
-        "decoder": _bytes(*(family.decoder for family in families), tiny),
+        "decoder": _bytes(*(family.decoder for family in families), None if tiny is None else tiny.network),
         "text encoders": _bytes(*(encoder for family in families for encoder in family.text_encoders)),
-        "reward models": sum(_reward_size(name, reward, notes) for name, reward in rewards.items()),
+        "reward models": sum(map(_reward_size, rewards.values())),
         "recorded rollouts": _records(networks.family, args, len(rewards)),
     }
 
@@ -249,25 +258,19 @@ def _gathered(networks: Networks) -> int:
     seen = {id(parameter) for parameter in networks.adapters}  # Never cut.
     sizes = []
     for unit in (*blocks(network), network):  # Inner ones come first, and are gathered by themselves.
-        own = {id(parameter): parameter for parameter in unit.parameters() if id(parameter) not in seen}
-        sizes.append(_bytes(own.values()))
-        seen |= own.keys()
+        parameters = {id(parameter): parameter for parameter in unit.parameters() if id(parameter) not in seen}
+        sizes.append(_bytes(parameters.values()))
+        seen |= parameters.keys()
     *inner, outermost = sizes
     return min(outermost + 2 * max(inner, default=0), sum(sizes))
 
 
-def _reward_size(name: str, reward: Any, notes: list[str]) -> int:
+def _reward_size(reward: Any) -> int:
     """A reward's network, if it lives on the GPU, by the parameter count that its facts give."""
-    if not isinstance(reward, RewardModel):
+    if not isinstance(reward, RewardModel) or reward.device is not None:
         return 0
-    text = re.search(r"([\d.,]+)( M)? parameters", reward.info.memory)
-    if reward.device is not None:
-        notes.append(f"The reward {name} lives on {reward.device} and is not counted.")
-    elif text is None:
-        notes.append(f"The size of the reward {name} is not known.")
-    if reward.device is not None or text is None:
-        return 0
-    count = float(text[1].replace(",", "")) * (1e6 if text[2] else 1)
+    text = PARAMETERS.search(reward.info.memory)
+    count = float(text[1].replace(",", "")) * (1e6 if text[2] else 1) if text else 0
     return int(count * reward.dtype.itemsize)
 
 
@@ -303,11 +306,11 @@ def _measure(
     pulls = args.reward_gradient == "pathwise" and any(
         getattr(reward, "differentiable", False) and weights[name] for name, reward in plain.items()
     )
-    own, asked = samples("policy", args.guidance_scale), samples("teacher", scale)
-    decoded, shown = (min(one, args.decode_batch_size) for one in (count, args.per_device_eval_batch_size))
+    policy, teacher = samples("policy", args.guidance_scale), samples("teacher", scale)
+    decoded, shown = (min(size, args.decode_batch_size) for size in (count, args.per_device_eval_batch_size))
     fixed = {
-        "rollout": passes.forward("policy", own),
-        "teacher and fake score": max(passes.forward("teacher", asked), passes.forward("fake_score", count)),
+        "rollout": passes.forward("policy", policy),
+        "teacher and fake score": max(passes.forward("teacher", teacher), passes.forward("fake_score", count)),
     }
     if sees_images:
         fixed["reward images"] = passes.decode(decoded, gradient=False)
@@ -315,21 +318,22 @@ def _measure(
         fixed["sample grid"] = passes.decode(shown, gradient=False)
 
     def updates() -> tuple[int, dict[str, int]]:
-        activations, policy = passes.update("policy", own)
-        found = {"policy update": policy}
+        activations, working = passes.update("policy", policy)
+        sizes = {"policy update": working}
         if args.fake_score_updates_per_policy_update:
             # On the same layers and as many samples, one update is as the other.
-            alike = networks.teacher_family is networks.family and own == count
-            found["fake-score update"] = policy if alike else passes.update("fake_score", count)[1]
+            alike = networks.teacher_family is networks.family and policy == count
+            sizes["fake-score update"] = working if alike else passes.update("fake_score", count)[1]
         if sees_images and pulls:
-            found["reward gradient"] = passes.decode(decoded, gradient=True)
-        return activations, found
+            sizes["reward gradient"] = passes.decode(decoded, gradient=True)
+        return activations, sizes
 
-    without, plainly = updates()
+    kept, plain_sizes = updates()
     passes.enable_checkpointing()
-    within, again = updates()
+    kept_with_checkpointing, sizes = updates()
     both = {name: (size, size) for name, size in fixed.items()}
-    return both | {name: (size, again[name]) for name, size in plainly.items()}, (without, within)
+    both |= {name: (size, sizes[name]) for name, size in plain_sizes.items()}
+    return both, (kept, kept_with_checkpointing)
 
 
 def _changes(setup: Setup, args: RDMConfig) -> dict[str, Setup]:
@@ -370,8 +374,8 @@ def format_plan(plan: Plan) -> str:
     without, within = (value / GIB for value in plan.activations)
     lines = [plan.title, NOTE, "", f"{'network':34} {'parameters':>12}  {'precision':9} {'GiB':>8}"]
     lines += [
-        f"{name:34} {one.parameters / 1e6:10,.2f} M  {one.precision:9} {one.size / GIB:8.2f}"
-        for name, one in plan.components.items()
+        f"{name:34} {component.parameters / 1e6:10,.2f} M  {component.precision:9} {component.size / GIB:8.2f}"
+        for name, component in plan.components.items()
     ]
     lines += ["", f"{'kept on the GPU':34} {'GiB':>8}"]
     lines += [

@@ -60,14 +60,13 @@ def read_blueprint(model: str | Path | Blueprint) -> Blueprint:
 def make_skeleton(blueprint: Blueprint, dtype: torch.dtype = torch.float32, device: str | torch.device = "meta") -> Any:
     """The pipeline with networks on the meta device, which has shapes and no memory; or elsewhere, with random weights.
 
+    Its tokenizers know one word, and what distillation does not use is left out.
+
     Args:
         blueprint: What it is made of.
         dtype: Precision of the denoising network and the text encoders; the decoder stays in float32, as
             ``load_family`` leaves it.
         device: Where the networks are made.
-
-    Returns:
-        The pipeline, with tokenizers that know one word and without what distillation does not use.
 
     Raises:
         ValueError: If a component's class is unknown to diffusers and transformers.
