@@ -51,6 +51,7 @@ from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.records import PromptBatch
 from rdm_rl.rewards.kinds import AskedReward
+from rdm_rl.trainers.prompts import other_columns
 
 # Common animals, as in the paper's experiments; the choice is ours.
 ANIMALS = (
@@ -119,7 +120,7 @@ def look(trainer: RDMTrainer, rows: Sequence[dict[str, Any]]) -> tuple[dict[str,
             conditioning=trainer.family.encode(prompts),
             group_ids=torch.arange(len(some)),
             sample_ids=numbers,
-            columns={name: [row[name] for row in some] for name in some[0] if name != "prompt"},
+            columns=other_columns(some, 1),
         )
         chains = trainer.sample_student(batch, generator=seeded_generators(0, "ddpo/look", 0, numbers))
         images.append(trainer.family.decode(chains.sample).cpu())
@@ -144,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> None:
         policy_init=arguments.policy_init,
         peft_config=lora_config(arguments),
     )
-    rows = [data[index % len(data)] for index in range(arguments.num_judged)]
+    rows = [trainer.prompts[index % len(trainer.prompts)] for index in range(arguments.num_judged)]
     before, first_images = look(trainer, rows)
     trainer.train()
     after, last_images = look(trainer, rows)

@@ -46,7 +46,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parse, train, measure and save."""
     arguments, args = SettingsParser((ReDiFArguments, ReDiFConfig), str(__doc__)).parse(words)
 
-    rows = list(load_prompts(arguments))
+    data = load_prompts(arguments)
+    rows = data if isinstance(data, list) else list(data)
     if not 0 < arguments.held_out < len(rows):
         raise ValueError(
             f"held_out={arguments.held_out} of {len(rows)} prompts leaves none to measure with, or none to train on. "

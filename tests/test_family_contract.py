@@ -108,6 +108,24 @@ def unpacked(family: Family, found: Tensor) -> Tensor:
     return unpacked_latents
 
 
+def test_a_prompt_is_cut_where_the_family_says(family: Family) -> None:
+    """The last letter counts as long as it is within the largest limit; beyond it, the prompt is reported."""
+    if not family.tokenizers:
+        assert family.token_limits == {}
+        assert family.cut_prompts(["3", "1"]) == []
+        return
+    name = max(family.token_limits, key=family.token_limits.__getitem__)
+    limit = family.token_limits[name]
+    fitting = "x" * (limit - len(family.tokenizers[name]("").input_ids))
+    fitting = fitting[len(family.tokenizers[name](fitting).input_ids) - limit :]  # T5 puts a mark before a word.
+    for words, is_cut in ((fitting, False), (fitting + "x", True)):
+        first, second = (family.encode([words[:-1] + letter]).tensors for letter in "xy")
+        assert all(torch.equal(first[key], second[key]) for key in first) == is_cut
+        reported = {each: cut for cut in family.cut_prompts(["x", words]) for each in cut.tokenizers}
+        assert (name in reported) == is_cut
+        assert all((cut.count, cut.longest > cut.limit) == (1, True) for cut in reported.values())
+
+
 def test_prediction_of_x_0_is_the_scheduler_s(family: Family) -> None:
     x_t, texts = latents(2, *family.latent_shape), prompts(family)
     conditioning = family.encode(texts)

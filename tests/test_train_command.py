@@ -149,12 +149,12 @@ def test_a_file_s_data_set_lies_beside_it(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "prompts.txt").write_text("a fox\n", encoding="utf-8")
     arguments, _ = parser().parse(["--config", "../beside/run.yaml"])
-    assert load_prompts(arguments)["prompt"] == ["a fox"]  # Nothing beside it: as with a flag.
+    assert load_prompts(arguments) == [{"prompt": "a fox"}]  # Nothing beside it: as with a flag.
     (tmp_path / "beside" / "prompts.txt").write_text("an owl\n", encoding="utf-8")
     arguments, _ = parser().parse(["--config", "../beside/run.yaml"])
-    assert load_prompts(arguments)["prompt"] == ["an owl"]
+    assert load_prompts(arguments) == [{"prompt": "an owl"}]
     arguments, _ = parser().parse(["--config", "../beside/run.yaml", "--dataset", "prompts.txt"])
-    assert load_prompts(arguments)["prompt"] == ["a fox"]
+    assert load_prompts(arguments) == [{"prompt": "a fox"}]
 
 
 def test_environment_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,20 +206,6 @@ def prompts_of(dataset: Path | str, **options: Any) -> list[str]:
     return list(load_prompts(TrainArguments(model_name_or_path="digits", dataset=str(dataset), **options))["prompt"])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Older datasets leave a file open.
-def test_prompts_from_files(tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("a fox\nan owl\n", encoding="utf-8")
-    (tmp_path / "two.csv").write_text("text,digit\na fox,1\nan owl,2\n", encoding="utf-8")
-    (tmp_path / "three.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "an owl"}\n', encoding="utf-8")
-    assert prompts_of(tmp_path / "one.txt") == ["a fox", "an owl"]
-    assert prompts_of(tmp_path / "two.csv", prompt_column="text") == ["a fox", "an owl"]
-    assert prompts_of(tmp_path / "three.jsonl") == ["a fox", "an owl"]
-    with pytest.raises(ValueError, match="not 'prompt'; set --prompt_column"):
-        prompts_of(tmp_path / "two.csv")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        prompts_of(tmp_path / "four.txt")
-
-
 def test_prompts_from_data_sets(tmp_path: Path) -> None:
     """What a hub name leads to: a data set with splits, read by name; and what ``save_to_disk`` writes."""
     rows = Dataset.from_dict({"caption": ["a fox", "an owl"], "digit": [1, 2]})
@@ -236,6 +222,8 @@ def test_prompts_from_data_sets(tmp_path: Path) -> None:
     DatasetDict({"train": rows, "few": rows.select([0])}).save_to_disk(tmp_path / "splits")
     assert prompts_of(tmp_path / "saved", prompt_column="caption") == ["a fox", "an owl"]
     assert prompts_of(tmp_path / "splits", prompt_column="caption", dataset_split="few") == ["a fox"]
+    with pytest.raises(ValueError, match=r"has the columns \['caption', 'digit'\], not 'prompt': set prompt_column"):
+        prompts_of(tmp_path / "saved")
 
 
 # ----- the trainer -----
@@ -291,7 +279,7 @@ def test_the_arguments_reach_the_trainer(
 
 def test_the_command_trains(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
-    (tmp_path / "prompts.txt").write_text("a fox\nan owl\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text(f"a fox\n\nan owl\n{'hoo ' * 40}\n", encoding="utf-8")
     settings = {
         **{"model_name_or_path": str(base), "dataset": "prompts.txt", "output_dir": str(tmp_path / "run")},
         **{"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 1, "lora_r": 2, "method": "gndm"},
@@ -300,7 +288,9 @@ def test_the_command_trains(base: Path, tmp_path: Path, capsys: pytest.CaptureFi
     }
     file.write_text(json.dumps(settings), encoding="utf-8")
     assert cli.main(["train", "--config", str(file)]) == 0
-    assert f"The student is in {tmp_path / 'run'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Training on 3 prompts (1 blank left out); 1 is cut to the 16 tokens of tokenizer" in said
+    assert f"The student is in {tmp_path / 'run'}" in said
     weights = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert any(value.any() for name, value in weights.items() if "lora_B" in name)
     assert cli.main(["train", "--config", str(file), "--max_step", "3"]) == 2

@@ -1,57 +1,90 @@
 """From a data set of prompts to batches whose order is a function of the seed and the position alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from rdm_rl.families.encoding import CutPrompts
 from rdm_rl.randomness import seeded_generator
+from rdm_rl.trainers.prompt_files import PromptRows, read_prompts, text_fault
+
+_INSTEAD = "Use a datasets.Dataset (not a streaming one) or a list of dictionaries."
 
 
 class PromptSource:
     """Prompts in a shuffled order without end: each epoch is its own permutation.
 
     A position in that order is a number, so a resumed run or another split into processes and micro-batches sees the
-    same prompts.
+    same prompts. Every row has the same columns: None where the data set has none for it.
 
     Args:
-        dataset: Rows with a ``prompt``: a ``datasets.Dataset``, or a list of dictionaries.
+        dataset: Rows with a ``prompt``: a ``datasets.Dataset``, a list of dictionaries, or anything else with a length
+            whose entries are such; or the name of what :func:`~rdm_rl.trainers.prompt_files.read_prompts` reads.
         seed: Seed of the permutations.
         name: What an error calls the data set.
+        columns: Columns that the rows have besides their own.
 
     Raises:
-        ValueError: If the data set is empty or has no ``prompt`` column, or a prompt is no text.
+        ValueError: If the data set is empty, has no length or no rows, or a row has no ``prompt`` that is text.
 
     Example:
-        >>> source = PromptSource([{"prompt": "a"}, {"prompt": "b"}], seed=0)
+        >>> source = PromptSource([{"prompt": "a"}, {"prompt": "b", "digit": 1}], seed=0)
         >>> sorted(row["prompt"] for row in source.rows(2, 2))
         ['a', 'b']
+        >>> source[0]
+        {'prompt': 'a', 'digit': None}
     """
 
-    def __init__(self, dataset: Any, seed: int, name: str = "train_dataset") -> None:
+    def __init__(
+        self, dataset: Any, seed: int, name: str = "train_dataset", columns: Sequence[str] = ("prompt",)
+    ) -> None:
         """Check the data set."""
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise ValueError(
-                f"{name} is a {type(dataset).__name__}, which has no length. Use a datasets.Dataset (not a "
-                "streaming one) or a list of dictionaries."
-            )
-        if len(dataset) == 0:
-            raise ValueError(f"{name} is empty. Give it at least one row with a 'prompt'.")
-        first = dataset[0]
-        if not isinstance(first, dict) or "prompt" not in first:
-            columns = list(first) if isinstance(first, dict) else type(first).__name__
-            raise ValueError(f"{name} has no 'prompt' column; its rows hold {columns}. Rename the text column.")
-        texts = [row["prompt"] for row in dataset] if isinstance(dataset, list) else dataset["prompt"]
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise ValueError(f"Row {index} of the 'prompt' column of {name} holds {kind}, not text.")
-        self._dataset, self._seed = dataset, seed
+        if isinstance(dataset, str | Path):
+            dataset = read_prompts(dataset)
+        _check_kind(dataset, name)
+        self._dataset, self._seed, self._name = dataset, seed, name
         self._epoch, self._order = -1, [0]
+        names = dict.fromkeys(columns)
+        if hasattr(dataset, "column_names"):
+            names |= dict.fromkeys(dataset.column_names)
+            _check_columns(dataset.column_names, name)
+        else:
+            for index in range(len(dataset)):
+                row = self._own_row(index)
+                _check_columns(row, f"Row {index} of {name}")
+                names |= dict.fromkeys(row)
+        self.columns = list(names)
+        for index, text in enumerate(self.texts()):
+            fault = text_fault(text)
+            if fault is not None:
+                raise ValueError(f"Row {index} of the 'prompt' column of {name} {fault}.")
 
     def __len__(self) -> int:
         """Number of prompts in one epoch."""
         return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row of the data set, in its own order."""
+        return {**dict.fromkeys(self.columns), **self._own_row(index)}
+
+    def _own_row(self, index: int) -> Mapping[str, Any]:
+        try:
+            row = self._dataset[index]
+        except (LookupError, TypeError) as error:  # What is no sequence of rows, a table of pandas, say.
+            raise ValueError(
+                f"{self._name}[{index}] of this {type(self._dataset).__name__} ends with {error!r}. {_INSTEAD}"
+            ) from None
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{self._name} has no 'prompt' column; its rows hold {type(row).__name__}. {_INSTEAD}")
+        return row
+
+    def texts(self) -> Iterator[str]:
+        """The prompts, in the data set's order."""
+        if hasattr(self._dataset, "column_names"):
+            return iter(self._dataset["prompt"])
+        return (self._dataset[index]["prompt"] for index in range(len(self)))
 
     def rows(self, start: int, count: int) -> list[dict[str, Any]]:
         """The rows at positions ``start`` to ``start + count - 1`` of the endless order."""
@@ -62,15 +95,60 @@ class PromptSource:
         if epoch != self._epoch:
             generator = seeded_generator(self._seed, "data", epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self), generator=generator).tolist()
-        row: dict[str, Any] = self._dataset[self._order[index]]
-        return row
+        return self[self._order[index]]
+
+    def describe(self, cuts: Iterable[CutPrompts] = ()) -> str:
+        """What was read, in one line.
+
+        Args:
+            cuts: The prompts that are too long for the pipeline.
+
+        Returns:
+            The number of prompts, and of those that are unusual.
+
+        Example:
+            >>> source = PromptSource([{"prompt": text} for text in ("a", "", "a")], seed=0)
+            >>> source.describe([CutPrompts(("tokenizer",), limit=77, count=1, longest=90)])
+            '3 prompts (1 empty, 1 repeated); 1 is cut to the 77 tokens of tokenizer (the longest has 90)'
+        """
+        texts = [text for text in self.texts() if text.strip()]
+        numbers = {
+            "blank left out": self._dataset.blank if isinstance(self._dataset, PromptRows) else 0,
+            "empty": len(self) - len(texts),
+            "repeated": len(texts) - len({*texts}),
+        }
+        unusual = ", ".join(f"{number:,} {what}" for what, number in numbers.items() if number)
+        line = f"{len(self):,} prompt{'s' * (len(self) != 1)}{f' ({unusual})' if unusual else ''}"
+        for cut in cuts:
+            line += f"; {cut.count:,} {'is' if cut.count == 1 else 'are'} cut to the {cut.limit} tokens of "
+            line += f"{' and '.join(cut.tokenizers)} (the longest has {cut.longest:,})"
+        return line
+
+
+def _check_kind(dataset: Any, name: str) -> None:
+    """Refuse what is no sequence of rows, or has none."""
+    kind = type(dataset).__name__
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"{name} is a {kind} of {', '.join(map(repr, dataset))}. If these are splits, pass one of them: "
+            f"{name}[{next(iter(dataset), 'train')!r}]; if they are columns, datasets.Dataset.from_dict makes rows."
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"{name} is a {kind}, which has no length. {_INSTEAD}")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty. Give it at least one row with a 'prompt'.")
+
+
+def _check_columns(columns: Iterable[str], name: str) -> None:
+    if "prompt" not in columns:
+        raise ValueError(f"{name} has no 'prompt' column; its rows hold {list(columns)}. Rename the text column.")
 
 
 def other_columns(rows: Sequence[dict[str, Any]], repeat: int) -> dict[str, list[Any]]:
     """The columns beside ``prompt``, each entry repeated for the samples of its group.
 
     Args:
-        rows: P rows.
+        rows: P rows with the same columns, as :class:`PromptSource` gives them.
         repeat: Samples G of each.
 
     Returns:

@@ -58,7 +58,8 @@ class RDMTrainer(StudentRun):
         reward_funcs: Registered names, callables ``(images, prompts, **columns)`` or objects with a ``direction``, or a
             list of them; ``"rdm"`` is distribution matching.
         args: The settings; None for the defaults.
-        train_dataset: Rows with a ``prompt``; other columns travel with the rollout.
+        train_dataset: Rows with a ``prompt``, a ``datasets.Dataset`` or a list of dictionaries, say, or the name of a
+            file of prompts (see :mod:`rdm_rl.trainers.prompt_files`); other columns travel with the rollout.
         eval_dataset: Rows with a ``prompt`` for the sample grids; None uses the first rows of the training set.
         teacher: Another pipeline of the same family and latent space as the teacher; None for ``model``.
         teacher_adapter: A LoRA that only the teacher has, of a style, say: a folder, a file, a hub name, or
@@ -106,15 +107,16 @@ class RDMTrainer(StudentRun):
         self.rewards = as_training_rewards(
             rewards,
             self.reward_weights,
-            list(other_columns([train_dataset[0]], 1)),
+            [name for name in self.prompts.columns if name != "prompt"],
             pathwise=args.reward_gradient == "pathwise",
         )
         check_reward_settings(args, self.rewards)
         self.weighting = choose_weighting(args, self.reward_weights, weighting)
         self.reward_spreads = defaultdict(lambda: RunningMean(decay=0.95))
-        looked_at = train_dataset if eval_dataset is None else eval_dataset
-        count = min(args.per_device_eval_batch_size, len(PromptSource(looked_at, 0, "eval_dataset")))
-        eval_rows = [looked_at[index] for index in range(count)]
+        looked_at = self.prompts
+        if eval_dataset is not None:
+            looked_at = PromptSource(eval_dataset, 0, "eval_dataset", self.prompts.columns)
+        eval_rows = [looked_at[index] for index in range(min(args.per_device_eval_batch_size, len(looked_at)))]
         self.eval_prompts = [row["prompt"] for row in eval_rows]
         self.eval_columns = other_columns(eval_rows, 1)
         check_models(args, model, teacher, teacher_adapter, policy_init, peft_config)
@@ -183,6 +185,8 @@ class RDMTrainer(StudentRun):
         self.create_optimizers()
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
+        if self.accelerator.is_main_process:
+            print(f"Training on {self.prompts.describe(self.family.cut_prompts(self.prompts.texts()))}")
         if self.args.sanity_check:
             check_run(self)
         self.cache_prompts()

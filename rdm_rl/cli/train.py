@@ -3,16 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import LoraConfig
 
 from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.rewards.registry import get_reward
 from rdm_rl.settings import Count, Folder, check, convert, setting
+from rdm_rl.trainers.prompt_files import read_prompts
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
@@ -26,8 +25,9 @@ class SourceSettings:
     )
     dataset: Folder = setting(
         MISSING,
-        "Prompts: a `.txt` file with one a line, a `.csv`, `.json` or `.jsonl` file, a folder that `datasets` wrote, "
-        "a hub name, or `digits`. In a YAML file, a path beside that file.",
+        "Prompts: a file (`.txt` with one a line, `.csv`, `.tsv`, `.json`, `.jsonl`, `.ndjson`, `.parquet`; "
+        "gzipped, too: `.csv.gz`), a folder that `datasets` wrote, a hub name, or `digits`. In a YAML file, a path "
+        "beside that file.",
     )
     teacher: Folder | None = setting(
         None, "Another pipeline of the same family as the teacher. Default: the model itself."
@@ -42,6 +42,9 @@ class SourceSettings:
     )
     dataset_split: str = setting("train", "Split of a data set that has several.")
     prompt_column: str = setting("prompt", "Name of the text column.")
+    dataset_encoding: str | None = setting(
+        None, "Encoding of a file of prompts: `cp1252`, `latin-1`, ... Default: UTF-8, or what a byte order mark says."
+    )
 
 
 @dataclass
@@ -87,31 +90,18 @@ def load_prompts(arguments: TrainArguments) -> Any:
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If the text column is missing.
+        ValueError: If the prompts cannot be read.
     """
-    name, path = arguments.dataset, Path(arguments.dataset)
-    if name == "digits":
+    if arguments.dataset == "digits":
         from rdm_rl.demo.run import training_prompts
 
         return training_prompts()
-    kinds = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-    if path.suffix in kinds:
-        if not path.is_file():
-            raise FileNotFoundError(f"--dataset {name!r} does not exist.")
-        data: Dataset = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-        column = "text" if path.suffix == ".txt" else arguments.prompt_column
-    else:
-        column = arguments.prompt_column
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # Written by save_to_disk.
-            stored = load_from_disk(name)
-            data = stored[arguments.dataset_split] if isinstance(stored, DatasetDict) else stored
-        else:
-            data = load_dataset(name, split=arguments.dataset_split)
-    if column not in data.column_names:
-        raise ValueError(
-            f"--dataset {name!r} has the columns {data.column_names}, not {column!r}; set --prompt_column."
-        )
-    return data if column == "prompt" else data.rename_column(column, "prompt")
+    return read_prompts(
+        arguments.dataset,
+        prompt_column=arguments.prompt_column,
+        dataset_split=arguments.dataset_split,
+        dataset_encoding=arguments.dataset_encoding,
+    )
 
 
 def make_rewards(names: Sequence[str], options: dict[str, Any] | str | None) -> list[Any]:

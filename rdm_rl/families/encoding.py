@@ -3,7 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedTokenizerBase
 
 from rdm_rl.files import cache_key, config_facts, written_whole
 from rdm_rl.records import Conditioning
@@ -20,6 +22,23 @@ EMPTY_PROMPT = "\0empty"
 """Stands for what guidance compares with: no prompt begins with this character."""
 
 _PROBE = "Two Cats,  a naïve “3.5” & 猫."
+
+
+@dataclass(frozen=True)
+class CutPrompts:
+    """Prompts of which the end is not encoded.
+
+    Args:
+        tokenizers: Names of the tokenizers that cut them.
+        limit: The tokens that are kept, special ones included.
+        count: Number of such prompts.
+        longest: Tokens of the longest.
+    """
+
+    tokenizers: tuple[str, ...]
+    limit: int
+    count: int
+    longest: int
 
 
 class PromptCache:
@@ -134,6 +153,47 @@ class PromptEncoding(ABC):
                 self._empty = self.encode([EMPTY_PROMPT])
         return self._empty
 
+    @property
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """The pipeline's tokenizers by name."""
+        parts = self.pipeline.components.items()
+        return {name: part for name, part in parts if isinstance(part, PreTrainedTokenizerBase)}
+
+    @property
+    def token_limits(self) -> dict[str, int]:
+        """How many tokens of a prompt the pipeline keeps, special ones included, by the name of the tokenizer.
+
+        Stock pipelines give CLIP's tokenizers their own limit, and the others that of ``encode_prompt``, if it has one.
+        """
+        if not self.tokenizers:
+            return {}
+        usual = signature(self.pipeline.encode_prompt).parameters.get("max_sequence_length")
+        return {
+            name: tokenizer.model_max_length
+            if usual is None or isinstance(tokenizer, CLIPTokenizer | CLIPTokenizerFast)
+            else usual.default
+            for name, tokenizer in self.tokenizers.items()
+        }
+
+    def cut_prompts(self, prompts: Iterable[str]) -> list[CutPrompts]:
+        """Which prompts are too long for the pipeline, which cuts them without a word.
+
+        Args:
+            prompts: The prompts.
+
+        Returns:
+            An entry for each tokenizer that cuts any; tokenizers that cut the same share one.
+        """
+        texts = list(prompts)
+        if hasattr(self.pipeline, "_text_preprocessing"):  # Sana's and PixArt's read small letters only.
+            texts = self.pipeline._text_preprocessing(texts)
+        names: dict[tuple[int, int, int], list[str]] = {}
+        for name, limit in self.token_limits.items():
+            too_long = [length for length in _token_counts(self.tokenizers[name], texts) if length > limit]
+            if too_long:
+                names.setdefault((limit, len(too_long), max(too_long)), []).append(name)
+        return [CutPrompts(tuple(cutting), *numbers) for numbers, cutting in names.items()]
+
     @torch.no_grad()
     def fill_prompt_cache(self, prompts: Sequence[str], *, show_progress: bool = True) -> None:
         """Encode the prompts that the cache does not hold yet, if there is a cache.
@@ -183,8 +243,7 @@ class PromptEncoding(ABC):
 
     def encoder_fingerprint(self) -> str:
         """A short name of all that makes the encoded prompts: encoders, tokenizers, and how the pipeline uses them."""
-        parts = self.pipeline.components.items()
-        tokenizers = {name: _facts(part) for name, part in parts if isinstance(part, PreTrainedTokenizerBase)}
+        tokenizers = {name: _facts(tokenizer) for name, tokenizer in self.tokenizers.items()}
         encoders = {str(number): encoder for number, encoder in enumerate(self.text_encoders)}
         return cache_key(encoders, tokenizers=tokenizers, **self.encoding_facts())
 
@@ -193,6 +252,13 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> list[object]:
     """What a tokenizer makes of texts: its tokens, how long a text may be and how it is filled up, and a probe."""
     length, side, filler = tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token_id
     return [tokenizer.get_vocab(), length, side, filler, tokenizer(_PROBE).input_ids]
+
+
+def _token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_once: int = 1000) -> Iterator[int]:
+    """Tokens of each text, special ones included, without a limit."""
+    for first in range(0, len(texts), at_once):
+        for tokens in tokenizer(texts[first : first + at_once], verbose=False).input_ids:
+            yield len(tokens)
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -67,6 +67,11 @@ class FluxFamily(FlowFamily):
         """Tokens of a prompt: 512, and 256 for schnell, as its model card says."""
         return 512 if self.has_guidance else 256
 
+    @property
+    def token_limits(self) -> dict[str, int]:
+        """CLIP's own limit, and for T5 the length of a prompt."""
+        return {**super().token_limits, "tokenizer_2": self.prompt_tokens}
+
     def encoding_facts(self) -> dict[str, object]:
         """The usual facts, and the length of a prompt."""
         return {**super().encoding_facts(), "prompt_tokens": self.prompt_tokens}

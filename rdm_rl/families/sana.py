@@ -29,6 +29,11 @@ class SanaFamily(FlowFamily):
         """The empty prompt without the instruction."""
         return self._encode([""], None)
 
+    @property
+    def token_limits(self) -> dict[str, int]:
+        """One less than the pipeline's length of a prompt: the instruction's last token has a place in it."""
+        return {name: limit - 1 for name, limit in super().token_limits.items()}
+
     def _encode(self, prompts: list[str], instruction: list[str] | None) -> Conditioning:
         states, mask, _, _ = self.pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=self.device, complex_human_instruction=instruction
