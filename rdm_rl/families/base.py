@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rdm_rl.families.encoding import PromptEncoding, device_of
 from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base
+from rdm_rl.families.precision import to_precision
 from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
 from rdm_rl.policy import SamplerName
@@ -122,10 +123,18 @@ class Family(PromptEncoding, ABC):
         """Where the networks run: what :meth:`to` was given, as an offloaded network may wait elsewhere."""
         return self._home or device_of(self.network)
 
+    @classmethod
+    def text_encoder_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """The precision of the encoders of prompts in a run of a precision."""
+        return dtype
+
     def set_precision(self, dtype: torch.dtype) -> None:
-        """Give the encoders of prompts a precision; the decoder, which overflows or bands in half, gets float32."""
+        """Give the encoders of prompts a precision; the decoder, which overflows or bands in half, gets float32.
+
+        What an encoder keeps in float32 because it overflows otherwise, such as a part of T5, stays there.
+        """
         for encoder in self.text_encoders:
-            encoder.to(dtype)
+            to_precision(encoder, self.text_encoder_dtype(dtype))
         if self.decoder is not None:
             self.decoder.float()
 

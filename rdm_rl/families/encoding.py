@@ -138,7 +138,7 @@ class PromptEncoding(ABC):
         """
         if self.prompt_cache is None:
             with self._encoding():
-                return self.encode_prompts(prompts)
+                return self._finite(self.encode_prompts(prompts), prompts)
         self.fill_prompt_cache(prompts, show_progress=False)
         return self.prompt_cache.read(prompts).to(self.device)
 
@@ -148,7 +148,7 @@ class PromptEncoding(ABC):
         if self._empty is None:
             if self.prompt_cache is None:
                 with self._encoding():
-                    self._empty = self.encode_empty_prompt()
+                    self._empty = self._finite(self.encode_empty_prompt(), [""])
             else:
                 self._empty = self.encode([EMPTY_PROMPT])
         return self._empty
@@ -211,7 +211,26 @@ class PromptEncoding(ABC):
             for prompt in tqdm(missing, desc="encoding prompts", disable=not show_progress):
                 is_empty = prompt == EMPTY_PROMPT
                 row = self.encode_empty_prompt() if is_empty else self.encode_prompts([prompt])
-                self.prompt_cache.write(prompt, row)
+                self.prompt_cache.write(prompt, self._finite(row, ["" if is_empty else prompt]))
+
+    def _finite(self, rows: Conditioning, prompts: Sequence[str]) -> Conditioning:
+        """The encoded prompts, if all their values are finite.
+
+        Raises:
+            ValueError: If one is not: an encoder has overflowed.
+        """
+        for name, value in rows.tensors.items():
+            if value.is_meta or bool(value.isfinite().all()):
+                continue
+            prompt = prompts[int((~value.isfinite()).flatten(1).any(1).nonzero()[0])]
+            encoders = [
+                f"{type(encoder).__name__} in {next(encoder.parameters()).dtype}" for encoder in self.text_encoders
+            ]
+            raise ValueError(
+                f"The prompt {prompt!r} is encoded with values that are not finite ({name}, by {', '.join(encoders)}): "
+                "an encoder overflows, or its weights are damaged. If fp16=True is set, set bf16=True instead, or none."
+            )
+        return rows
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:

@@ -29,10 +29,10 @@ class FlowFamily(Family):
     def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
         """Read the schedule from the pipeline's scheduler."""
         super().__init__(pipeline, resolution)
-        config = pipeline.scheduler.config
-        name = config.get("_class_name") or type(pipeline.scheduler).__name__
-        flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
-        if not flow or config.get("invert_sigmas"):
+        config, name = pipeline.scheduler.config, type(pipeline.scheduler).__name__
+        predicts_flow = config.get("prediction_type") == "flow_prediction"
+        solves_flow = predicts_flow and config.get("use_flow_sigmas") and "flow_shift" in config
+        if not (name.startswith("FlowMatch") or solves_flow) or config.get("invert_sigmas"):
             raise ValueError(
                 f"The model's scheduler is a {name} with prediction_type={config.get('prediction_type')!r}, but a "
                 f"{type(pipeline).__name__} predicts the velocity of a flow. Use its FlowMatchEulerDiscreteScheduler."

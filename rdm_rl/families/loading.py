@@ -108,19 +108,17 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
         for name in family.optional_components:  # diffusers wants to be told of what was saved as missing.
             if index.get(name, [None])[0] is None:
                 components = {name: None, name.replace("text_encoder", "tokenizer"): None} | components
-        pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **_precision(dtype), **components)
-    vae = getattr(pipeline, "vae", None)
-    if vae is not None and "vae" not in components and dtype != torch.float32:
-        # Decoders overflow or band in half precision; they are small, so they are read again as they were saved.
-        with one_line_errors("model", model):
-            pipeline.vae = type(vae).from_pretrained(model, subfolder="vae", use_safetensors=True)
+        dtypes: dict[str, torch.dtype] = dict.fromkeys(family.text_encoder_names, family.text_encoder_dtype(dtype))
+        if family.decoder_name is not None:
+            dtypes[family.decoder_name] = torch.float32  # Decoders overflow or band in half precision.
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, use_safetensors=True, **_precision({"default": dtype, **dtypes}), **components
+        )
     return pipeline
 
 
-def _precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The argument of ``from_pretrained`` for a precision; without one diffusers loads float32."""
-    if dtype == torch.float32:
-        return {}
+def _precision(dtype: torch.dtype | dict[str, torch.dtype]) -> dict[str, Any]:
+    """The argument of ``from_pretrained`` for a precision, or for one of each component."""
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
     return {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
 

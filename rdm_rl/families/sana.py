@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from rdm_rl.families.flow import FlowFamily
@@ -16,6 +17,11 @@ class SanaFamily(FlowFamily):
 
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     teacher_guidance_scale: float = 4.5  # The pipeline's default.
+
+    @classmethod
+    def text_encoder_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """Never float16, in which Gemma 2 overflows: Sana's authors run it in bfloat16, whatever the transformer's."""
+        return torch.bfloat16 if dtype == torch.float16 else dtype
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The language model's hidden states, shape (N, L, E), and which of them are text, shape (N, L).

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
 
@@ -13,14 +14,14 @@ from rdm_rl.policy import SamplerName
 
 
 class VariancePreservingFamily(Family):
-    """A family whose scheduler has betas: Stable Diffusion 1.x, 2.x, XL, DiT, DDPM.
+    """A family whose scheduler has a table of alphas: Stable Diffusion 1.x, 2.x, XL, DiT, DDPM.
 
     Args:
         pipeline: The pipeline.
         resolution: Height and width of the images in pixels; None is the pipeline's own.
 
     Raises:
-        ValueError: If the scheduler's prediction type is not one the library converts to x_0.
+        ValueError: If the scheduler has no such table, or its prediction type is not one the library converts to x_0.
     """
 
     schedule: VariancePreserving
@@ -28,6 +29,7 @@ class VariancePreservingFamily(Family):
     def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
         """Read the schedule and the prediction type from the pipeline's scheduler."""
         super().__init__(pipeline, resolution)
+        self.schedule = VariancePreserving(_alphas_cumprod(pipeline.scheduler))
         kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
@@ -35,7 +37,6 @@ class VariancePreservingFamily(Family):
                 "supported are 'epsilon', 'v_prediction' and 'sample'. Correct scheduler/scheduler_config.json."
             )
         self.prediction_type = kind
-        self.schedule = VariancePreserving(_scheduler(DDIMScheduler, pipeline.scheduler.config).alphas_cumprod)
         if kind == "epsilon" and self.schedule.alphas_cumprod[-1] == 0:
             raise ValueError(
                 "The model predicts epsilon and its scheduler sets rescale_betas_zero_snr=True: at t = 1 nothing of "
@@ -52,9 +53,8 @@ class VariancePreservingFamily(Family):
         """
         config = {**self.pipeline.scheduler.config, "clip_sample": False, "thresholding": False}
         if sampler == "renoise":
-            return _scheduler(
-                LCMScheduler, config, timestep_scaling=10000.0, original_inference_steps=num_inference_steps
-            )
+            extra: dict[str, Any] = {"timestep_scaling": 10000.0, "original_inference_steps": num_inference_steps}
+            return _scheduler(LCMScheduler, self.schedule.alphas_cumprod, {**config, **extra})
         steps = len(self.schedule.alphas_cumprod)
         if sampler != "ddim" or steps % num_inference_steps:
             raise ValueError(
@@ -62,7 +62,8 @@ class VariancePreservingFamily(Family):
                 f"sampled with 'renoise' or 'ddim', and stock DDIM's steps only chain if their number divides {steps}. "
                 "Use 'renoise', or 'ddim' with 2, 4, 5, 8, 10, 20, 25, 40 or 50 steps."
             )
-        return _scheduler(DDIMScheduler, config, timestep_spacing="trailing", set_alpha_to_one=True)
+        extra = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+        return _scheduler(DDIMScheduler, self.schedule.alphas_cumprod, {**config, **extra})
 
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times of the student's scheduler."""
@@ -77,7 +78,39 @@ class VariancePreservingFamily(Family):
         return levels
 
 
-def _scheduler(kind: type[Any], config: Mapping[str, Any], **changes: Any) -> Any:
-    """A scheduler with those settings of another one that it has too; diffusers' own way warns of all the others."""
+def _alphas_cumprod(scheduler: Any) -> Tensor:
+    """A scheduler's own table of alphas, shape (T,), float32, on the CPU.
+
+    Raises:
+        ValueError: If it has none, or does not noise by it.
+    """
+    config = scheduler.config
+    table: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
+    if table is None or config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"The model's scheduler is a {type(scheduler).__name__} that does not noise by a table of alphas "
+            "(alphas_cumprod), on which this family's schedule rests. If the network was trained with DDPM's betas, "
+            "set pipe.scheduler to a DDIMScheduler with these betas; an EDM model such as Playground v2.5 or CosXL "
+            "was not, and no family is written for it: use SDXL's own weights, or docs/add_a_family.md."
+        )
+    table = table.float().cpu().clone()
+    if config.get("rescale_betas_zero_snr"):
+        table[-1] = 0  # Some schedulers hold 2**-24 there, so that their sigma stays finite.
+    return table
+
+
+def _scheduler(kind: type[Any], alphas_cumprod: Tensor, config: Mapping[str, Any]) -> Any:
+    """A scheduler with this table, shape (T,), and with those settings of another one that it has too.
+
+    diffusers' own way, ``from_config``, warns of all the others.
+    """
     known = {name: config[name] for name in signature(kind).parameters if name in config}
-    return kind(**{**known, **changes})
+    try:
+        scheduler = kind(**known)
+        if torch.equal(scheduler.alphas_cumprod, alphas_cumprod):
+            return scheduler
+    except NotImplementedError:
+        pass  # A kind of betas, such as "sigmoid", that this scheduler does not offer, but takes as numbers.
+    levels = torch.cat([torch.ones(1), alphas_cumprod]).double()
+    betas = (1 - levels[1:] / levels[:-1]).tolist()
+    return kind(**{**known, "trained_betas": betas, "num_train_timesteps": len(betas), "rescale_betas_zero_snr": False})
