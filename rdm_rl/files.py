@@ -35,8 +35,11 @@ def written_whole(file: Path) -> Iterator[Path]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}-{token_hex(4)}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode
     try:
         yield partial
+        partial.chmod(mode)  # safetensors makes files that only their owner can read.
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)

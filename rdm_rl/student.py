@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
+from shutil import copymode
 from typing import Any, NamedTuple
 
 import torch
@@ -150,6 +151,8 @@ def save_student(
         tags=["rdm_rl", "distillation", "few-step", *(["lora"] if lora else [])],
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+    for file in folder.rglob("*.safetensors"):
+        copymode(folder / "README.md", file)  # safetensors makes files that only their owner can read.
 
 
 def public_name(source: str) -> str:

@@ -56,7 +56,7 @@ def run(base: Path, folder: Path, *, lora: bool = True, resume=None, stop: int |
 
 def everything(trainer: RDMTrainer, folder: Path) -> tuple:
     """All that a run ends with."""
-    tensors, state = read_checkpoint(folder / "checkpoint-4")
+    tensors, state, _ = read_checkpoint(folder / "checkpoint-4")
     return tensors, state, log_numbers(trainer), trainer.state.global_step, trainer.state.epoch
 
 
@@ -133,7 +133,7 @@ def test_files_of_a_checkpoint(whole: tuple[RDMTrainer, Path]) -> None:
         "trainer_state.json",
     }
     assert TrainerState.load_from_json(str(folder / "checkpoint-4" / "trainer_state.json")).global_step == 4
-    tensors, _ = read_checkpoint(folder / "checkpoint-4")
+    tensors = read_checkpoint(folder / "checkpoint-4")[0]
     assert same(tensors["policy"], trainer.networks.state_dict("policy"))
     assert len(tensors["policy"]) == len(trainer.networks.parameters("policy"))
 
@@ -165,7 +165,7 @@ def write(folder: Path) -> None:
 
 def test_write_and_read_agree(tmp_path: Path) -> None:
     write(tmp_path / "checkpoint-1")
-    tensors, state = read_checkpoint(tmp_path / "checkpoint-1")
+    tensors, state, _ = read_checkpoint(tmp_path / "checkpoint-1")
     assert same(tensors, {"policy": {"a": torch.ones(2)}})
     assert same(state, {"x": [1, torch.ones(1)]})
 
@@ -179,7 +179,9 @@ def test_what_is_found(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
     assert find_checkpoint(tmp_path, True) == tmp_path / "checkpoint-100"
     assert find_checkpoint(tmp_path / "nowhere", tmp_path / "checkpoint-9") == tmp_path / "checkpoint-9"
-    rotate_checkpoints(tmp_path / "checkpoint-100", None)
+    assert find_checkpoint(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
+    for limit in (None, 0):
+        rotate_checkpoints(tmp_path / "checkpoint-100", limit)
     assert len(checkpoints(tmp_path)) == 3
     # The one just written stays, whatever numbers an earlier run left in the folder.
     rotate_checkpoints(tmp_path / "checkpoint-9", 1)
@@ -192,3 +194,24 @@ def test_what_is_not_found(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(FileNotFoundError, match="is no complete checkpoint"):
         find_checkpoint(tmp_path, tmp_path / "checkpoint-3")
+    write(tmp_path / "checkpoint-2")
+    with pytest.raises(FileNotFoundError, match=r"Complete ones in .*: checkpoint-2\."):
+        find_checkpoint(tmp_path, "checkpoint-1")
+
+
+@pytest.mark.parametrize("damage", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["policy.safetensors", "optimizers.pt", "trainer_state.json", "rdm_config.json"])
+def test_a_damaged_file_is_named(name: str, damage: float, tmp_path: Path) -> None:
+    write(tmp_path / "checkpoint-2")
+    file = tmp_path / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[: int(damage * file.stat().st_size)])
+    with pytest.raises(ValueError, match=rf"{name}.*cannot be read, {file.stat().st_size} bytes") as raised:
+        if name == "rdm_config.json":
+            check_settings(tmp_path / "checkpoint-2", {})
+        read_checkpoint(tmp_path / "checkpoint-2")
+    assert "\n" not in str(raised.value)
+
+
+def test_whoever_may_read_one_file_may_read_all(tmp_path: Path) -> None:
+    write(tmp_path / "checkpoint-2")
+    assert len({file.stat().st_mode for file in (tmp_path / "checkpoint-2").iterdir()}) == 1

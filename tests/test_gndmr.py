@@ -404,7 +404,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(weighting: str, base: Path, tmp_
     for one, two in zip(whole.directions[3:], second.directions, strict=True):
         for name in one:
             assert same(one[name].values, two[name].values)
-    saved = [read_checkpoint(tmp_path / folder / "checkpoint-6") for folder in ("whole", "cut")]
+    saved = [read_checkpoint(tmp_path / folder / "checkpoint-6")[:2] for folder in ("whole", "cut")]
     assert same(*saved)
 
 

@@ -271,7 +271,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(rewards: list, settings: dict, b
     assert resumed.state.global_step == 6
     assert same(trained_weights(whole), trained_weights(resumed))
     assert same(log_numbers(whole), log_numbers(resumed))
-    ends = [read_checkpoint(tmp_path / name / "checkpoint-6") for name in ("whole", "parts")]
+    ends = [read_checkpoint(tmp_path / name / "checkpoint-6")[:2] for name in ("whole", "parts")]
     assert same(*ends)
     assert ("reference" in ends[0][0]) == bool(settings.get("beta"))
     again = run("again", resume=tmp_path / "whole" / "checkpoint-2")

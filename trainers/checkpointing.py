@@ -25,11 +25,14 @@ number of processes if the samples of an update stay as many.
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_callback import TrainerState
@@ -60,7 +63,7 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
 
     Args:
         output_dir: The run's folder.
-        wish: True for the newest one in it, or a checkpoint's folder.
+        wish: True for the newest one in it, or a checkpoint's folder: a path, or its name in ``output_dir``.
 
     Returns:
         The checkpoint's folder.
@@ -77,8 +80,14 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
             )
         return complete[-1]
     folder = Path(str(wish))
+    if not folder.is_dir():
+        folder = Path(output_dir) / str(wish)
     if not (folder / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint={str(wish)!r} is no complete checkpoint of rdm_rl.")
+        names = ", ".join(path.name for path in checkpoints(output_dir)) or "none"
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={str(wish)!r} is no complete checkpoint of rdm_rl. Complete ones in "
+            f"{str(output_dir)!r}: {names}."
+        )
     return folder
 
 
@@ -96,7 +105,7 @@ def check_settings(
     Raises:
         ValueError: If a setting differs that must not.
     """
-    saved = json.loads((folder / "rdm_config.json").read_text(encoding="utf-8"))
+    saved = _readable(folder / "rdm_config.json", lambda file: json.loads(file.read_text(encoding="utf-8")))
     # The first three shape the state; the others live in it, or say where in the data the run is.
     fixed = ["num_inference_steps", "num_generations", "per_device_train_batch_size"]
     fixed += ["learning_rate", "fake_score_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
@@ -132,12 +141,12 @@ def rotate_checkpoints(newest: Path, limit: int | None) -> None:
 
     Args:
         newest: The checkpoint that was just written. It stays, whatever an earlier run left beside it.
-        limit: How many may be left; None keeps all.
+        limit: How many may be left; None and 0 keep all, as transformers does.
     """
-    if limit is not None:
+    if limit:
         others = [folder for folder in checkpoints(newest.parent) if folder != newest]
         others.sort(key=lambda folder: (folder / "trainer_state.json").stat().st_mtime)
-        for folder in others[: max(0, len(others) - max(1, limit) + 1)]:
+        for folder in others[: max(0, len(others) - limit + 1)]:
             shutil.rmtree(folder)
 
 
@@ -177,16 +186,31 @@ def write_checkpoint(
         trainer_state.save_to_json(str(file))
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], TrainerState]:
     """What :func:`write_checkpoint` wrote, on the CPU.
 
     Args:
         folder: The checkpoint.
 
     Returns:
-        The weights by file and name, and the state.
+        The weights by file and name, the state, and the trainer's state.
+
+    Raises:
+        ValueError: If a file is damaged.
     """
-    tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    tensors = {file.stem: _readable(file, load_file) for file in sorted(folder.glob("*.safetensors"))}
     # Mapped, not read: the processes of one machine then share the memory of what each takes its part of.
-    state: dict[str, Any] = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True, mmap=True)
-    return tensors, state
+    load = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+    trainer_state = _readable(folder / "trainer_state.json", lambda file: TrainerState.load_from_json(str(file)))
+    return tensors, _readable(folder / "optimizers.pt", load), trainer_state
+
+
+def _readable(file: Path, read: Callable[[Path], Any]) -> Any:
+    """What a file of a checkpoint holds."""
+    try:
+        return read(file)
+    except (SafetensorError, EOFError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+        raise ValueError(
+            f"{str(file)!r} cannot be read, {file.stat().st_size} bytes: {str(error).splitlines()[0]}. Resume from an "
+            "earlier checkpoint: give its folder in resume_from_checkpoint."
+        ) from error

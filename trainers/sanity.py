@@ -1,6 +1,5 @@
 """Once, before anything long: what would otherwise fail for the first time after hours."""
 
-import pickle
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,12 +47,12 @@ def check_checkpoint(trainer: "RDMTrainer") -> None:
         write_checkpoint(Path(folder), tensors, state, trainer.args.to_json_string(), trainer.state)
         try:
             read_checkpoint(Path(folder))
-        except pickle.UnpicklingError as error:
+        except ValueError as error:
             raise ValueError(
                 "A checkpoint of this run could not be read back. What state_dict() returns, a trainer's or a "
-                "weighting's, may hold numbers, strings, lists, dicts and tensors; NumPy's and your own types are "
-                f"refused on reading, because unpickling them runs code: {str(error).splitlines()[0]}"
-            ) from None
+                "weighting's, may hold numbers, strings, lists, dicts and tensors alone: unpickling others runs code. "
+                f"({error})"
+            ) from error
 
 
 @torch.no_grad()

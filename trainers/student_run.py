@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_callback import TrainerState
 
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family
@@ -349,8 +348,7 @@ class StudentRun(TrainingLoop):
         return folder
 
     def _load_checkpoint(self, folder: Path) -> None:
-        tensors, state = read_checkpoint(folder)
-        saved = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        tensors, state, saved = read_checkpoint(folder)
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
         self.state.log_history = saved.log_history
         for role, optimizer in self.optimizers.items():
