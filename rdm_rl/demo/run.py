@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -63,12 +64,12 @@ class Draw:
 
     Args:
         images: Images, shape (N, 3, 32, 32), in [0, 1].
-        seconds: Wall-clock time of drawing all of them.
+        seconds_per_image: Wall-clock time of one, the median of five batches of 50.
         steps: Steps for each image.
     """
 
     images: Tensor
-    seconds: float
+    seconds_per_image: float
     steps: int
 
 
@@ -104,11 +105,15 @@ class Evaluation:
             steps: Steps for each image.
             seed: Seed of the noise; None for that of the judged images.
         """
-        start = time.perf_counter()
         generator = torch.Generator().manual_seed(self.judged_seed if seed is None else seed)
         batches = [self.prompts[first : first + 250] for first in range(0, len(self.prompts), 250)]
         images = torch.cat([sample(batch, generator) for batch in batches])
-        return Draw(images=images, seconds=time.perf_counter() - start, steps=steps)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            sample(self.prompts[:50], torch.Generator().manual_seed(0))
+            times.append((time.perf_counter() - start) / 50)
+        return Draw(images=images, seconds_per_image=median(times), steps=steps)
 
     def judge(self, draws: Mapping[str, Draw]) -> list[SamplerMetrics]:
         """The measurements of every sampler on network B and held-out images, after those of real training images."""
@@ -124,7 +129,7 @@ class Evaluation:
                 kind=_KINDS[name.replace(",", "").split()[0]],
                 num_inference_steps=draw.steps,
                 network_evaluations=draw.steps,
-                seconds_per_image=draw.seconds / NUM_IMAGES,
+                seconds_per_image=draw.seconds_per_image,
                 **common,
             )
             rows.append(row)

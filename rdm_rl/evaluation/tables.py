@@ -21,7 +21,7 @@ class Column:
     Args:
         field: The field of :class:`SamplerMetrics`.
         title: What stands above it; short enough to wrap into two lines.
-        better: Which values are better; empty if it is a description.
+        better: Which values are better; empty if it is a description, or, as a time, too noisy to be ranked.
         decimals: Digits after the point.
         factor: What values are multiplied with, to get the unit of the title.
     """
@@ -36,7 +36,7 @@ class Column:
 COLUMNS = (
     Column(field="num_inference_steps", title="steps", decimals=0),
     Column(field="network_evaluations", title="network calls", decimals=0),
-    Column(field="seconds_per_image", title="ms per image", better="lower", decimals=1, factor=1000.0),
+    Column(field="seconds_per_image", title="ms per image", decimals=1, factor=1000.0),
     Column(field="distance_to_data", title="distance to data", better="lower"),
     Column(field="distance_to_teacher", title="distance to teacher", better="lower"),
     Column(field="precision", title="precision", better="higher"),
