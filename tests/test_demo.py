@@ -59,7 +59,6 @@ def test_the_teacher_is_a_small_plain_pipeline() -> None:
     assert teacher.unet.config.sample_size == 8
 
 
-@pytest.mark.slow
 def test_the_teachers_quality() -> None:
     """20 DDIM steps, no guidance, as many images as are held out."""
     held_out, train, teacher = load_digits("held_out"), load_digits("train"), load_teacher()
