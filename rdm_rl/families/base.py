@@ -1,7 +1,7 @@
 """What the library asks of a family of diffusion pipelines: the border where foreign models become one interface."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,9 +66,8 @@ class Family(PromptEncoding, ABC):
         self.resolution = resolution
         PromptEncoding.__init__(self)
         self._home: torch.device | None = None
-        needed = [self.network_name, self.decoder_name, "scheduler"]
-        needed += [name for name in self.text_encoder_names if name not in self.optional_components]
-        missing = [name for name in needed if name is not None and getattr(pipeline, name, None) is None]
+        present = [name for name, part in self.pipeline.components.items() if part is not None]
+        missing = [name for name in self.needed_components(present) if getattr(pipeline, name, None) is None]
         if missing:
             raise ValueError(
                 f"The {type(pipeline).__name__} has no {', '.join(missing)}, which distillation needs. Load the whole "
@@ -101,6 +100,20 @@ class Family(PromptEncoding, ABC):
             )
 
     # ----- its parts -----
+
+    @classmethod
+    def needed_components(cls, present: Collection[str]) -> list[str]:
+        """Names of the parts without which a pipeline cannot be distilled: network, decoder, scheduler, encoders.
+
+        An encoder needs its tokenizer: without one, diffusers encodes every prompt alike.
+
+        Args:
+            present: Names of the parts that the pipeline has.
+        """
+        encoders = [name for name in cls.text_encoder_names if name in present or name not in cls.optional_components]
+        tokenizers = [tokenizer_of(name) for name in encoders]
+        parts = (cls.network_name, cls.decoder_name, "scheduler", *encoders, *tokenizers)
+        return [name for name in parts if name is not None]
 
     @property
     def network(self) -> nn.Module:
@@ -397,6 +410,16 @@ class Family(PromptEncoding, ABC):
             without, with_prompt = self.forward(network, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
             output = without + guidance_scale * (with_prompt - without)
         return x_0_from_output(output, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """The attribute of a pipeline that holds an encoder's tokenizer.
+
+    Example:
+        >>> tokenizer_of("text_encoder_2")
+        'tokenizer_2'
+    """
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def _without_compilation(pipeline: Any) -> Any:
