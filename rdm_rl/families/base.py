@@ -73,6 +73,15 @@ class Family(PromptEncoding, ABC):
                 f"The {type(pipeline).__name__} has no {', '.join(missing)}, which distillation needs. Load the whole "
                 "pipeline, with every component."
             )
+        decoder: Any = self.decoder
+        decoded = (
+            self.latent_channels if decoder is None else decoder.config.get("latent_channels", self.latent_channels)
+        )
+        if decoded != self.latent_channels:
+            raise ValueError(
+                f"The pipeline's {type(decoder).__name__} decodes latents of {decoded} channels, but its network's have "
+                f"{self.latent_channels}. Use the autoencoder of this model, or a smaller one made for it."
+            )
         if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
             raise ValueError(
                 "The pipeline already has adapters, which would be switched off without a word. Call pipe.fuse_lora() "
