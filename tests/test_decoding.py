@@ -108,7 +108,7 @@ def test_sdxl_with_another_decoder_makes_the_images_of_the_stock_pipeline(kind: 
 def test_a_decoder_for_other_latents_is_refused(tmp_path: Path) -> None:
     pipeline = tiny_sdxl(tmp_path / "source")
     pipeline.vae = AutoencoderTiny.from_pretrained(tiny_autoencoder(tmp_path / "vae", latent_channels=16))
-    with pytest.raises(ValueError, match="AutoencoderTiny decodes latents of 16 channels, but its network's have 4"):
+    with pytest.raises(ValueError, match="AutoencoderTiny decodes latents of 16 channels, but the network's have 4"):
         load_family(pipeline)
 
 
