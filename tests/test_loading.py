@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from rdm_rl.cli.main import main
@@ -220,6 +220,13 @@ def test_guidance_where_there_is_none(tmp_path: Path) -> None:
             quick_trainer(schnell, tmp_path, "rdm", resolution=16, **{**QUICK, setting: 2.0})
     dev = tiny_flux(tmp_path / "dev")  # It is told its guidance, so that a policy may have some, also with "rdm".
     quick_trainer(dev, tmp_path, "rdm", resolution=16, **{**QUICK, "guidance_scale": 3.5})
+
+
+def test_a_learned_variance_that_no_student_s_scheduler_takes() -> None:
+    pipe = tiny_unconditional()
+    pipe.unet = UNet2DModel(**{**pipe.unet.config, "out_channels": 6})
+    with pytest.raises(ValueError, match="makes 6 channels of 3: it also predicts a variance"):
+        load_family(pipe)
 
 
 def test_classes_that_a_dit_does_not_have(tmp_path: Path) -> None:

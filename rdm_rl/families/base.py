@@ -73,6 +73,15 @@ class Family(PromptEncoding, ABC):
                 f"The {type(pipeline).__name__} has no {', '.join(missing)}, which distillation needs. Load the whole "
                 "pipeline, with every component."
             )
+        decoder: Any = self.decoder
+        decoded = (
+            self.latent_channels if decoder is None else decoder.config.get("latent_channels", self.latent_channels)
+        )
+        if decoded != self.latent_channels:
+            raise ValueError(
+                f"The pipeline's {type(decoder).__name__} decodes latents of {decoded} channels, but the network's "
+                f"have {self.latent_channels}. Use the autoencoder of this model, or a smaller one made for it."
+            )
         if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
             raise ValueError(
                 "The pipeline already has adapters, which would be switched off without a word. Call pipe.fuse_lora() "
@@ -397,13 +406,13 @@ class Family(PromptEncoding, ABC):
             x_t: Noisy latents, shape (N, C, H, W).
             t: Times, shape (N,), in (0, 1].
             conditioning: Encoded prompts, N rows.
-            guidance_scale: 1 asks the network once; anything else also asks it for the empty prompt. A network that
-                embeds its guidance (FLUX.1-dev) is always asked once, and told the scale.
+            guidance_scale: Above 1 the network is also asked for the empty prompt; else, as in the pipelines, there is
+                no guidance. A network that embeds its guidance (FLUX.1-dev) is always asked once, and told the scale.
 
         Returns:
             The prediction, shape (N, C, H, W), float32.
         """
-        if guidance_scale == 1.0 or self.embeds_guidance(network):
+        if guidance_scale <= 1.0 or self.embeds_guidance(network):
             output = self.forward(network, x_t, t, conditioning, guidance_scale)
         else:
             both = self.empty_prompt().repeat(len(x_t)).then(conditioning)
