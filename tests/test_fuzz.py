@@ -176,7 +176,7 @@ RETURNS = st.one_of(
 
 
 @twice(
-    cases=20,
+    cases=8,
     long_cases=400,
     returned=RETURNS,
     differentiable=st.booleans(),
