@@ -268,7 +268,7 @@ def weights_variant(setting: str, folder: Path, networks: Iterable[str]) -> str 
         return None
     variants: set[str] = set()
     for name in networks:
-        files = sorted(file.name for file in (folder / name).iterdir() if file.suffix in (".safetensors", ".bin"))
+        files = sorted(file.name for file in (folder / name).glob("*") if file.suffix in (".safetensors", ".bin"))
         matches = [match for file in files if (match := _WEIGHTS.fullmatch(file))]
         kinds = {match["variant"] or match["late_variant"] for match in matches}
         if None in kinds:
@@ -283,7 +283,7 @@ def weights_variant(setting: str, folder: Path, networks: Iterable[str]) -> str 
             )
             raise FileNotFoundError(
                 f"{setting}={str(folder)!r} has no weights for {name!r} in .safetensors files of one kind, only "
-                f"{', '.join(files) or 'a configuration'}; {advice}."
+                f"{', '.join(files) or 'a configuration at most'}; {advice}."
             )
         variants |= kinds
     if len(variants) > 1:
