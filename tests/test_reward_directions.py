@@ -74,9 +74,10 @@ def test_the_direction_is_the_slope_of_the_reward_through_the_decoder(base: Path
     for seed in range(8):
         way = latents(*x_0.shape, seed=seed).double()
         slope = (reward(x_0 + 1e-5 * way) - reward(x_0 - 1e-5 * way)) / 2e-5
-        length = one.direction.values.flatten(1).norm(dim=1)
+        gradient = one.direction.values / x_0[0].numel()
+        length = gradient.flatten(1).norm(dim=1)
         torch.testing.assert_close(
-            (one.direction.values * way).sum((1, 2, 3)) / length, slope / length, rtol=0, atol=1e-3
+            (gradient * way).sum((1, 2, 3)) / length, slope / length, rtol=0, atol=1e-3
         )
     assert one.direction.applicable.all()
     assert len(set(digits)) == 3
@@ -158,7 +159,7 @@ def test_a_reward_of_latents_needs_no_decoder(base: Path, tmp_path: Path) -> Non
     with batches_of(trainer.family.pipeline.vae.decoder) as decoded:
         made = trainer.compute_rewards(rollout, 0)
     assert decoded == []
-    torch.testing.assert_close(made["small"].direction.values, -2 * rollout.sample / 256)
+    torch.testing.assert_close(made["small"].direction.values, -2 * rollout.sample)
     assert torch.equal(made["largest"].rewards, rollout.sample.amax((1, 2, 3)))
 
 
@@ -235,7 +236,7 @@ def test_a_tiny_decoder_makes_the_rewards_images(base: Path, tmp_path: Path) -> 
     leaf = rollout.sample.clone().requires_grad_()
     images = (tiny.decode(leaf, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
     (expected,) = torch.autograd.grad((images * PATTERNS[0]).sum(), leaf)
-    torch.testing.assert_close(made["looking"].direction.values, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made["looking"].direction.values / leaf[0].numel(), expected, rtol=1e-4, atol=1e-5)
     # The student's own images are still those of its VAE.
     generated = trainer.generate(["a"], generator=torch.Generator().manual_seed(0))
     assert generated.shape == (1, 3, 16, 16)
@@ -276,7 +277,7 @@ def test_rewards_get_the_teachers_images_of_the_same_noise(base: Path, tmp_path:
     leaf = rollout.sample.clone().requires_grad_()
     value = -(trainer.family.decode(leaf) - teacher).square().mean((1, 2, 3))
     (expected,) = torch.autograd.grad(value.sum(), leaf)
-    torch.testing.assert_close(made.direction.values, expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(made.direction.values / leaf[0].numel(), expected, rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(made.rewards, value.detach())
 
 

@@ -220,7 +220,7 @@ class RDMTrainer(StudentRun):
     def _update_fake_score_on(self, rollouts: Sequence[Rollout], number: int) -> dict[str, float]:
         """The fake score's updates on new samples, a rollout for each micro-batch."""
         count = self.args.fake_score_updates_per_policy_update
-        metrics = self._fake_score_health(rollouts[0]) if count and self._is_logging_step() else {}
+        metrics = self._fake_score_health(rollouts[0]) if count and self.is_logging_step() else {}
         for index in range(count):
             metrics |= self._update_fake_score(rollouts, "fake_score", number * count + index)
         self._last_rollout = rollouts[0]
@@ -586,7 +586,7 @@ class RDMTrainer(StudentRun):
             metrics["fake_score/lag"] = now - before
         return metrics
 
-    def _is_logging_step(self) -> bool:
+    def is_logging_step(self) -> bool:
         """Whether an update on the coming rollout will be logged: health numbers cost a rollout and three passes."""
         args, first = self.args, self.state.global_step + 1
         return args.logging_strategy == "steps" and any(
