@@ -214,6 +214,14 @@ def test_yaml_is_parsed_and_flags_win(tmp_path: Path) -> None:
     assert args.reward_weights == [1.0, 0.5]
 
 
+def test_bfloat16_that_no_device_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("is_torch_bf16_gpu_available", "is_torch_xla_available"):
+        monkeypatch.setattr(f"rdm_rl.trainers.rdm_config.{name}", lambda: False)
+    with pytest.raises(ValueError, match=r"bf16=True, but .* Set bf16=False \(--bf16 false"):
+        tiny_config(tmp_path, bf16=True, use_cpu=False)
+    assert tiny_config(tmp_path, bf16=True, use_cpu=True).bf16
+
+
 @pytest.mark.parametrize(("asked", "expected"), [("no", "no"), ("bf16", "bf16"), ("fp16", "fp16")])
 def test_the_launch_s_precision_counts_unless_a_setting_does(
     asked: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
