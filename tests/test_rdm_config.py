@@ -134,7 +134,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"renoise_range": [0.0, 0.98]}, "0 < low <= high <= 1"),
     ({"renoise_range": [0.9, 0.2]}, "0 < low <= high <= 1"),
     ({"renoise_range": [0.02]}, "must be two times"),
-    ({"fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 3}, "Set both to 0, or neither"),
+    ({"fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 3}, "Leave that out"),
     ({"per_device_train_batch_size": 12}, "is not a multiple of num_generations=8, so a prompt's group would be split"),
     ({"per_device_train_batch_size": 12}, "Set it to 16"),
     ({"per_device_train_batch_size": 2}, "Set it to 8"),
