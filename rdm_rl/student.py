@@ -12,8 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from huggingface_hub import ModelCard, ModelCardData
 
 from rdm_rl import __version__
-from rdm_rl.families.hub import mismatch
-from rdm_rl.families.loading import load_pipeline
+from rdm_rl.families.loading import load_family, load_pipeline
 from rdm_rl.networks.roles import AdapterNetworks, Networks
 from rdm_rl.policy import SamplerName
 
@@ -24,7 +23,7 @@ A {steps}-step student of `{base}`, trained with rdm_rl {version}. {guidance}
 ```python
 from diffusers import {imports}
 
-pipe = DiffusionPipeline.from_pretrained("{source}"){load_lora}
+pipe = DiffusionPipeline.from_pretrained("{pipeline}"){load_lora}
 image = pipe({call}).images[0]
 ```
 
@@ -34,13 +33,13 @@ image = pipe({call}).images[0]
 """
 
 _LOAD_LORA = """
-pipe.load_lora_weights("{name}", weight_name="pytorch_lora_weights.safetensors")
-pipe.scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")"""
+pipe.load_lora_weights("{student}", weight_name="pytorch_lora_weights.safetensors")
+pipe.scheduler = {scheduler}.from_pretrained("{student}", subfolder="scheduler")"""
 
 
 _USE_FILE = "student.json"
 _BASE_FILE = "base.json"
-_WHAT = {"DiTPipeline": "class_labels=[207]", "DDPMPipeline": "", "DDIMPipeline": ""}
+_WHAT = {"DiTPipeline": "class_labels=[0]", "DDPMPipeline": "", "DDIMPipeline": ""}
 _GUIDANCE_INSIDE = """The guidance of the teacher is part of the
 student, so it is used with `guidance_scale=1.0`, and with the {steps} steps it was trained for."""
 _GUIDANCE_OUTSIDE = """It is used as it was
@@ -105,7 +104,7 @@ def save_student(
         num_inference_steps: Steps K of the student.
         base: Name or path of the base model.
         facts: What else the card says, a row each.
-        name: What the student is called in the card's code: its name on the hub; None is the folder's name.
+        name: The student's name on the hub; None if it has none. What has none is ``path/to/...`` in the card's code.
         sampler: The policy's sampler.
         guidance_scale: Guidance that the student is used with.
         whole: Save a whole pipeline, with the adapter added to its weights, also where an adapter would do.
@@ -128,26 +127,27 @@ def save_student(
         _WHAT.get(type(family.pipeline).__name__, '"a prompt"'),
         *(f"{key}={value!r}" for key, value in use.items()),
     ]
-    kind, name, base = type(scheduler).__name__, name or folder.name, public_name(base)
+    kind, base = type(scheduler).__name__, public_name(base)
+    student = name or f"path/to/the/student/{folder.name}"
+    base_is_on_hub = base.count("/") == 1
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     if lora:
         (folder / _BASE_FILE).write_text(json.dumps({"base": base}), encoding="utf-8")
     text = _CARD.format(
-        name=name,
+        name=name or folder.name,
         steps=num_inference_steps,
         call=", ".join(call).removeprefix(", "),
         guidance=(_GUIDANCE_INSIDE if guidance_scale == 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
         base=base,
         version=__version__,
         imports=f"DiffusionPipeline, {kind}" if lora else "DiffusionPipeline",
-        # Two folders of one name cannot both be called by it.
-        source=name if not lora else base if base != name else f"path/to/the/base/{base}",
-        load_lora=_LOAD_LORA.format(name=name, scheduler=kind) if lora else "",
+        pipeline=student if not lora else base if base_is_on_hub else f"path/to/the/base/{base}",
+        load_lora=_LOAD_LORA.format(student=student, scheduler=kind) if lora else "",
         rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )
     data = ModelCardData(
         library_name="diffusers",
-        base_model=base if base.count("/") == 1 and not Path(base).exists() else None,
+        base_model=base if base_is_on_hub else None,
         tags=["rdm_rl", "distillation", "few-step", *(["lora"] if lora else [])],
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
@@ -190,15 +190,13 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
 
     Raises:
         FileNotFoundError: If the folder holds no student.
-        ValueError: If it holds another pipeline.
+        ValueError: If it holds another pipeline, or an adapter of another base.
     """
     folder = Path(folder)
     if (folder / "pytorch_lora_weights.safetensors").is_file():
-        pipeline = load_pipeline(str(model), dtype)
-        try:
-            pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
-        except RuntimeError as error:
-            raise ValueError(f"The student {str(folder)!r} is none of {str(model)!r}: {mismatch(error)}.") from error
+        family = load_family(model, dtype=dtype)
+        family.load_adapter(str(folder), "student", setting="student")
+        pipeline = family.pipeline
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         schedulers = {kind.__name__: kind for kind in (LCMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
         pipeline.scheduler = schedulers[config["_class_name"]].from_config(config)

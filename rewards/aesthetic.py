@@ -1,5 +1,6 @@
 """The LAION aesthetic predictor as a reward."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,7 +90,7 @@ class AestheticScore(RewardModel):
 
     def load(self) -> nn.Module:
         """Load the encoder, its image settings and the predictor, on the CPU."""
-        clip = CLIPModel.from_pretrained(self.encoder, dtype=torch.float32)
+        clip: Any = self.fetch("encoder", self.encoder, partial(CLIPModel.from_pretrained, dtype=torch.float32))
         predictor = load_predictor(self.predictor_file())
         first: Any = predictor[0]
         if first.in_features != clip.config.projection_dim:
@@ -97,7 +98,7 @@ class AestheticScore(RewardModel):
                 f"The predictor reads embeddings of {first.in_features} numbers, and encoder={self.encoder!r} gives "
                 f"{clip.config.projection_dim}. Use the CLIP model that the predictor was trained with."
             )
-        self.preprocessing = Preprocessing.from_pretrained(self.encoder)
+        self.preprocessing = self.fetch("encoder", self.encoder, Preprocessing.from_pretrained)
         parts = {"encoder": clip.vision_model, "projection": clip.visual_projection, "predictor": predictor}
         return nn.ModuleDict(parts)
 
@@ -107,7 +108,7 @@ class AestheticScore(RewardModel):
         if path.is_file():
             return path
         if not path.is_dir():
-            return Path(hf_hub_download(self.model, _FILES[-1]))
+            return Path(self.fetch("model", self.model, partial(hf_hub_download, filename=_FILES[-1])))
         for name in _FILES:
             if (path / name).is_file():
                 return path / name

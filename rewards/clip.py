@@ -1,6 +1,7 @@
 """Rewards that compare an image with its prompt by a CLIP model: CLIPScore, PickScore and HPSv2."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -81,19 +82,20 @@ class CLIPScore(RewardModel):
         if not hasattr(network, "get_text_features"):
             raise ValueError(f"model={self.model!r} is a {type(network).__name__}. Use a CLIP or SigLIP model.")
         config: Any = network.config
-        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
+        self.tokenizer: Any = self.fetch("processor", self.processor, AutoTokenizer.from_pretrained)
         self.max_length = min(self.tokenizer.model_max_length, config.text_config.max_position_embeddings)
         self.preprocessing = self.load_preprocessing(config)
         return network
 
     def load_network(self) -> nn.Module:
         """Load the network, in float32: the base class converts it."""
-        network: nn.Module = AutoModel.from_pretrained(self.model, dtype=torch.float32)
+        load: Any = partial(AutoModel.from_pretrained, dtype=torch.float32)
+        network: nn.Module = self.fetch("model", self.model, load)
         return network
 
     def load_preprocessing(self, config: Any) -> Preprocessing:
         """What prepares images for the network of this configuration."""
-        return Preprocessing.from_pretrained(self.processor)
+        return self.fetch("processor", self.processor, Preprocessing.from_pretrained)
 
     def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """The cosines of images and their prompts, shape (N,), float32.
@@ -194,7 +196,7 @@ class HPSv2(CLIPScore):
         if path.is_dir():
             path /= self.filename
         elif self.model == self.info.weights:
-            path = Path(hf_hub_download(self.model, self.filename))
+            path = Path(self.fetch("model", self.model, partial(hf_hub_download, filename=self.filename)))
         if path.is_file():
             network: nn.Module = load_open_clip(path)
             return network

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -170,7 +171,7 @@ def _new_name(name: str) -> str:
 
 
 def find_weights(model: str) -> Path:
-    """The file with the weights: ``model`` itself, or one in that folder or on the hub.
+    """The file with the weights: ``model`` itself, or one in that folder.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -178,10 +179,9 @@ def find_weights(model: str) -> Path:
     path = Path(model)
     if path.is_file():
         return path
-    folder = path if path.is_dir() else Path(snapshot_download(model, allow_patterns=list(WEIGHT_FILES)))
     for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
+        if (path / name).is_file():
+            return path / name
     raise FileNotFoundError(f"{model!r} holds none of {', '.join(WEIGHT_FILES)}. Give the file itself.")
 
 
@@ -245,8 +245,11 @@ class ImageReward(RewardModel):
             FileNotFoundError: If there are no weights.
             ValueError: If the weights or the tokenizer are not those of ImageReward.
         """
-        network = convert(read_weights(find_weights(self.model)))
-        self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
+        place = self.model
+        if not Path(place).exists():
+            place = self.fetch("model", place, partial(snapshot_download, allow_patterns=list(WEIGHT_FILES)))
+        network = convert(read_weights(find_weights(place)))
+        self.tokenizer: Any = self.fetch("tokenizer", self.tokenizer_name, AutoTokenizer.from_pretrained)
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
         vocabulary = network.text.config.vocab_size
         if len(self.tokenizer) != vocabulary:

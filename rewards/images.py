@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from rdm_rl.families.hub import one_line_errors
 from rdm_rl.records import Rollout
 
 
@@ -95,9 +96,11 @@ def load_tiny_decoder(
         checkpointing: Recompute its activations in the backward pass.
 
     Raises:
+        OSError: If it cannot be had.
         ValueError: If it is made for latents with another number of channels.
     """
-    network = AutoencoderTiny.from_pretrained(str(model))
+    with one_line_errors("reward_decoder", str(model)):
+        network = AutoencoderTiny.from_pretrained(str(model))
     if network.config.latent_channels != latent_channels:
         raise ValueError(
             f"reward_decoder={str(model)!r} decodes latents with {network.config.latent_channels} channels, but the "

@@ -5,14 +5,18 @@ values are of shape (N,). A ``network`` is what :meth:`RewardModel.load` returne
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rdm_rl.families.hub import one_line_errors
 from rdm_rl.rewards.protocol import RewardInfo
+
+Loaded = TypeVar("Loaded")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -65,6 +69,23 @@ class RewardModel(ABC):
     @abstractmethod
     def load(self) -> nn.Module:
         """Load the network, and whatever else the reward needs (tokenizer, settings), on the CPU."""
+
+    def fetch(self, option: str, source: str, load: Callable[[str], Loaded]) -> Loaded:
+        """What a function loads from a folder or from the hub; for use in :meth:`load`.
+
+        Args:
+            option: The option of the reward that says where it is.
+            source: The folder or hub name.
+            load: The function.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            OSError: If it cannot be had: one line with the reward's name, the option, and what to do.
+        """
+        with one_line_errors(f"The reward {getattr(self, 'name', type(self).__name__)!r}: {option}", source):
+            return load(source)
 
     @abstractmethod
     def rewards(self, network: nn.Module, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:

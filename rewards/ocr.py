@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,8 +147,9 @@ class TextMatch(RewardModel):
         """Load the model and its processor, on the CPU; a network that does nothing if a ``recogniser`` reads."""
         if self.recogniser is not None:
             return nn.Identity()
-        self.processor = GotOcr2Processor.from_pretrained(self.model)
-        network: nn.Module = GotOcr2ForConditionalGeneration.from_pretrained(self.model, dtype=torch.float32)
+        load: Any = partial(GotOcr2ForConditionalGeneration.from_pretrained, dtype=torch.float32)
+        self.processor: Any = self.fetch("model", self.model, GotOcr2Processor.from_pretrained)
+        network: nn.Module = self.fetch("model", self.model, load)
         return network
 
     def read(self, network: Any, images: Tensor) -> list[str]:

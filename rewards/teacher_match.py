@@ -138,11 +138,11 @@ class TeacherCLIP(TeacherFeatures):
 
     def load(self) -> nn.Module:
         """Load the network, without its text encoder, and the image settings, on the CPU."""
-        network: nn.Module = AutoModel.from_pretrained(self.model, dtype=torch.float32)
+        network: nn.Module = self.fetch("model", self.model, _load_network)
         if not hasattr(network, "get_image_features"):
             raise ValueError(f"model={self.model!r} is a {type(network).__name__}. Use a CLIP or SigLIP model.")
         network.text_model = nn.Identity()  # Nothing is read but images.
-        self.preprocessing = Preprocessing.from_pretrained(self.model)
+        self.preprocessing = self.fetch("model", self.model, Preprocessing.from_pretrained)
         return network
 
     def features(self, network: nn.Module, images: Tensor) -> list[Tensor]:
@@ -203,8 +203,9 @@ class TeacherDINO(TeacherFeatures):
 
     def load(self) -> nn.Module:
         """Load the network and the image settings, on the CPU."""
-        network = _load(self.model, _TOKENS, "DINO, DINOv2 or DINOv3 vision transformer")
-        self.preprocessing = Preprocessing.from_pretrained(self.model)
+        network = self.fetch("model", self.model, _load_network)
+        _check_kind(network, self.model, _TOKENS, "DINO, DINOv2 or DINOv3 vision transformer")
+        self.preprocessing = self.fetch("model", self.model, Preprocessing.from_pretrained)
         return network
 
     def features(self, network: nn.Module, images: Tensor) -> list[Tensor]:
@@ -280,8 +281,9 @@ class TeacherPerceptual(TeacherFeatures):
 
     def load(self) -> nn.Module:
         """Load the network and the image settings, on the CPU."""
-        network = _load(self.model, _MAPS, "ResNet, RegNet, ConvNeXt or ConvNeXt V2")
-        self.preprocessing = Preprocessing.from_pretrained(self.model)
+        network = self.fetch("model", self.model, _load_network)
+        _check_kind(network, self.model, _MAPS, "ResNet, RegNet, ConvNeXt or ConvNeXt V2")
+        self.preprocessing = self.fetch("model", self.model, Preprocessing.from_pretrained)
         return network
 
     def features(self, network: nn.Module, images: Tensor) -> list[Tensor]:
@@ -297,12 +299,15 @@ class TeacherPerceptual(TeacherFeatures):
         return -(features - teacher_features).square().sum(1)
 
 
-def _load(model: str, kinds: tuple[str, ...], wanted: str) -> nn.Module:
+def _load_network(model: str) -> nn.Module:
     network: nn.Module = AutoModel.from_pretrained(model, dtype=torch.float32)
+    return network
+
+
+def _check_kind(network: nn.Module, model: str, kinds: tuple[str, ...], wanted: str) -> None:
     config: Any = network.config
     if config.model_type not in kinds:
         raise ValueError(f"model={model!r} is a {type(network).__name__}. Use a {wanted}.")
-    return network
 
 
 class TeacherMSE:

@@ -1,6 +1,7 @@
 """What is wrong with a model is said in one line, before gigabytes are loaded where that is possible."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from rdm_rl.cli.main import main
 from rdm_rl.families import load_family, register_family
 from rdm_rl.families.hub import adapter_file
+from rdm_rl.rewards.images import load_tiny_decoder
 from tests.helpers import QUICK, quick_trainer, same, tiny_sd
 from tests.tiny_pipelines import tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl, tiny_unconditional
 
@@ -130,13 +132,12 @@ def hub_error(kind: type[Exception]) -> Exception:
     ("error", "message"),
     [
         (hub_error(GatedRepoError), "'owner/name' cannot be loaded: its owner asks you to accept a licence"),
-        (hub_error(RepositoryNotFoundError), "'owner/name' cannot be loaded: the hub has no public model of this name"),
-        (
-            OSError("no connection.\nSee the page."),
-            "cannot be loaded: there is no such folder, and of the hub's: no conn",
-        ),
+        (hub_error(RepositoryNotFoundError), "'owner/name' cannot be loaded: the hub has nothing public of this name"),
+        (OSError("no space.\nSee the page."), "cannot be loaded: there is no such folder, and of the hub's: no space"),
+        (hub_error(LocalEntryNotFoundError), "no whole copy in the hub's cache, and the hub cannot be reached"),
+        (ConnectionError("no route"), "no whole copy in the hub's cache, and the hub cannot be reached"),
     ],
-    ids=["gated", "missing", "offline"],
+    ids=["gated", "missing", "other", "uncached", "unreachable"],
 )
 def test_the_hub_s_refusals(
     error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -144,6 +145,7 @@ def test_the_hub_s_refusals(
     def refuse(*_: Any, **__: Any) -> None:
         raise error
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("rdm_rl.families.loading.snapshot_download", refuse)
     with pytest.raises(OSError, match=message) as found:
         load_family("owner/name")
@@ -155,13 +157,30 @@ def test_the_hub_s_refusals(
 
 def test_a_real_hub_name_offline_is_one_line() -> None:
     """Through diffusers itself: the tests run without a hub."""
-    with pytest.raises(OSError, match="'owner/no-such-model' cannot be loaded: ") as found:
+    with pytest.raises(
+        OSError, match=r"model='owner/no-such-model' cannot be loaded: .*HF_HUB_OFFLINE is set"
+    ) as found:
         load_family("owner/no-such-model")
     one_line(found.value)
     with pytest.raises(OSError, match="policy_init='owner/no-such-model' cannot be loaded: ") as found:
         from rdm_rl.families.loading import load_policy_init
 
         load_policy_init("owner/no-such-model", None)  # type: ignore[arg-type]
+    one_line(found.value)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # That diffusers passes on.
+def test_a_decoder_that_the_hub_cannot_give() -> None:
+    with pytest.raises(OSError, match="reward_decoder='owner/no-such-model' cannot be loaded: ") as found:
+        load_tiny_decoder("owner/no-such-model", 4, torch.device("cpu"))
+    one_line(found.value)
+
+
+@pytest.mark.parametrize("source", ["owner/lora", "owner/lora/file.safetensors"])
+def test_an_adapter_that_the_hub_cannot_give(source: str, tmp_path: Path) -> None:
+    family = load_family(tiny_sd(tmp_path))
+    with pytest.raises(OSError, match=f"teacher_adapter='{source}' cannot be loaded: there is no such folder") as found:
+        family.load_adapter(source, "style", "teacher_adapter")
     one_line(found.value)
 
 
@@ -203,6 +222,33 @@ def test_resolutions(tmp_path: Path) -> None:
     for made in (tiny_dit(tmp_path / "dit"), tiny_unconditional(tmp_path / "ddpm")):
         with pytest.raises(ValueError, match="images of one size only"):
             load_family(made, resolution=32)
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "pixels"), [(tiny_sd, [4, 8], (8, 16)), (tiny_sdxl, [8, 4], (16, 8)), (tiny_sdxl, 8, None)]
+)
+def test_the_call_has_a_size_that_the_pipeline_would_not_take(
+    make: Any, size: Any, pixels: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    pipe = make(tmp_path)
+    pipe.unet.register_to_config(sample_size=size)
+    family = load_family(type(pipe)(**pipe.components))
+    call = family.student_call(1)
+    assert (call.get("height"), call.get("width")) == (pixels or (None, None))
+    family.pipeline.set_progress_bar_config(disable=True)
+    image = family.pipeline("a cat", **call, output_type="np").images[0]
+    assert image.shape[:2] == tuple(side * 2 for side in family.latent_shape[1:])
+    saved = load_family(family.pipeline, resolution=16)
+    assert (saved.student_call(1)["height"], saved.student_call(1)["width"]) == (16, 16)
+
+
+@pytest.mark.parametrize(("resolution", "said"), [(None, False), (16, False), (32, True)])
+def test_a_resolution_that_is_not_the_model_s_own_is_said(
+    resolution: int | None, said: bool, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick_trainer(base, tmp_path, "rdm", resolution=resolution, max_steps=0, **QUICK).train()
+    line = "resolution=32 is not the model's own, which is 16 x 16 pixels."
+    assert capsys.readouterr().out.splitlines().count(line) == said
 
 
 def test_a_run_at_another_resolution(base: Path, tmp_path: Path) -> None:
@@ -298,5 +344,13 @@ def test_a_sample_finds_the_base_or_asks_for_it(
     (tmp_path / base.name).symlink_to(base)
     assert main(words) == 0
     tiny_sdxl(tmp_path / "source").save_pretrained(tmp_path / "sdxl")
-    assert main([*words, "--model", str(tmp_path / "sdxl")]) == 2
-    assert "is none of" in capsys.readouterr().err
+    tiny_sd3(tmp_path / "source").save_pretrained(tmp_path / "sd3")
+    logged: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("diffusers.loaders.peft"), "handle", logged.append)
+    for other, message in (
+        ("sdxl", "does not fit this model: size mismatch"),
+        ("sd3", "no adapter for the transformer"),
+    ):
+        assert main([*words, "--model", str(tmp_path / other)]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not [record for record in logged if "size mismatch" in record.getMessage()]

@@ -134,7 +134,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"renoise_range": [0.0, 0.98]}, "0 < low <= high <= 1"),
     ({"renoise_range": [0.9, 0.2]}, "0 < low <= high <= 1"),
     ({"renoise_range": [0.02]}, "must be two times"),
-    ({"fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 3}, "Set both to 0, or neither"),
+    ({"fake_score_updates_per_policy_update": 0, "fake_score_warmup_steps": 3}, "Leave that out"),
     ({"per_device_train_batch_size": 12}, "is not a multiple of num_generations=8, so a prompt's group would be split"),
     ({"per_device_train_batch_size": 12}, "Set it to 16"),
     ({"per_device_train_batch_size": 2}, "Set it to 8"),
@@ -212,6 +212,14 @@ def test_yaml_is_parsed_and_flags_win(tmp_path: Path) -> None:
     (args,) = TrlParser((RDMConfig,)).parse_args_and_config(words)
     assert (args.num_inference_steps, args.num_generations, args.ema_decay) == (2, 2, 0.99)
     assert args.reward_weights == [1.0, 0.5]
+
+
+def test_bfloat16_that_no_device_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("is_torch_bf16_gpu_available", "is_torch_xla_available"):
+        monkeypatch.setattr(f"rdm_rl.trainers.rdm_config.{name}", lambda: False)
+    with pytest.raises(ValueError, match=r"bf16=True, but .* Set bf16=False \(--bf16 false"):
+        tiny_config(tmp_path, bf16=True, use_cpu=False)
+    assert tiny_config(tmp_path, bf16=True, use_cpu=True).bf16
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("no", "no"), ("bf16", "bf16"), ("fp16", "fp16")])

@@ -76,9 +76,7 @@ def test_the_direction_is_the_slope_of_the_reward_through_the_decoder(base: Path
         slope = (reward(x_0 + 1e-5 * way) - reward(x_0 - 1e-5 * way)) / 2e-5
         gradient = one.direction.values / x_0[0].numel()
         length = gradient.flatten(1).norm(dim=1)
-        torch.testing.assert_close(
-            (gradient * way).sum((1, 2, 3)) / length, slope / length, rtol=0, atol=1e-3
-        )
+        torch.testing.assert_close((gradient * way).sum((1, 2, 3)) / length, slope / length, rtol=0, atol=1e-3)
     assert one.direction.applicable.all()
     assert len(set(digits)) == 3
 

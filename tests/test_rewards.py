@@ -31,6 +31,7 @@ from rdm_rl.rewards.registry import (
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 from rdm_rl.weighting import FixedWeighting
 from tests.helpers import StepAway, randomize, tiny_trainer
+from tests.tiny_rewards import save_clip
 
 
 @pytest.fixture
@@ -428,3 +429,19 @@ def test_settings_that_would_not_be_acted_on_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_trainer("no/model", tmp_path, given=given, **settings)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "aesthetic", "image_reward", "ocr", "teacher_dino"])
+def test_a_reward_that_the_hub_cannot_give(name: str) -> None:
+    """Whatever loads it: the tests run without a hub."""
+    with pytest.raises(
+        OSError, match=rf"The reward '{name}': \w+='\S+/\S+' cannot be loaded: .*HF_HUB_OFFLINE"
+    ) as refusal:
+        get_reward(name).prepare()
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_part_of_a_reward_that_the_hub_cannot_give(tmp_path: Path) -> None:
+    model = save_clip(tmp_path)[0]
+    with pytest.raises(OSError, match="'clip_score': processor='owner/other' cannot be loaded"):
+        get_reward("clip_score", model=model, processor="owner/other").prepare()

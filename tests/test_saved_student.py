@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from rdm_rl import RDMTrainer
-from rdm_rl.student import load_student
-from tests.helpers import QUICK, changed, randomize, tiny_trainer
-from tests.tiny_pipelines import align_weights
+from rdm_rl.student import load_student, save_student
+from tests.helpers import QUICK, changed, randomize, tiny_sd, tiny_trainer
+from tests.tiny_pipelines import align_weights, tiny_dit, tiny_sd3
 
 PROMPTS = ["the digit 3", "the digit 4", "the digit 5"]
 
@@ -208,19 +208,40 @@ def test_folder_of_a_student(lora: bool, base: Path, tmp_path: Path) -> None:
     assert len(student.draw(PROMPTS, generator=torch.Generator().manual_seed(3))) == 3
 
 
-def test_code_on_the_model_card_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = tiny_trainer(base, tmp_path / "run")
-    trainer.save_model(tmp_path / "namesake" / base.name)
-    card = (tmp_path / "namesake" / base.name / "README.md").read_text()
-    assert f'from_pretrained("path/to/the/base/{base.name}")' in card, "two folders of one name"
-    assert f'load_lora_weights("{base.name}", ' in card
+@pytest.mark.parametrize(
+    ("make", "lora", "settings", "size"),
+    [
+        (tiny_sd, True, {}, (16, 16)),
+        (tiny_sd, False, {"resolution": 32}, (32, 32)),
+        (tiny_sd3, True, {}, (16, 16)),
+        (tiny_dit, True, {}, (16, 16)),  # Saved whole.
+    ],
+    ids=["lora", "full", "flow", "dit"],
+)
+def test_code_on_the_model_card_runs_as_printed(
+    make: Callable[[Path], DiffusionPipeline], lora: bool, settings: dict, size: tuple[int, int], tmp_path: Path
+) -> None:
+    make(tmp_path / "sources").save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "1"}]  # Of a DiT, a class.
+    trainer = tiny_trainer(tmp_path / "base", tmp_path / "run", lora=lora, train_dataset=rows, **settings)
     trainer.save_model(tmp_path / "student")
     code = (tmp_path / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)  # The card calls a local base by its folder's name.
-    (tmp_path / base.name).symlink_to(base)
+    for folder in ("base", "student"):
+        code = code.replace(f"path/to/the/{folder}/{folder}", str(tmp_path / folder))
+    assert "path/to" not in code
     names: dict = {}
     exec(code, names)
-    assert names["image"].size == (16, 16)
+    assert names["image"].size == size
+
+
+def test_a_name_on_the_hub_is_printed_as_it_is(base: Path, tmp_path: Path) -> None:
+    networks = tiny_trainer(base, tmp_path / "run").networks
+    save_student(tmp_path, networks, num_inference_steps=2, base="owner/base", name="me/student", facts={})
+    card = (tmp_path / "README.md").read_text()
+    assert 'from_pretrained("owner/base")' in card
+    assert 'load_lora_weights("me/student", ' in card
+    assert "base_model: owner/base" in card
+    assert "path/to" not in card
 
 
 def test_no_student_no_pipeline(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from rdm_rl import RDMConfig, ReDiFConfig
 from rdm_rl.cli import main as cli
 from rdm_rl.cli.parser import FIRST_GROUP, OWN_GROUP, SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts
+from rdm_rl.cli.train import TrainArguments, load_prompts, make_rewards
 from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.settings import groups, help_of
 from rdm_rl.trainers.inherited import HONOURED, INHERITED, UNUSED
@@ -192,6 +192,25 @@ def test_mistakes_in_a_file_are_explained(tmp_path: Path) -> None:
         parser().parse([*DIGITS, "--config", str(file)])
 
 
+def test_a_file_s_options_of_rewards_that_the_command_line_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("reward_funcs: [rdm, clip_score]\nreward_options: {clip_score: {model: a}, hpsv2: {model: b}}\n")
+
+    def rewards(*words: str) -> list[Any]:
+        arguments, _ = parser().parse([*DIGITS, "--config", str(file), *words])
+        return make_rewards(arguments.reward_funcs, arguments.reward_options)
+
+    _, preference = rewards("--reward_funcs", "rdm", "hpsv2")
+    assert preference.model == "b"
+    assert capsys.readouterr().out == f"{file} has reward_options for clip_score, which --reward_funcs leaves out.\n"
+    with pytest.raises(ValueError, match="options for hpsv2, but reward_funcs is"):
+        rewards()  # In the file itself it is a mistake,
+    with pytest.raises(ValueError, match="options for clip_score, but reward_funcs is"):
+        rewards("--reward_funcs", "rdm", "--reward_options", '{"clip_score": {}}')  # and on the command line itself.
+
+
 def test_a_class_with_defaults_of_its_own_offers_no_method() -> None:
     with pytest.raises(ValueError, match="method, which is no setting"):
         parser(TrainArguments, ReDiFConfig).parse([*DIGITS, "--method", "gndm"])
@@ -224,6 +243,8 @@ def test_prompts_from_data_sets(tmp_path: Path) -> None:
     assert prompts_of(tmp_path / "splits", prompt_column="caption", dataset_split="few") == ["a fox"]
     with pytest.raises(ValueError, match=r"has the columns \['caption', 'digit'\], not 'prompt': set prompt_column"):
         prompts_of(tmp_path / "saved")
+    with pytest.raises(OSError, match=r"dataset='owner/prompts' cannot be loaded: .*HF_HUB_OFFLINE is set"):
+        prompts_of("owner/prompts")
 
 
 # ----- the trainer -----

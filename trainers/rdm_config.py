@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from rdm_rl.families.base import ModelSettings
 from rdm_rl.networks.offload import MemorySettings
@@ -153,7 +154,7 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
         launched = processes.LAUNCHED_PRECISION  # As in transformers' trainer it counts, unless a setting does.
         if launched in ("bf16", "fp16") and not (self.bf16 or self.fp16):
             setattr(self, launched, True)
-        for refuse in (_refuse_run, _refuse_distribution_matching, _refuse_rewards, _refuse_policy_gradient):
+        for refuse in _REFUSALS:
             refuse(self)
         super().__post_init__()
         if self.renoise_distribution == "annealed_beta" and self.renoise_anneal_steps is None:
@@ -208,6 +209,15 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
                     f"{inherited.name}={getattr(self, inherited.name)!r} is set, but RDMTrainer does not act on it. "
                     "Remove it; the fields it honours are in rdm_rl.trainers.inherited.HONOURED."
                 )
+
+
+def _refuse_precision(args: RDMConfig) -> None:
+    """Refuse a precision that the machine does not have."""
+    if args.bf16 and not (args.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+        raise ValueError(
+            "bf16=True, but there is no GPU here that computes in bfloat16. Set bf16=False (--bf16 false; of "
+            "accelerate launch, --mixed_precision no), or use_cpu=True, as a CPU does, slowly."
+        )
 
 
 def _refuse_run(args: RDMConfig) -> None:
@@ -306,3 +316,6 @@ def _refuse_policy_gradient(args: RDMConfig) -> None:
             f"beta={args.beta} compares the policy's random steps with those at the start, but it has none: "
             f"num_inference_steps={args.num_inference_steps}, sampler={args.sampler!r}, eta={args.eta}. Set beta=0."
         )
+
+
+_REFUSALS = (_refuse_precision, _refuse_run, _refuse_distribution_matching, _refuse_rewards, _refuse_policy_gradient)

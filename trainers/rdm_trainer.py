@@ -187,6 +187,8 @@ class RDMTrainer(StudentRun):
             self._load_checkpoint(checkpoint)
         if self.accelerator.is_main_process:
             print(f"Training on {self.prompts.describe(self.family.cut_prompts(self.prompts.texts()))}")
+            if resolution := self.family.describe_resolution():
+                print(resolution)
         if self.args.sanity_check:
             check_run(self)
         self.cache_prompts()

@@ -103,6 +103,7 @@ class SettingsParser(TrlParser):
         self.config = None if config is None else Path(config)
         self._file: str | Path | None = None
         self._method: str | None = None
+        self._words: list[str] = []
         # Left open, disable_tqdm would follow transformers' log level, which the command line lowers.
         self.defaults = {"disable_tqdm": False, **(defaults or {})}
         source = f" Default: {self.config.name} beside the script." if self.config else ""
@@ -135,6 +136,7 @@ class SettingsParser(TrlParser):
         for flag in (word.partition("=")[0] for word in rest if word.startswith("--")):
             if flag not in self._option_string_actions:  # Before the settings are made, which may be wrong too.
                 raise ValueError(f"The command line sets {self._unknown(flag)}")
+        self._words = rest
         if self._file is None:
             self.set_defaults_with_config()
         elif Path(self._file).is_file():
@@ -149,7 +151,8 @@ class SettingsParser(TrlParser):
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Take a file's settings for defaults, over those of the method and of the script; nothing is left over.
 
-        A ``dataset`` that lies beside the file is found from any folder.
+        A ``dataset`` that lies beside the file is found from any folder. Where flags choose the rewards, the file's
+        ``reward_options`` of others are left out.
 
         Raises:
             ValueError: If a setting or the method is unknown.
@@ -161,10 +164,23 @@ class SettingsParser(TrlParser):
         if self._file is not None and "dataset" in config:
             beside = Path(self._file).parent / config["dataset"]
             settings["dataset"] = str(beside) if beside.exists() else config["dataset"]
+        if isinstance(settings.get("reward_options"), dict):
+            settings["reward_options"] = self._options_in_use(settings["reward_options"])
         strange = super().set_defaults_with_config(**settings)
         if strange:
             raise ValueError(f"{self._file} sets {self._unknown(strange[0])}")
         return []
+
+    def _options_in_use(self, options: dict[str, Any]) -> dict[str, Any]:
+        flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        flag.add_argument("--reward_funcs", nargs="*")
+        names = flag.parse_known_args(self._words)[0].reward_funcs
+        if names is None:
+            return options
+        unused = [name for name in options if name not in names]
+        if unused:
+            print(f"{self._file} has reward_options for {', '.join(unused)}, which --reward_funcs leaves out.")
+        return {name: entry for name, entry in options.items() if name in names}
 
     def _old_names(self) -> dict[str, str]:
         return {name: old for name, old in OLD_NAMES.items() if f"--{name}" not in self._option_string_actions}

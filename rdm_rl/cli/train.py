@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.demo.data import TEACHER_FOLDER
+from rdm_rl.families.hub import one_line_errors
 from rdm_rl.rewards.registry import get_reward
 from rdm_rl.settings import Count, Folder, check, convert, setting
 from rdm_rl.trainers.prompt_files import read_prompts
@@ -90,18 +91,23 @@ def load_prompts(arguments: TrainArguments) -> Any:
 
     Raises:
         FileNotFoundError: If a file does not exist.
+        OSError: If the hub does not give a data set.
         ValueError: If the prompts cannot be read.
     """
     if arguments.dataset == "digits":
         from rdm_rl.demo.run import training_prompts
 
         return training_prompts()
-    return read_prompts(
-        arguments.dataset,
-        prompt_column=arguments.prompt_column,
-        dataset_split=arguments.dataset_split,
-        dataset_encoding=arguments.dataset_encoding,
-    )
+    try:
+        return read_prompts(
+            arguments.dataset,
+            prompt_column=arguments.prompt_column,
+            dataset_split=arguments.dataset_split,
+            dataset_encoding=arguments.dataset_encoding,
+        )
+    except ConnectionError:  # Of the hub: what is here is read without one.
+        with one_line_errors("dataset", arguments.dataset):
+            raise
 
 
 def make_rewards(names: Sequence[str], options: dict[str, Any] | str | None) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rdm_rl.families.adapters import check_all_loaded, load_peft_folder, peft_folder, tensor_names
 from rdm_rl.families.encoding import PromptEncoding, device_of
-from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base
+from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base, without_diffusers_log
 from rdm_rl.families.precision import to_precision
 from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
@@ -202,6 +202,13 @@ class Family(PromptEncoding, ABC):
         size = self.resolution // self.pixels_per_latent
         return self.latent_channels, size, size
 
+    def describe_resolution(self) -> str:
+        """What a user should know of a ``resolution`` that is not the model's own; nothing if it is, or none is set."""
+        height, width = (side * self.pixels_per_latent for side in self.own_latent_size)
+        if self.resolution is None or height == width == self.resolution:
+            return ""
+        return f"resolution={self.resolution} is not the model's own, which is {height} x {width} pixels."
+
     def share_components(self, other: "Family") -> None:
         """Use another pipeline's encoders and decoder, which are equal, so that this one's need no memory.
 
@@ -280,13 +287,18 @@ class Family(PromptEncoding, ABC):
     ) -> dict[str, Any]:
         """The arguments, beside the prompt, with which the stock pipeline draws from the student.
 
+        They name the image's size unless it is the square that the pipeline draws by default.
+
         Args:
             num_inference_steps: Steps K of the student.
             sampler: The policy's sampler.
             guidance_scale: The student's guidance.
         """
-        size = {} if self.resolution is None else {"height": self.resolution, "width": self.resolution}
-        return {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **size}
+        usual = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        height, width = (side * self.pixels_per_latent for side in self.latent_shape[1:])
+        if not self.any_resolution or (self.resolution is None and height == width):
+            return usual
+        return {**usual, "height": height, "width": width}
 
     # ----- files -----
 
@@ -321,7 +333,7 @@ class Family(PromptEncoding, ABC):
             )
         path, weight_name = adapter_file(source)
         options: dict[str, Any] = {"use_safetensors": True} | ({"weight_name": weight_name} if weight_name else {})
-        with one_line_errors(setting, source), sharing_a_base():
+        with one_line_errors(setting, source), sharing_a_base(), without_diffusers_log():
             try:
                 folder = peft_folder(path, weight_name)
                 if folder is not None:

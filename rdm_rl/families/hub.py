@@ -1,11 +1,13 @@
 """Names of models and adapters: what is a folder, what is on the hub, and why it cannot be had, in one line."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 
 def check_hub_name(setting: str, name: str) -> None:
@@ -63,12 +65,12 @@ def mismatch(error: RuntimeError) -> str:
 
     Example:
         >>> mismatch(RuntimeError("Error(s) in loading:\n\tsize mismatch for to_q: a\n\tsize mismatch for to_k: b"))
-        'size mismatch for to_q: a (2 such lines); is it made for another base?'
+        'size mismatch for to_q: a (2 such lines), so it is made for another base'
     """
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if "mismatch" in line]
     if not lines:
         return " ".join(str(error).split())
-    return f"{lines[0]} ({len(lines)} such lines); is it made for another base?"
+    return f"{lines[0]} ({len(lines)} such lines), so it is made for another base"
 
 
 @contextmanager
@@ -85,20 +87,7 @@ def one_line_errors(setting: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        chain: list[BaseException] = []
-        link: BaseException | None = error
-        while link is not None and link not in chain:
-            chain.append(link)
-            link = link.__cause__ or link.__context__
-        if any(isinstance(one, GatedRepoError) for one in chain):
-            reason = "its owner asks you to accept a licence: do so on its hub page, then log in with `hf auth login`"
-        elif any(isinstance(one, RepositoryNotFoundError) for one in chain):
-            reason = "the hub has no public model of this name: check it, or log in with `hf auth login`"
-        else:
-            reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-            if not Path(name).exists():
-                reason = f"there is no such folder, and of the hub's: {reason}"
-        raise OSError(f"{setting}={name!r} cannot be loaded: {reason}.") from error
+        raise OSError(f"{setting}={name!r} cannot be loaded: {_reason(error, name)}.") from error
     except ValueError as error:  # What diffusers says of an adapter's repository without a connection.
         if "weight_name" not in str(error):
             raise
@@ -106,6 +95,41 @@ def one_line_errors(setting: str, name: str) -> Iterator[None]:
             f"{setting}={name!r} cannot be loaded: there is no such folder, and without a connection an adapter of the "
             "hub needs the name of its file, 'owner/name/file.safetensors'."
         ) from error
+
+
+def _reason(error: OSError, name: str) -> str:
+    """Why a name leads to nothing, and what to do about it."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    kinds = [type(link) for link in chain]
+    if any(issubclass(kind, GatedRepoError) for kind in kinds):
+        return "its owner asks you to accept a licence: do so on its hub page, then log in with `hf auth login`"
+    if any(issubclass(kind, RepositoryNotFoundError) for kind in kinds):
+        return "the hub has nothing public of this name: check it, or log in with `hf auth login`"
+    story = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    if Path(name).exists():
+        return story
+    if constants.HF_HUB_OFFLINE or any(issubclass(kind, ConnectionError | LocalEntryNotFoundError) for kind in kinds):
+        cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        return (
+            f"there is no such folder, no whole copy in the hub's cache, and {cause}. Give the folder of a copy, "
+            "or let it be downloaded: with a network, and without HF_HUB_OFFLINE"
+        )
+    return f"there is no such folder, and of the hub's: {story}"
+
+
+@contextmanager
+def without_diffusers_log() -> Iterator[None]:
+    """Without the pages that diffusers logs of an adapter that does not fit: the error is enough."""
+    logger = logging.getLogger("diffusers.loaders.peft")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager
