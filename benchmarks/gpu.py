@@ -256,6 +256,8 @@ def settings_of(folder, *, tiny, updates, count, use_cpu):
         num_generations=count // 2,
         decode_batch_size=1,
         fake_score_updates_per_policy_update=2,
+        fake_score_warmup_steps=0,
+        sanity_check=False,
         teacher_guidance_scale=3.0,
         warm_start="none",
         pathwise_steps="any",
