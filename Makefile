@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: help demo test check lint types build format clean
+.PHONY: help demo test long check lint types build format clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed  ## Distil the embedded teacher and write a report to d
 
 test: $(VENV)/.installed-dev  ## Run the tests and the docstring examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+long: $(VENV)/.installed-dev  ## Run the tests that take minutes each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) -m long $(PYTEST_ARGS)
 
 check: lint types test build  ## Run everything that continuous integration runs
 

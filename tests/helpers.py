@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import runpy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
@@ -315,6 +317,16 @@ def count_convolutions(work: Callable[[], None]) -> int:
     work()
     hook.remove()
     return count
+
+
+def run_example(name: str, *words: object) -> None:
+    """Run an example's script as the main program, with these words on its command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        try:
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, f"it ended with {ended.code!r}"
 
 
 def example(name: str) -> ModuleType:

@@ -37,11 +37,16 @@ GNDMR: dict[str, Any] = {
     "save_steps": 1,
 }
 # What runs sharded: one base, a separate teacher with the fake score on it, and three networks.
-QUICK = {"fake_score_updates_per_policy_update": 1, "logging_steps": 2}
+QUICK = {
+    "fake_score_updates_per_policy_update": 1,
+    "fake_score_warmup_steps": 0,
+    "logging_steps": 2,
+    "save_strategy": "no",
+}
 SHARDED: dict[str, dict[str, Any]] = {
     "shared": {"noise_pool": 4},
-    "separate": {"beta": 0.1, CHECKPOINTING: True, "num_iterations": 2},
-    "full": {"lora": False, "max_grad_norm": 0.01},
+    "separate": {"beta": 0.1, CHECKPOINTING: True, "num_iterations": 2, "max_steps": 1, "logging_steps": 1},
+    "full": {"lora": False, "max_grad_norm": 0.01, "num_replayed_steps": 1, "save_strategy": "steps"},
 }
 
 

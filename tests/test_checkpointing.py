@@ -56,7 +56,7 @@ def run(base: Path, folder: Path, *, lora: bool = True, resume=None, stop: int |
 
 def everything(trainer: RDMTrainer, folder: Path) -> tuple:
     """All that a run ends with."""
-    tensors, state, _ = read_checkpoint(folder / "checkpoint-4")
+    tensors, state, _ = read_checkpoint(checkpoints(folder)[-1])
     return tensors, state, log_numbers(trainer), trainer.state.global_step, trainer.state.epoch
 
 
@@ -102,13 +102,15 @@ def test_resuming_with_everything_switched_on(base: Path, tmp_path: Path) -> Non
         CHECKPOINTING: True,
         "num_renoise": 2,
         "renoise_distribution": "annealed_beta",
-        "renoise_anneal_steps": 4,
-        "logging_steps": 2,
+        "renoise_anneal_steps": 2,
+        "max_steps": 2,
+        "save_steps": 1,
         "warm_start": "none",
+        "fake_score_warmup_steps": 0,
         "fake_score_updates_per_policy_update": 2,
     }
     whole = run(base, tmp_path / "whole", **settings)
-    resumed = run(base, tmp_path / "parts", resume=tmp_path / "whole" / "checkpoint-2", **settings)
+    resumed = run(base, tmp_path / "parts", resume=tmp_path / "whole" / "checkpoint-1", **settings)
     assert same(everything(whole, tmp_path / "whole"), everything(resumed, tmp_path / "parts"))
 
 

@@ -1,10 +1,11 @@
 """Latents to images and image gradients back: as the pipeline decodes, in small batches, and no weight is touched."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AsymmetricAutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
 
 from rdm_rl import RDMTrainer
 from rdm_rl.families import load_family
@@ -20,7 +21,7 @@ from tests.helpers import (
     snapshot,
     stock_images,
 )
-from tests.tiny_pipelines import tiny_autoencoder
+from tests.tiny_pipelines import tiny_autoencoder, tiny_sdxl
 
 
 @pytest.fixture
@@ -85,6 +86,30 @@ def test_a_tiny_decoder_makes_the_images_of_the_stock_pipeline(base: Path, tmp_p
     leaf = x_0.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(decode(leaf).sum(), leaf)
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "asymmetric"])
+def test_sdxl_with_another_decoder_makes_the_images_of_the_stock_pipeline(kind: str, tmp_path: Path) -> None:
+    pipeline = tiny_sdxl(tmp_path / "source")
+    if kind == "tiny":
+        vae: Any = AutoencoderTiny.from_pretrained(tiny_autoencoder(tmp_path / "vae"))
+    else:
+        blocks: Any = {"down_block_out_channels": (8, 16), "up_block_out_channels": (8, 16), "norm_num_groups": 8}
+        types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        vae = AsymmetricAutoencoderKL(**blocks, **types, scaling_factor=0.13).eval()
+    pipeline = StableDiffusionXLPipeline(**{**pipeline.components, "vae": vae}, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    x_0 = latents(1, 4, 8, 8)
+    stock = pipeline("a cat", num_inference_steps=1, latents=x_0, output_type="pt").images
+    ended = pipeline("a cat", num_inference_steps=1, latents=x_0, output_type="latent").images
+    torch.testing.assert_close(load_family(pipeline).decode(ended), stock, rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_for_other_latents_is_refused(tmp_path: Path) -> None:
+    pipeline = tiny_sdxl(tmp_path / "source")
+    pipeline.vae = AutoencoderTiny.from_pretrained(tiny_autoencoder(tmp_path / "vae", latent_channels=16))
+    with pytest.raises(ValueError, match="AutoencoderTiny decodes latents of 16 channels, but the network's have 4"):
+        load_family(pipeline)
 
 
 def test_a_tiny_decoder_for_other_latents_is_refused(tmp_path: Path) -> None:

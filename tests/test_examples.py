@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rdm_rl.demo.data import load_digits
+from rdm_rl.evaluation.pictures import PANELS
 from rdm_rl.rewards import registry
 from tests.helpers import example
 
@@ -49,6 +50,7 @@ def test_digits_redif(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_digits_gndmr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 20)
     monkeypatch.setattr("rdm_rl.demo.run.TEACHER_STEPS", 2)
+    monkeypatch.setattr("rdm_rl.evaluation.pictures.PANELS", PANELS[:2])
     module = example("digits_gndmr")
     words = ["--output_dir", str(tmp_path), "--reward", "ink", "--weight", "0.5", "--method", "dmdr"]
     module.main([*words, "--max_steps", "2", "--reward_start_step", "1", *SHORT])

@@ -171,14 +171,14 @@ def test_guidance_is_the_pipeline_s_own(family: Family, monkeypatch: pytest.Monk
         ddim = DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True)
         monkeypatch.setattr(pipeline, "scheduler", ddim)
         times = {}
-    for guidance in (1.0, 3.0) if family.has_guidance else (1.0,):
+    for guidance in (1.0, 0.5, 3.0) if family.has_guidance else (1.0,):
         call = {**asked(family, texts), **family.student_call(1, guidance_scale=guidance), **times}
         call["generator"] = torch.Generator().manual_seed(SEED)
         # DiT's pipeline has a guided and an unguided half from one noise; both halves are the guided prediction.
         expected = unpacked(family, latents_of(pipeline, monkeypatch, **call)[: len(texts)])
         x_0 = family.predict_x_0(family.network, noise, torch.ones(2), family.encode(texts), guidance)
         torch.testing.assert_close(x_0, expected, rtol=1e-4, atol=1e-4)
-        if guidance != 1:
+        if guidance > 1:
             plain = family.predict_x_0(family.network, noise, torch.ones(2), family.encode(texts), 1.0)
             assert (plain - expected).abs().max() > 1e-3
 
@@ -290,10 +290,10 @@ def test_full_fine_tuning_saves_a_pipeline(family: Family, kind: str, folder: Pa
     assert not changed(snapshot(trainer.networks.module("policy")), own)
 
 
-def test_three_updates_change_only_what_they_should(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:
+def test_an_update_changes_only_what_it_should(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:
     """GNDMR with a reward's gradient: policy and fake score move, everything else stays bit for bit."""
     rows = [{"prompt": text} for text in prompts(family, 3)]
-    settings = {**QUICK, "max_steps": 3, "resolution": MAKERS[kind][1]}
+    settings = {**QUICK, "max_steps": 1, "resolution": MAKERS[kind][1]}
     trainer = quick_trainer(
         folder,
         tmp_path,

@@ -62,19 +62,19 @@ def run(base: Path, folder: Path, reward_funcs: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("reference", "settings"),
     [
-        ("cold_start", {"reward_start_step": 4, "reward_ramp_steps": 3, "reward_weights": [1.0, 1.5]}),
+        ("cold_start", {"reward_start_step": 2, "reward_ramp_steps": 3, "reward_weights": [1.0, 4.0]}),
         ("online", {"reward_weights": [1.0, 0.8]}),
     ],
 )
 def test_units_and_origin_of_a_reward_do_not_matter(
     reference: str, settings: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
-    """From the first update on, and over twenty. A power of two is exact in fp32, so even the weights agree."""
-    settings = {**settings, "adaptive_reference": reference, "max_steps": 20, "logging_steps": 100}
+    """From the first update on, and over eight. A power of two is exact in fp32, so even the weights agree."""
+    settings = {**settings, "adaptive_reference": reference, "max_steps": 8, "logging_steps": 100}
     plain = run(base, tmp_path, ["rdm", brightness()], **settings)
     moved = trained_weights(plain)
     assert max(push["brightness"].abs().max() for push in plain.pushes) > 0.01
-    for scale, shift in ((2.0**-10, 0.0), (2.0**10, 5.0), (1.0, 5.0)):
+    for scale, shift in ((2.0**-10, 0.0), (2.0**10, 5.0)):
         other = run(base, tmp_path, ["rdm", brightness(scale, shift)], **settings)
         for one, two in zip(plain.pushes, other.pushes, strict=True):
             difference, size = (one["brightness"] - two["brightness"]).norm(), one["brightness"].norm()
@@ -378,9 +378,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(weighting: str, base: Path, tmp_
         "reward_conflict": "project",
         "num_inference_steps": 2,
         "ema_decay": 0.9,
-        "max_steps": 6,
+        "max_steps": 4,
         "save_strategy": "steps",
-        "save_steps": 3,
+        "save_steps": 2,
         "scale_rewards": "batch",
     }
 
@@ -390,21 +390,21 @@ def test_a_resumed_run_is_the_uninterrupted_run(weighting: str, base: Path, tmp_
         rewards = ["rdm", often_silent, watched, brightness()]
         return quick_trainer(base, tmp_path / folder, rewards, kind=Pushing, given=given, **settings)
 
-    whole, first, second = make("whole"), make("cut", callbacks=[StopAfter(3)]), make("cut")
+    whole, first, second = make("whole"), make("cut", callbacks=[StopAfter(2)]), make("cut")
     whole.train()
     first.train()
-    assert first.state.global_step == 3
+    assert first.state.global_step == 2
     second.train(resume_from_checkpoint=True)
     assert not changed(trained_weights(whole), trained_weights(second))
     assert changed(trained_weights(first), trained_weights(second))
     assert log_numbers(whole) == log_numbers(second)
-    assert whole.lambdas[3:] == second.lambdas
+    assert whole.lambdas[2:] == second.lambdas
     assert whole.weighting.state_dict() == second.weighting.state_dict() != first.weighting.state_dict()
     assert whole.reward_spreads == second.reward_spreads
-    for one, two in zip(whole.directions[3:], second.directions, strict=True):
+    for one, two in zip(whole.directions[2:], second.directions, strict=True):
         for name in one:
             assert same(one[name].values, two[name].values)
-    saved = [read_checkpoint(tmp_path / folder / "checkpoint-6")[:2] for folder in ("whole", "cut")]
+    saved = [read_checkpoint(tmp_path / folder / "checkpoint-4")[:2] for folder in ("whole", "cut")]
     assert same(*saved)
 
 

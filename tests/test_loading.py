@@ -2,19 +2,20 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from rdm_rl.cli.main import main
 from rdm_rl.families import load_family, register_family
 from rdm_rl.families.hub import adapter_file
 from rdm_rl.rewards.images import load_tiny_decoder
-from tests.helpers import QUICK, quick_trainer, tiny_sd
+from tests.helpers import QUICK, quick_trainer, same, tiny_sd
 from tests.tiny_pipelines import tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl, tiny_unconditional
 
 
@@ -36,7 +37,7 @@ def one_line(error: BaseException) -> str:
 @pytest.mark.usefixtures("no_loading")
 def test_a_missing_component_is_said_before_loading(tmp_path: Path) -> None:
     tiny_sdxl(tmp_path / "source").save_pretrained(tmp_path / "model")
-    for missing in ("unet", "vae", "text_encoder_2", "scheduler"):
+    for missing in ("unet", "vae", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
         (tmp_path / "model" / missing).rename(tmp_path / missing)
         message = f"has no '{missing}' folder, but a StableDiffusionXLPipeline"
         with pytest.raises(FileNotFoundError, match=message) as found:
@@ -50,6 +51,64 @@ def test_a_missing_component_of_a_loaded_pipeline(tmp_path: Path) -> None:
     pipe.vae = None
     with pytest.raises(ValueError, match="has no vae, which distillation needs"):
         load_family(pipe)
+
+
+def test_an_encoder_without_its_tokenizer(tmp_path: Path) -> None:
+    """diffusers would give every prompt the same rows of T5."""
+    pipe = tiny_sd3(tmp_path / "source")
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_3").rename(tmp_path / "elsewhere")
+    file = tmp_path / "model" / "model_index.json"
+    index = json.loads(file.read_text())
+    for listed in (index["tokenizer_3"], [None, None]):
+        file.write_text(json.dumps(index | {"tokenizer_3": listed}))
+        with pytest.raises(FileNotFoundError, match="has no 'tokenizer_3' folder"):
+            load_family(tmp_path / "model")
+    pipe.tokenizer_3 = None
+    with pytest.raises(ValueError, match="has no tokenizer_3, which distillation needs"):
+        load_family(pipe)
+
+
+def test_what_is_not_needed_is_not_loaded(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    file = tmp_path / "model" / "model_index.json"
+    listed = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | listed | {"requires_safety_checker": True}))
+    assert load_family(tmp_path / "model").pipeline.safety_checker is None
+
+
+def rename_weights(folder: Path, old: str, new: str) -> None:
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_name(file.name.replace(old, new)))
+
+
+def test_a_folder_of_one_variant_alone_is_loaded(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    rename_weights(tmp_path / "model", ".safetensors", ".fp16.safetensors")
+    expected, loaded = (load_family(folder).network.state_dict() for folder in (base, tmp_path / "model"))
+    assert same(loaded, expected)
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    rename_weights(tmp_path / "model" / "vae", "fp16", "ema")
+    with pytest.raises(FileNotFoundError, match="different variants alone: ema, fp16"):
+        load_family(tmp_path / "model")
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("suffix", "message"),
+    [
+        (".bin", r"no weights for 'unet' .* only diffusion_pytorch_model\.bin; pickles, .* use_safetensors=False"),
+        (".gguf", r"no weights for 'unet' .* only a configuration; download the whole model"),
+    ],
+)
+def test_a_folder_without_weights_to_load(suffix: str, message: str, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    rename_weights(tmp_path / "model" / "unet", ".safetensors", suffix)
+    with pytest.raises(FileNotFoundError, match=message):
+        load_family(tmp_path / "model")
 
 
 def test_an_unsupported_prediction_type(tmp_path: Path) -> None:
@@ -209,6 +268,13 @@ def test_guidance_where_there_is_none(tmp_path: Path) -> None:
     quick_trainer(dev, tmp_path, "rdm", resolution=16, **{**QUICK, "guidance_scale": 3.5})
 
 
+def test_a_learned_variance_that_no_student_s_scheduler_takes() -> None:
+    pipe = tiny_unconditional()
+    pipe.unet = UNet2DModel(**{**pipe.unet.config, "out_channels": 6})
+    with pytest.raises(ValueError, match="makes 6 channels of 3: it also predicts a variance"):
+        load_family(pipe)
+
+
 def test_classes_that_a_dit_does_not_have(tmp_path: Path) -> None:
     family = load_family(tiny_dit(tmp_path))
     with pytest.raises(ValueError, match="'a cat' names no class of this model: write its number, 0 to 999"):
@@ -283,7 +349,7 @@ def test_a_sample_finds_the_base_or_asks_for_it(
     monkeypatch.setattr(logging.getLogger("diffusers.loaders.peft"), "handle", logged.append)
     for other, message in (
         ("sdxl", "does not fit this model: size mismatch"),
-        ("sd3", "no adapter for the transformer"),
+        ("sd3", "belong to no layer of the SD3Transformer2DModel"),
     ):
         assert main([*words, "--model", str(tmp_path / other)]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]

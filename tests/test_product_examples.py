@@ -1,4 +1,4 @@
-"""The examples for real models: launched on tiny pipelines of the true classes; and what their files say."""
+"""The examples for real models: run on tiny pipelines of the true classes; and what their files say."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from rdm_rl.rewards.registry import find_reward
 from rdm_rl.student import load_student
 from rdm_rl.trainers.rdm_config import method_settings
 from tests import tiny_pipelines
-from tests.helpers import EXAMPLES, WITHOUT_RDM, brightness, example, one_rollout, quick_trainer, tiny_sd
+from tests.helpers import EXAMPLES, WITHOUT_RDM, brightness, example, one_rollout, quick_trainer, run_example, tiny_sd
 
 PRODUCTS = ["sd15_gndmr", "sdxl_gndm", "sd3_gndmr", "flux_gndm"]
 TINY: dict[str, Callable[[Path], DiffusionPipeline]] = {
@@ -40,7 +40,7 @@ TINY_RUN = """
 
 
 def launch(script: str, *words: Any, folder: Path) -> str:
-    """What a script prints when it is launched in a folder."""
+    """What a script prints that accelerate launches in a folder."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines"]
     command += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", str(EXAMPLES / f"{script}.py")]
     path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
@@ -64,11 +64,14 @@ def settings(name: str, *words: str) -> tuple[TrainArguments, RDMConfig]:
     return parsed[0], parsed[1]
 
 
-# ----- launched -----
+# ----- run -----
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_it_runs_as_it_is_launched(name: str, tmp_path: Path) -> None:
+def test_it_runs_as_a_script(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     pipeline = TINY[name](tmp_path / "sources")
     pipeline.save_pretrained(tmp_path / "base")
     run = tmp_path / "run"
@@ -80,8 +83,8 @@ def test_it_runs_as_it_is_launched(name: str, tmp_path: Path) -> None:
             "def bright(images, prompts):\n    return images.mean((1, 2, 3))\nbright.differentiable = True\n"
         )
         words += ["--reward_funcs", "rdm", "ink", "mine.py:bright", "--reward_start_step", 1]
-    printed = launch(name, *words, folder=tmp_path)
-    assert f"The student is in {run}" in printed
+    run_example(name, *words)
+    assert f"The student is in {run}" in capsys.readouterr().out
 
     weights = load_file(run / "pytorch_lora_weights.safetensors")
     assert any(value.any() for name, value in weights.items() if "lora_B" in name)

@@ -12,6 +12,7 @@ from pyarrow import parquet
 from rdm_rl.cli.train import TrainArguments, load_prompts
 from rdm_rl.trainers.prompt_files import PromptRows, read_prompt_file, read_prompts
 from rdm_rl.trainers.prompts import PromptSource
+from tests.helpers import tiny_trainer
 
 BICYCLE, DOOR = "a red bicycle", "a blue door"
 BOTH = [BICYCLE, DOOR]
@@ -211,3 +212,15 @@ def test_slices_remember_what_was_left_out(tmp_path: Path) -> None:
     rows = read_prompt_file(written(tmp_path / "prompts.txt", "a\n\nb\nc\n"))
     assert isinstance(rows[1:], PromptRows)
     assert PromptSource(rows[1:], seed=0).describe() == "2 prompts (1 blank left out)"
+
+
+def test_a_trainer_reads_what_its_data_are_called(base: Path, tmp_path: Path) -> None:
+    """And rows of the evaluation have every column that rewards read in training."""
+    path = written(tmp_path / "prompts.jsonl", '{"prompt": "the digit 1", "digit": 1}\n{"prompt": "a cat"}\n')
+    eval_rows = [{"prompt": "a dog", "colour": "red"}]
+    trainer = tiny_trainer(base, tmp_path / "run", train_dataset=str(path), given={"eval_dataset": eval_rows})
+    digits = {"the digit 1": 1, "a cat": None}
+    batches = [*trainer.prompt_batches(0), *trainer.prompt_batches(1)]
+    for batch in batches:
+        assert batch.columns == {"digit": [digits[text] for text in batch.prompts]}
+    assert trainer.eval_columns == {"digit": [None], "colour": ["red"]}

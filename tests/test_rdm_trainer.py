@@ -151,7 +151,7 @@ def test_every_step_is_replayed_sometimes(base: Path, tmp_path: Path) -> None:
 
     settings = {"per_device_train_batch_size": 1, "num_generations": 1, "fake_score_updates_per_policy_update": 1}
     tiny_trainer(
-        base, tmp_path, kind=Recording, num_inference_steps=3, max_steps=16, logging_steps=100, **COLD, **settings
+        base, tmp_path, kind=Recording, num_inference_steps=3, max_steps=8, logging_steps=100, **COLD, **settings
     ).train()
     assert {0, 1, 2} == set(steps)
 

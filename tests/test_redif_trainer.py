@@ -1,10 +1,7 @@
 """ReDiF: pairs of the same prompt and noise, the teacher's kept images, presets, the control, and what is refused."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +23,8 @@ from rdm_rl.rewards.teacher_match import TeacherMSE
 from rdm_rl.student import load_student
 from rdm_rl.trainers.rdm_config import method_settings
 from rdm_rl.trainers.redif_trainer import PRESETS
-from tests.helpers import PROMPTS, changed, declare, one_rollout, same, trained_weights
+from tests.helpers import EXAMPLES, PROMPTS, changed, declare, one_rollout, run_example, same, trained_weights
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # As little as possible beside what a test looks at; a teacher of 4 steps and without guidance.
 SMALL: dict[str, Any] = {
     "use_cpu": True,
@@ -374,28 +370,15 @@ def test_the_saved_student_is_the_trained_one_in_stock_diffusers(guidance: float
 # ----- the example for Stable Diffusion -----
 
 
-def test_the_example_runs_as_it_is_launched(base: Path, tmp_path: Path) -> None:
+def test_the_example_runs_as_a_script(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("cat\ndog\nhorse\nowl\n", encoding="utf-8")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(EXAMPLES / "redif.py")]
-    words = ["--config", str(EXAMPLES / "redif.yaml"), "--model_name_or_path", str(base), "--dataset", str(prompts)]
-    words += ["--output_dir", str(tmp_path / "run"), "--reward_funcs", "teacher_mse", "--held_out", "1", "--use_cpu"]
+    words = ["--config", EXAMPLES / "redif.yaml", "--model_name_or_path", base, "--dataset", prompts]
+    words += ["--output_dir", tmp_path / "run", "--reward_funcs", "teacher_mse", "--held_out", "1", "--use_cpu"]
     words += ["--bf16", "false", "--max_steps", "1", "--per_device_train_batch_size", "2", "--num_generations", "2"]
     words += ["--teacher_num_inference_steps", "2", "--logging_steps", "1", "--eval_strategy", "no"]
-    done = subprocess.run(
-        [*launch, *words],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"alignment/teacher_mse: -\d\.\d+ before, -\d\.\d+ after", done.stdout)
+    run_example("redif", *words)
+    assert re.search(r"alignment/teacher_mse: -\d\.\d+ before, -\d\.\d+ after", capsys.readouterr().out)
     weights = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert any(value.any() for name, value in weights.items() if "lora_B" in name)
     use = json.loads((tmp_path / "run" / "student.json").read_text())

@@ -103,9 +103,13 @@ def test_every_documented_answer_is_read(answer: Any, expected: list[float | Non
     ],
     ids=lambda value: None if isinstance(value, Generator) else str(value),  # Its text is its address.
 )
-def test_what_is_no_answer_is_refused(answer: Any, error: type[Exception], message: str) -> None:
+def test_what_is_no_answer_is_a_fault_of_all_samples(answer: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         read_answer(answer, 2)
+    with pytest.raises(RewardError, match=rf"'own' failed on 2 sample\(s\).*{message}"):
+        ask(lambda images, prompts: answer, count=2)
+    output = ask(lambda images, prompts: answer, count=2, on_error="skip")
+    assert (output.faults, output.applicable.tolist()) == (2, [False, False])
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values")
@@ -568,19 +572,11 @@ def raises(values: Tensor) -> Any:
     raise ZeroDivisionError("out of order")
 
 
+# What is read as no answer, and what as no finite value, is above.
 MISBEHAVIOURS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "raises": (raises, "ZeroDivisionError: out of order"),
     "wrong length": (lambda values: values[1:], r"shape \(1,\) for 2 samples"),
-    "short list": (lambda values: [0.5], "1 values for 2 samples"),
     "nan": (lambda values: values * torch.nan, "its value is NaN or infinite"),
-    "nan in a list": (lambda values: [float("nan")] * 2, "its value is NaN or infinite"),
-    "inf": (lambda values: values / 0, "its value is NaN or infinite"),
-    "text": (lambda values: "0.5", "returned str"),
-    "dict": (lambda values: {"a": 1, "b": 2}, "returned dict"),
-    "nothing": (lambda values: None, "returned NoneType"),
-    "list of texts": (lambda values: ["0.5", "0.5"], "returned str '0.5' among its values"),
-    "column": (lambda values: values[:, None], r"shape \(2, 1\)"),
-    "complex": (lambda values: torch.complex(values, values), "complex numbers"),
 }
 
 

@@ -512,7 +512,8 @@ def test_the_library_hands_over_pairs_and_takes_the_gradient(name: str, folders:
 @pytest.mark.parametrize("name", ["mse", "histogram", "perceptual"])
 def test_watched_with_distribution_matching(name: str, base: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     reward = declare(make(name, folders), name="match")
-    trainer = quick_trainer(base, tmp_path, ["rdm", reward], reward_weights=[1.0, 0.0], **QUICK)
+    settings = {**QUICK, "teacher_num_inference_steps": 2}
+    trainer = quick_trainer(base, tmp_path, ["rdm", reward], reward_weights=[1.0, 0.0], **settings)
     rollout = one_rollout(trainer)
     made = trainer.compute_rewards(rollout, 0)["match"]
     images, teacher = trainer.family.decode(rollout.sample), trainer.rewards["match"].context.teacher_images(rollout)
@@ -531,7 +532,7 @@ def test_training_on_a_match_brings_the_student_nearer_to_the_teacher(
 ) -> None:
     reward = declare(make(name, folders), name="match")
     trainer = quick_trainer(
-        base, tmp_path, reward, **WITHOUT_RDM, max_steps=15, learning_rate=3e-3, teacher_num_inference_steps=3
+        base, tmp_path, reward, **WITHOUT_RDM, max_steps=8, learning_rate=5e-3, teacher_num_inference_steps=2
     )
     weights = trained_weights(trainer)
 

@@ -73,10 +73,10 @@ class Case:
 
 # tests/test_family_contract.py crosses all numbers of steps with all prediction types, in one process.
 CASES = [
-    *(Case("epsilon", False, steps) for steps in (1, 2, 3, 4)),
-    *(Case("v_prediction", False, steps) for steps in (1, 3)),
+    *(Case("epsilon", False, steps) for steps in (1, 4)),
+    Case("v_prediction", False, 3),
     *(Case("v_prediction", True, steps) for steps in (1, 4)),
-    *(Case("v_prediction", False, steps, lora=False) for steps in (1, 4)),
+    Case("v_prediction", False, 4, lora=False),
 ]
 
 
@@ -138,7 +138,7 @@ def test_plain_diffusers_makes_our_images(both: tuple[dict, dict, dict]) -> None
 
 def trained(base: Path, folder: Path, **settings) -> RDMTrainer:
     quick = {**QUICK, "ema_decay": 0.999, "num_inference_steps": 2}
-    trainer = tiny_trainer(base, folder, **{**quick, "learning_rate": 1e-2, "max_steps": 3, **settings})
+    trainer = tiny_trainer(base, folder, **{**quick, "learning_rate": 1e-2, **settings})
     trainer.train()
     return trainer
 

@@ -75,8 +75,9 @@ def prediction(trainer: RDMTrainer, role: str) -> Tensor:
         return family.forward(networks.module(role), latents(2, 4, 8, 8), T, family.encode(TEXTS))
 
 
-@pytest.mark.parametrize("style", ["peft", "attention", "kohya"])
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("style", "lora"), [("peft", True), ("attention", True), ("kohya", True), ("kohya", False)], ids=str
+)
 def test_the_policy_starts_as_the_published_student(
     style: str, lora: bool, base: Path, plain: Tensor, tmp_path: Path
 ) -> None:

@@ -323,10 +323,10 @@ def _read_json(text: str) -> Iterator[Row]:
 
 def _json_values(text: str) -> Iterator[tuple[str, Any]]:
     """The values that follow each other in a text, and the line that each begins in."""
-    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+    decoder, spaces = json.JSONDecoder(), re.compile(r"\s*")
     position, line = 0, 1
     while True:
-        start = blank.match(text, position).end()  # type: ignore[union-attr]
+        start = spaces.match(text, position).end()  # type: ignore[union-attr]
         if start == len(text):
             return
         line += text.count("\n", position, start)

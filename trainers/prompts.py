@@ -52,7 +52,7 @@ class PromptSource:
             _check_columns(dataset.column_names, name)
         else:
             for index in range(len(dataset)):
-                row = self._own_row(index)
+                row = self._stored_row(index)
                 _check_columns(row, f"Row {index} of {name}")
                 names |= dict.fromkeys(row)
         self.columns = list(names)
@@ -67,9 +67,9 @@ class PromptSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A row of the data set, in its own order."""
-        return {**dict.fromkeys(self.columns), **self._own_row(index)}
+        return {**dict.fromkeys(self.columns), **self._stored_row(index)}
 
-    def _own_row(self, index: int) -> Mapping[str, Any]:
+    def _stored_row(self, index: int) -> Mapping[str, Any]:
         try:
             row = self._dataset[index]
         except (LookupError, TypeError) as error:  # What is no sequence of rows, a table of pandas, say.

@@ -36,7 +36,7 @@ else:
         {
             "ManifoldMetrics": "rdm_rl.evaluation.distances",
             "Report": "rdm_rl.evaluation.report",
-            "SamplerMetrics": "rdm_rl.demo.judge",
+            "SamplerMetrics": "rdm_rl.evaluation.metrics",
             "digit_accuracy": "rdm_rl.demo.recognisers",
             "digit_features": "rdm_rl.demo.recognisers",
             "first_of_each": "rdm_rl.evaluation.pictures",

@@ -1,7 +1,7 @@
 """What the library asks of a family of diffusion pipelines: the border where foreign models become one interface."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from rdm_rl.families.adapters import check_all_loaded, load_peft_folder, peft_folder, tensor_names
 from rdm_rl.families.encoding import PromptEncoding, device_of
 from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base, without_diffusers_log
 from rdm_rl.families.precision import to_precision
@@ -61,17 +62,25 @@ class Family(PromptEncoding, ABC):
 
     def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
         """Keep the pipeline and freeze everything in it."""
-        self.pipeline = pipeline
+        self.pipeline = _without_compilation(pipeline)
         self.resolution = resolution
         PromptEncoding.__init__(self)
         self._home: torch.device | None = None
-        needed = [self.network_name, self.decoder_name, "scheduler"]
-        needed += [name for name in self.text_encoder_names if name not in self.optional_components]
-        missing = [name for name in needed if name is not None and getattr(pipeline, name, None) is None]
+        present = [name for name, part in self.pipeline.components.items() if part is not None]
+        missing = [name for name in self.needed_components(present) if getattr(pipeline, name, None) is None]
         if missing:
             raise ValueError(
                 f"The {type(pipeline).__name__} has no {', '.join(missing)}, which distillation needs. Load the whole "
                 "pipeline, with every component."
+            )
+        decoder: Any = self.decoder
+        decoded = (
+            self.latent_channels if decoder is None else decoder.config.get("latent_channels", self.latent_channels)
+        )
+        if decoded != self.latent_channels:
+            raise ValueError(
+                f"The pipeline's {type(decoder).__name__} decodes latents of {decoded} channels, but the network's "
+                f"have {self.latent_channels}. Use the autoencoder of this model, or a smaller one made for it."
             )
         if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
             raise ValueError(
@@ -81,7 +90,7 @@ class Family(PromptEncoding, ABC):
             )
         if resolution is not None:
             self._check_resolution(resolution)
-        for component in pipeline.components.values():
+        for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
 
@@ -100,6 +109,20 @@ class Family(PromptEncoding, ABC):
             )
 
     # ----- its parts -----
+
+    @classmethod
+    def needed_components(cls, present: Collection[str]) -> list[str]:
+        """Names of the parts without which a pipeline cannot be distilled: network, decoder, scheduler, encoders.
+
+        An encoder needs its tokenizer: without one, diffusers encodes every prompt alike.
+
+        Args:
+            present: Names of the parts that the pipeline has.
+        """
+        encoders = [name for name in cls.text_encoder_names if name in present or name not in cls.optional_components]
+        tokenizers = [tokenizer_of(name) for name in encoders]
+        parts = (cls.network_name, cls.decoder_name, "scheduler", *encoders, *tokenizers)
+        return [name for name in parts if name is not None]
 
     @property
     def network(self) -> nn.Module:
@@ -292,7 +315,7 @@ class Family(PromptEncoding, ABC):
         type(self.pipeline).save_lora_weights(folder, safe_serialization=True, **parts)
 
     def load_adapter(self, source: str, name: str, setting: str = "adapter") -> None:
-        """Give the network an adapter of any format, rank and set of layers that the stock pipeline loads.
+        """Give the network an adapter of any format, rank and set of layers that the stock pipeline or PEFT loads.
 
         Args:
             source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
@@ -300,7 +323,7 @@ class Family(PromptEncoding, ABC):
             setting: What was set to it, for errors.
 
         Raises:
-            ValueError: If the pipeline loads no adapters, or this one changes more than the network.
+            ValueError: If the pipeline loads no adapters, or this one changes more than the network, or not all of it.
             OSError: If it cannot be loaded.
         """
         if not self.loads_lora:
@@ -309,20 +332,23 @@ class Family(PromptEncoding, ABC):
                 "model."
             )
         path, weight_name = adapter_file(source)
-        known = {"weight_name": weight_name} if weight_name else {}
+        options: dict[str, Any] = {"use_safetensors": True} | ({"weight_name": weight_name} if weight_name else {})
         with one_line_errors(setting, source), sharing_a_base(), without_diffusers_log():
             try:
-                self.pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True, **known)
+                folder = peft_folder(path, weight_name)
+                if folder is not None:
+                    names = load_peft_folder(self.network, folder, name)
+                else:
+                    names = tensor_names(self.pipeline, self.network_name, path, **options)
+                    self.pipeline.load_lora_weights(path, adapter_name=name, **options)
             except RuntimeError as error:
                 raise ValueError(f"{setting}={source!r} does not fit this model: {mismatch(error)}.") from error
-        for part in self.text_encoders:
-            if any(isinstance(module, BaseTunerLayer) for module in part.modules()):
-                raise ValueError(
-                    f"{setting}={source!r} also adapts the text encoder, which policy, teacher and fake score share. "
-                    "Use an adapter of the denoising network alone."
-                )
-        if name not in getattr(self.network, "peft_config", {}):
-            raise ValueError(f"{setting}={source!r} holds no adapter for the {self.network_name} of this pipeline.")
+        if any(tensor.startswith("text_encoder") for tensor in names):
+            raise ValueError(
+                f"{setting}={source!r} also adapts the text encoder, which policy, teacher and fake score share. "
+                "Use an adapter of the denoising network alone."
+            )
+        check_all_loaded(self.network, name, names, f"{setting}={source!r}")
 
     def fuse_adapter(self, source: str, setting: str = "adapter") -> None:
         """Add an adapter to the network's own weights.
@@ -392,19 +418,51 @@ class Family(PromptEncoding, ABC):
             x_t: Noisy latents, shape (N, C, H, W).
             t: Times, shape (N,), in (0, 1].
             conditioning: Encoded prompts, N rows.
-            guidance_scale: 1 asks the network once; anything else also asks it for the empty prompt. A network that
-                embeds its guidance (FLUX.1-dev) is always asked once, and told the scale.
+            guidance_scale: Above 1 the network is also asked for the empty prompt; else, as in the pipelines, there is
+                no guidance. A network that embeds its guidance (FLUX.1-dev) is always asked once, and told the scale.
 
         Returns:
             The prediction, shape (N, C, H, W), float32.
         """
-        if guidance_scale == 1.0 or self.embeds_guidance(network):
+        if guidance_scale <= 1.0 or self.embeds_guidance(network):
             output = self.forward(network, x_t, t, conditioning, guidance_scale)
         else:
             both = self.empty_prompt().repeat(len(x_t)).then(conditioning)
             without, with_prompt = self.forward(network, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
             output = without + guidance_scale * (with_prompt - without)
         return x_0_from_output(output, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """The attribute of a pipeline that holds an encoder's tokenizer.
+
+    Example:
+        >>> tokenizer_of("text_encoder_2")
+        'tokenizer_2'
+    """
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def _without_compilation(pipeline: Any) -> Any:
+    """The pipeline with its networks as they were before ``torch.compile``, whose wrapper renames every weight.
+
+    Raises:
+        ValueError: If a part of a network is wrapped.
+    """
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    wrapped = {name: part for name, part in networks.items() if "_orig_mod" in part._modules}
+    if wrapped:
+        pipeline = copy(pipeline)
+        for name, part in wrapped.items():
+            setattr(pipeline, name, part._orig_mod)
+    for name, part in networks.items():
+        inside = [place for place, _ in part.named_modules() if place.endswith("._orig_mod")]
+        if inside:
+            raise ValueError(
+                f"{inside[0].removesuffix('._orig_mod')!r} of the pipeline's {name} is compiled, so that the student's "
+                "weights would have names that no stock pipeline knows. Compile nothing, or the whole network."
+            )
+    return pipeline
 
 
 @dataclass

@@ -21,6 +21,7 @@ from rdm_rl.records import Conditioning
 EMPTY_PROMPT = "\0empty"
 """Stands for what guidance compares with: no prompt begins with this character."""
 
+_CLIP = (CLIPTokenizer, CLIPTokenizerFast)
 _PROBE = "Two Cats,  a naïve “3.5” & 猫."
 
 
@@ -164,19 +165,18 @@ class PromptEncoding(ABC):
         """How many tokens of a prompt the pipeline keeps, special ones included, by the name of the tokenizer.
 
         Stock pipelines give CLIP's tokenizers their own limit, and the others that of ``encode_prompt``, if it has one.
+        A family that cuts elsewhere overrides it.
         """
-        if not self.tokenizers:
-            return {}
-        usual = signature(self.pipeline.encode_prompt).parameters.get("max_sequence_length")
-        return {
-            name: tokenizer.model_max_length
-            if usual is None or isinstance(tokenizer, CLIPTokenizer | CLIPTokenizerFast)
-            else usual.default
-            for name, tokenizer in self.tokenizers.items()
-        }
+        limits = {name: tokenizer.model_max_length for name, tokenizer in self.tokenizers.items()}
+        encode = getattr(self.pipeline, "encode_prompt", None)
+        usual = encode and signature(encode).parameters.get("max_sequence_length")
+        if usual and isinstance(usual.default, int):
+            others = [name for name, tokenizer in self.tokenizers.items() if not isinstance(tokenizer, _CLIP)]
+            limits |= dict.fromkeys(others, usual.default)
+        return limits
 
     def cut_prompts(self, prompts: Iterable[str]) -> list[CutPrompts]:
-        """Which prompts are too long for the pipeline, which cuts them without a word.
+        """The prompts that are too long for the pipeline.
 
         Args:
             prompts: The prompts.

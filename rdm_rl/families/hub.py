@@ -134,7 +134,8 @@ def without_diffusers_log() -> Iterator[None]:
 
 @contextmanager
 def sharing_a_base() -> Iterator[None]:
-    """Without PEFT's warning of a second adapter on one model: here roles share their base on purpose."""
+    """Without PEFT's warnings of a second adapter on one model, which is on purpose, and of keys, which are checked."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
         yield

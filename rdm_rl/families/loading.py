@@ -1,6 +1,8 @@
 """From a name or a folder to a family, with one clear line for everything that can be wrong with it."""
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from rdm_rl.families.base import Family
+from rdm_rl.families.base import Family, tokenizer_of
 from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flux import FluxFamily
 from rdm_rl.families.hub import check_hub_name, one_line_errors
@@ -37,6 +39,12 @@ FAMILIES: dict[str, type[Family]] = {
 INTERFACE = (
     *("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim"),
     *("joint_attention_dim", "pooled_projection_dim", "caption_channels", "num_embeds_ada_norm"),
+)
+
+
+# A shard may have its number before the variant, as older versions of diffusers wrote it.
+_WEIGHTS = re.compile(
+    r"(model|diffusion_pytorch_model)(\.(?P<variant>\w+))?(-\d+-of-\d+)?(\.(?P<late_variant>\w+))?\.safetensors"
 )
 
 
@@ -104,15 +112,26 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
             f"model={model!r} is a {index['_class_name']}, which is no class of diffusers: load the pipeline yourself, "
             "and pass it instead of its name."
         )
+    listed = _listed(index)
+    needed = family.needed_components(listed)
+    # diffusers wants to be told of what was saved as missing, and would load what only other uses of a pipeline need.
+    libraries = {name: part[0] for name, part in index.items() if isinstance(part, list)}
+    for encoder in set(family.optional_components).difference(listed):
+        libraries |= {encoder: None, tokenizer_of(encoder): None}
+    optional = getattr(diffusers, index["_class_name"])._optional_components
+    unneeded = [name for name in libraries if name not in needed and (libraries[name] is None or name in optional)]
+    components = dict.fromkeys(unneeded) | components
+    if "safety_checker" in unneeded:
+        components["requires_safety_checker"] = False
+    dtypes: dict[str, torch.dtype] = dict.fromkeys(family.text_encoder_names, family.text_encoder_dtype(dtype))
+    if family.decoder_name is not None:
+        dtypes[family.decoder_name] = torch.float32  # Decoders overflow or band in half precision.
+    variant = weights_variant(
+        "model", Path(model), [name for name in _networks(family, needed) if name not in components]
+    )
     with one_line_errors("model", model):
-        for name in family.optional_components:  # diffusers wants to be told of what was saved as missing.
-            if index.get(name, [None])[0] is None:
-                components = {name: None, name.replace("text_encoder", "tokenizer"): None} | components
-        dtypes: dict[str, torch.dtype] = dict.fromkeys(family.text_encoder_names, family.text_encoder_dtype(dtype))
-        if family.decoder_name is not None:
-            dtypes[family.decoder_name] = torch.float32  # Decoders overflow or band in half precision.
         pipeline = DiffusionPipeline.from_pretrained(
-            model, use_safetensors=True, **_precision({"default": dtype, **dtypes}), **components
+            model, use_safetensors=True, variant=variant, **_precision({"default": dtype, **dtypes}), **components
         )
     return pipeline
 
@@ -157,7 +176,10 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
         if isinstance(listed, list):
             scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(source, subfolder="scheduler")
         place = {"subfolder": base.network_name} if isinstance(listed, list) else {}
-        network = wanted.from_pretrained(source, use_safetensors=True, **place, **_precision(dtype or torch.float32))
+        variant = weights_variant("policy_init", Path(source), [place.get("subfolder", ".")])
+        network = wanted.from_pretrained(
+            source, use_safetensors=True, variant=variant, **place, **_precision(dtype or torch.float32)
+        )
     asked: Any = base.network
     own, told = dict(network.config), dict(asked.config)
     for name in INTERFACE:
@@ -209,13 +231,64 @@ def check_model_name(model: str) -> None:
         )
     components: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
     family = FAMILIES[_supported(str(components.get("_class_name")))]
-    needed = (family.network_name, family.decoder_name, "scheduler", *family.text_encoder_names)
-    for name in needed:
-        listed = name is not None and components.get(name, [None])[0] is not None
-        if name is None or (name in family.optional_components and not listed):
-            continue
-        if not listed or not (folder / name).is_dir():
+    listed = _listed(components)
+    for name in family.needed_components(listed):
+        if name not in listed or not (folder / name).is_dir():
             raise FileNotFoundError(
                 f"model={model!r} has no {name!r} folder, but a {components['_class_name']} needs one. Save or "
                 "download the whole pipeline."
             )
+
+
+def _listed(index: Mapping[str, Any]) -> list[str]:
+    """The parts that a ``model_index.json`` says the pipeline has."""
+    return [name for name, part in index.items() if isinstance(part, list) and part[0] is not None]
+
+
+def _networks(family: type[Family], needed: Iterable[str]) -> list[str]:
+    """Those of a pipeline's parts that have weights."""
+    return [name for name in needed if name in (family.network_name, family.decoder_name, *family.text_encoder_names)]
+
+
+def weights_variant(setting: str, folder: Path, networks: Iterable[str]) -> str | None:
+    """The variant, such as ``fp16``, of the weights in a folder, where they are not all there without one.
+
+    Args:
+        setting: What was set to the folder, for errors.
+        folder: The folder; the hub is not looked into.
+        networks: The networks' own folders in it; ``"."`` is the folder itself.
+
+    Returns:
+        The variant; None for weights without one.
+
+    Raises:
+        FileNotFoundError: If a network has no weights that can be loaded.
+    """
+    if not folder.is_dir():
+        return None
+    variants: set[str] = set()
+    for name in networks:
+        files = sorted(file.name for file in (folder / name).iterdir() if file.suffix in (".safetensors", ".bin"))
+        matches = [match for file in files if (match := _WEIGHTS.fullmatch(file))]
+        kinds = {match["variant"] or match["late_variant"] for match in matches}
+        if None in kinds:
+            continue
+        if len(kinds) != 1:
+            pickles = any(file.endswith(".bin") for file in files)
+            advice = (
+                "pickles, which may run code, are not read: convert them once with diffusers, "
+                "from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
+                if pickles
+                else "download the whole model, with its .safetensors files"
+            )
+            raise FileNotFoundError(
+                f"{setting}={str(folder)!r} has no weights for {name!r} in .safetensors files of one kind, only "
+                f"{', '.join(files) or 'a configuration'}; {advice}."
+            )
+        variants |= kinds
+    if len(variants) > 1:
+        raise FileNotFoundError(
+            f"{setting}={str(folder)!r} has networks in different variants alone: {', '.join(sorted(variants))}. "
+            "Download one variant, or the weights without any, of all of them."
+        )
+    return variants.pop() if variants else None

@@ -41,7 +41,8 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     def decode(self, x_0: Tensor) -> Tensor:
         """Images of latents, which some autoencoders also normalise channel by channel."""
         config: Any = self.pipeline.vae.config
-        if config.latents_mean is None or config.latents_std is None:
+        values = config.get("latents_mean"), config.get("latents_std")  # Small and asymmetric ones know of neither.
+        if None in values:
             return super().decode(x_0)
-        mean, std = (x_0.new_tensor(value).view(1, -1, 1, 1) for value in (config.latents_mean, config.latents_std))
+        mean, std = (x_0.new_tensor(value).view(1, -1, 1, 1) for value in values)
         return super().decode(x_0 * std + mean * config.scaling_factor)

@@ -29,8 +29,15 @@ class UnconditionalFamily(VariancePreservingFamily):
     teacher_guidance_scale: float = 1.0
 
     def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
-        """Refuse a network that is told a class."""
+        """Refuse a network that is told a class, or that predicts a variance."""
         super().__init__(pipeline, resolution)
+        config = pipeline.unet.config
+        if config.out_channels != config.in_channels:
+            raise ValueError(
+                f"The U-Net makes {config.out_channels} channels of {config.in_channels}: it also predicts a variance, "
+                "which the student's scheduler cannot take. Keep the first channels of unet.conv_out, those of the "
+                "prediction, and set out_channels to in_channels."
+            )
         if pipeline.unet.config.num_class_embeds is not None:
             raise ValueError(
                 f"The U-Net is told one of {pipeline.unet.config.num_class_embeds} classes, but no stock pipeline "

@@ -20,7 +20,13 @@ def trained(base: Path, folder: Path, **settings) -> RDMTrainer:
 
 @pytest.mark.parametrize(("lora", "normalization"), [(True, "group"), (False, "sample")])
 def test_accumulated_batches_equal_one_batch(lora: bool, normalization: str, base: Path, tmp_path: Path) -> None:
-    settings = {"lora": lora, "dm_normalization": normalization, "num_renoise": 2, "max_steps": 2}
+    settings = {
+        "lora": lora,
+        "dm_normalization": normalization,
+        "num_renoise": 2,
+        "max_steps": 2,
+        "fake_score_warmup_steps": 0,
+    }
     settings |= {"fake_score_updates_per_policy_update": 1}
     whole = trained(base, tmp_path / "whole", per_device_train_batch_size=8, **settings)
     parts = trained(base, tmp_path / "parts", per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)

@@ -1,0 +1,105 @@
+"""Adapters' files: what they hold, those of PEFT itself, and whether all of a file has reached the network."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.utils import PeftType
+from safetensors.torch import load_file
+from torch import nn
+
+_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def peft_folder(path: str, weight_name: str | None) -> Path | None:
+    """The folder of an adapter that PEFT itself saved; None for an adapter in diffusers' or another format.
+
+    Args:
+        path: A folder or a hub name.
+        weight_name: The adapter's file in it, or None.
+
+    Raises:
+        FileNotFoundError: If the configuration beside the weights is missing.
+    """
+    if weight_name is None or Path(weight_name).name != _PEFT_WEIGHTS:
+        return None
+    place = Path(weight_name).parent
+    root = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=[str(place / "adapter_*")])
+    folder = Path(root) / place
+    if not (folder / _PEFT_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{path!r} holds an {_PEFT_WEIGHTS} without the {_PEFT_CONFIG} in which PEFT keeps its alpha. Copy both."
+        )
+    return folder
+
+
+def load_peft_folder(network: Any, folder: Path, adapter: str) -> set[str]:
+    """Give a network the adapter that PEFT saved for it.
+
+    Args:
+        network: The network, of diffusers.
+        folder: What ``PeftModel.save_pretrained`` wrote.
+        adapter: What the adapter is called.
+
+    Returns:
+        The names of the file's tensors, as in the network.
+
+    Raises:
+        ValueError: If it is no LoRA.
+    """
+    config = PeftConfig.from_pretrained(folder)
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"{str(folder)!r} is an adapter of type {config.peft_type}. Pass a LoRA.")
+    state = {name.removeprefix("base_model.model."): value for name, value in load_file(folder / _PEFT_WEIGHTS).items()}
+    network.load_lora_adapter(state, prefix=None, adapter_name=adapter, metadata=config.to_dict())
+    return set(state)
+
+
+def tensor_names(pipeline: Any, network_name: str, path: str, **options: Any) -> set[str]:
+    """The names of an adapter's tensors as in the network; those of other parts keep the names of the file.
+
+    Args:
+        pipeline: The pipeline, which knows the formats that it loads.
+        network_name: Its attribute that holds the network.
+        path: A folder or a hub name.
+        options: More arguments of ``load_lora_weights``.
+    """
+    config = getattr(pipeline, network_name).config
+    state = pipeline.lora_state_dict(path, unet_config=config, **options)
+    if isinstance(state, tuple):
+        state = state[0]  # Beside it are the alphas.
+    prefix = f"{network_name}."
+    inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {*convert_unet_state_dict_to_peft(inside), *(name for name in state if not name.startswith(prefix))}
+
+
+def check_all_loaded(network: nn.Module, adapter: str, names: Iterable[str], what: str) -> None:
+    """Raise where a tensor of an adapter's file is not in the network, or one in the network not in the file.
+
+    Args:
+        network: The network that was given the adapter.
+        adapter: What the adapter is called.
+        names: The names of the file's tensors, as in the network.
+        what: The setting and the file, for the error.
+
+    Raises:
+        ValueError: If file and network differ.
+    """
+    known = getattr(network, "peft_config", {})
+    loaded = set(get_peft_model_state_dict(network, adapter_name=adapter)) if adapter in known else set()
+    in_file, in_network = ({name.removesuffix(".weight") for name in part} for part in (names, loaded))
+    foreign, unset = sorted(in_file - in_network), sorted(in_network - in_file)
+    kind = type(network).__name__
+    if foreign or not in_file:
+        example = f", such as {foreign[0]!r}" if foreign else ""
+        raise ValueError(
+            f"{what} does not fit this model: {len(foreign)} of its {len(in_file)} tensors belong to no layer of the "
+            f"{kind}{example}. Is it made for another base, or saved from a wrapped network?"
+        )
+    if unset:
+        raise ValueError(
+            f"{what} is incomplete: it has no tensor for {len(unset)} of the {kind}, such as {unset[0]!r}."
+        )
