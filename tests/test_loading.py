@@ -349,7 +349,7 @@ def test_a_sample_finds_the_base_or_asks_for_it(
     monkeypatch.setattr(logging.getLogger("diffusers.loaders.peft"), "handle", logged.append)
     for other, message in (
         ("sdxl", "does not fit this model: size mismatch"),
-        ("sd3", "no adapter for the transformer"),
+        ("sd3", "belong to no layer of the SD3Transformer2DModel"),
     ):
         assert main([*words, "--model", str(tmp_path / other)]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
