@@ -137,7 +137,7 @@ def save_student(
         name=name or folder.name,
         steps=num_inference_steps,
         call=", ".join(call).removeprefix(", "),
-        guidance=(_GUIDANCE_INSIDE if guidance_scale == 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
+        guidance=(_GUIDANCE_INSIDE if guidance_scale <= 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
         base=base,
         version=__version__,
         imports=f"DiffusionPipeline, {kind}" if lora else "DiffusionPipeline",

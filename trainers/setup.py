@@ -220,12 +220,12 @@ def check_family_settings(args: RDMConfig, families: list[Family], *, matches_di
         ("guidance_scale", args.guidance_scale, family),
         ("teacher_guidance_scale", args.teacher_guidance_scale, teacher),
     ):
-        if scale not in (None, 1.0) and not guided.has_guidance:
+        if (scale or 0.0) > 1 and not guided.has_guidance:
             raise ValueError(
                 f"{setting}={scale} is set, but a {type(guided.pipeline).__name__} of this kind has no guidance. Set "
                 "1, or leave it out."
             )
-    if args.guidance_scale == 1 or family.embeds_guidance(family.network):
+    if args.guidance_scale <= 1 or family.embeds_guidance(family.network):
         return
     if matches_distributions:
         raise ValueError(
