@@ -297,7 +297,7 @@ def _measure(
 
     def samples(role: Role, guidance: float) -> int:
         family = networks.family_of(role)
-        twice = guidance != 1 and family.has_guidance and not family.embeds_guidance(networks.module(role))
+        twice = guidance > 1 and family.has_guidance and not family.embeds_guidance(networks.module(role))
         return 2 * count if twice else count
 
     plain = {name: reward for name, reward in rewards.items() if not isinstance(reward, DirectionReward)}
