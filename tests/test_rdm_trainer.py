@@ -567,8 +567,8 @@ def test_learning_rates_follow_their_schedules(base: Path, tmp_path: Path) -> No
     )
     trainer.train()
     assert used["policy"] == pytest.approx([0, 2e-4, 4e-4, 2e-4])
-    # Its own count of updates: 2 of warm-up and 4 times 2.
-    assert used["fake_score"] == pytest.approx([0, 4e-4, *(8e-4 * (8 - step) / 8 for step in range(8))])
+    # Its own count of updates, 2 of its warm-up and 4 times 2, none of them with a rate of 0.
+    assert used["fake_score"] == pytest.approx([8e-4 * (10 - step) / 10 for step in range(10)])
 
 
 @pytest.mark.parametrize("role", ["policy", "fake_score"])
