@@ -213,7 +213,7 @@ def test_the_help_of_the_named_entry_point(capsys: pytest.CaptureFixture[str], m
 def test_the_prompts_are_many_and_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # They are found from anywhere.
     arguments, _ = settings("sd15_gndmr")
-    prompts = list(load_prompts(arguments)["prompt"])
+    prompts = [row["prompt"] for row in load_prompts(arguments)]
     assert 400 <= len(prompts) <= 600
     assert len({prompt.lower() for prompt in prompts}) == len(prompts)
     assert all(prompt.isascii() and prompt == prompt.strip() and 3 < len(prompt.split()) < 25 for prompt in prompts)

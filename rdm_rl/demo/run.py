@@ -64,7 +64,7 @@ class Draw:
 
     Args:
         images: Images, shape (N, 3, 32, 32), in [0, 1].
-        seconds_per_image: Wall-clock time of one, the median of five batches of 50.
+        seconds_per_image: Wall-clock time of one, the median of three batches of 20.
         steps: Steps for each image.
     """
 
@@ -109,10 +109,10 @@ class Evaluation:
         batches = [self.prompts[first : first + 250] for first in range(0, len(self.prompts), 250)]
         images = torch.cat([sample(batch, generator) for batch in batches])
         times = []
-        for _ in range(5):
+        for _ in range(3):
             start = time.perf_counter()
-            sample(self.prompts[:50], torch.Generator().manual_seed(0))
-            times.append((time.perf_counter() - start) / 50)
+            sample(self.prompts[:20], torch.Generator().manual_seed(0))
+            times.append((time.perf_counter() - start) / 20)
         return Draw(images=images, seconds_per_image=median(times), steps=steps)
 
     def judge(self, draws: Mapping[str, Draw]) -> list[SamplerMetrics]:
