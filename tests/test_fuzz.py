@@ -112,7 +112,7 @@ def trains_or_explains(base: Path, capsys: pytest.CaptureFixture[str], drawn: di
             assert "Traceback" not in error
 
 
-@twice(cases=12, long_cases=600, drawn=some_settings())
+@twice(cases=12, long_cases=3000, drawn=some_settings())
 def prove_settings(base: Path, capsys: pytest.CaptureFixture[str], drawn: dict[str, Any]) -> None:
     trains_or_explains(base, capsys, drawn)
 
