@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -211,6 +212,13 @@ def test_targets_of_the_user_win(tmp_path: Path) -> None:
     assert all(".to_q." in name for name in made.named_parameters("policy"))
     everywhere = adapters(tmp_path / "default")
     assert {"conv_in", "conv_out"} <= {name.split(".")[0] for name in everywhere.named_parameters("policy")}
+
+
+@pytest.mark.parametrize("targets", [["0"], ["nowhere"], "attentions"])
+def test_targets_that_cannot_have_adapters_are_named_in_one_line(targets: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"target_modules \(\w+\) cannot all have adapters") as raised:
+        adapters(tmp_path, LoraConfig(r=2, target_modules=targets))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_separate_teacher_is_asked(tmp_path: Path) -> None:

@@ -137,6 +137,25 @@ def make_scheduler(args: "RDMConfig", optimizer: torch.optim.Optimizer, steps: i
     )
 
 
+def check_schedule(args: "RDMConfig") -> None:
+    """Make the schedule once for nothing, because transformers says only then what is wrong with its arguments.
+
+    Args:
+        args: The settings.
+
+    Raises:
+        ValueError: If ``lr_scheduler_type`` cannot be made with ``lr_scheduler_kwargs``.
+    """
+    try:
+        make_scheduler(args, torch.optim.SGD([nn.Parameter(torch.zeros(1))]), 2)
+    except (TypeError, ValueError) as error:
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise ValueError(
+            f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={args.lr_scheduler_kwargs!r}: "
+            f"{error}. Give a mapping of what the schedule takes, or leave it out."
+        ) from error
+
+
 class PolicyAverage:
     """An exponential moving average of the policy's weights.
 

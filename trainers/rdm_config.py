@@ -16,7 +16,7 @@ from rdm_rl.rewards.calling import RewardCallSettings
 from rdm_rl.settings import Count, Folder, Size, check, convert, did_you_mean
 from rdm_rl.trainers import processes
 from rdm_rl.trainers.inherited import HONOURED
-from rdm_rl.trainers.optimization import AverageSettings, FakeScoreSettings
+from rdm_rl.trainers.optimization import AverageSettings, FakeScoreSettings, check_schedule
 from rdm_rl.trainers.sanity import SanitySettings
 from rdm_rl.trainers.warm_start import WarmStartSettings
 from rdm_rl.weighting import WeightingSettings
@@ -157,6 +157,7 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
         for refuse in _REFUSALS:
             refuse(self)
         super().__post_init__()
+        check_schedule(self)
         if self.renoise_distribution == "annealed_beta" and self.renoise_anneal_steps is None:
             self.renoise_anneal_steps = 2000
         if self.fake_score_warmup_steps is None:

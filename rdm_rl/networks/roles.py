@@ -199,7 +199,7 @@ class AdapterNetworks(Networks):
             torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             for role in ADAPTERS:
                 if role == "fake_score" or policy_init is None:
-                    inject_adapter_in_model(deepcopy(self.config), self.module(role), role)
+                    self._inject(role)
         bases = dict.fromkeys((family.network, self.teacher_family.network))
         self._layers = [module for base in bases for module in base.modules() if isinstance(module, BaseTunerLayer)]
         for base in bases:
@@ -211,6 +211,19 @@ class AdapterNetworks(Networks):
                 parameter.data = parameter.data.float()  # A half-precision base must not halve what is trained.
                 parameter.requires_grad_(True)
         self._switch("teacher")
+
+    def _inject(self, role: Role) -> None:
+        network = self.module(role)
+        try:
+            inject_adapter_in_model(deepcopy(self.config), network, role)
+        except ValueError as error:  # PEFT prints whole layers.
+            targets = self.config.target_modules
+            names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+            raise ValueError(
+                f"target_modules ({names}) cannot all have adapters: the {type(network).__name__} has no such layers, "
+                "or PEFT has no adapter for their kind. Name linear or convolutional layers, such as 'to_q', or leave "
+                "it out for the family's own."
+            ) from error
 
     def module(self, role: Role) -> nn.Module:
         """The network with the role's adapter."""
