@@ -37,9 +37,9 @@ REWARDS = {"ink": ink, "digit_logprob": DigitLogProb()}
 WEIGHTS = {
     "adaptive, cold start": (0.1, 0.3, 0.9, 2.7),
     "adaptive, online": (0.1, 0.3, 0.9),
-    "fixed": (1.875, 5.46875, 18.75),
+    "fixed": (0.46875, 1.3671875, 4.6875),
 }
-SCALES = {"adaptive, cold start": (0.3, (1024.0,)), "fixed": (2.34375, (1024.0, 1 / 1024))}
+SCALES = {"adaptive, cold start": (0.3, (1024.0,)), "fixed": (0.5859375, (1024.0, 1 / 1024))}
 
 
 def scaled(reward, factor):
