@@ -46,7 +46,7 @@ READ: list[tuple[str, Any, Any]] = [
     ("reward_weights", [1, "1e-1"], [1, 0.1]),
     ("reward_weights", (1.0, np.float64(0.5)), [1.0, 0.5]),
     ("offload", "rewards", ["rewards"]),
-    ("lr_scheduler_kwargs", {"min_lr": "1e-6", "power": np.float64(2)}, {"min_lr": 1e-6, "power": 2.0}),
+    ("lr_scheduler_kwargs", {"lr_end": "1e-9", "power": np.float64(2)}, {"lr_end": 1e-9, "power": 2.0}),
     ("lr_scheduler_kwargs", '{"power": 2}', {"power": 2}),
     # What YAML makes of `no` and `off`.
     ("warm_start", False, "none"),
@@ -78,6 +78,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "eta": {"sampler": "ddim"},
     "bf16": {"use_cpu": True},
     "teacher_cache_dir": {},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "polynomial"},
 }
 
 

@@ -147,7 +147,7 @@ def check_schedule(args: "RDMConfig") -> None:
         ValueError: If ``lr_scheduler_type`` cannot be made with ``lr_scheduler_kwargs``.
     """
     try:
-        make_scheduler(args, torch.optim.SGD([nn.Parameter(torch.zeros(1))]), 2)
+        make_scheduler(args, torch.optim.SGD([nn.Parameter(torch.zeros(1))], args.learning_rate), 2)
     except (TypeError, ValueError) as error:
         name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         raise ValueError(
