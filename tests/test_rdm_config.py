@@ -164,6 +164,10 @@ def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> 
         config(**settings)
 
 
+def test_nothing_is_no_setting() -> None:
+    assert config(dataloader_num_workers=None).dataloader_num_workers == 0
+
+
 def test_more_noise_than_1_suits_the_flow_alone() -> None:
     assert config(sampler="flow_sde", eta=1.4).eta == 1.4
 

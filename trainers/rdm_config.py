@@ -205,7 +205,9 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
             default = inherited.default
             if inherited.default_factory is not MISSING:
                 default = inherited.default_factory()
-            if getattr(self, inherited.name) not in (default, None, *SETTLED.get(inherited.name, ())):
+            if getattr(self, inherited.name) is None:  # YAML's null: it is not set.
+                setattr(self, inherited.name, default)
+            if getattr(self, inherited.name) not in (default, *SETTLED.get(inherited.name, ())):
                 raise ValueError(
                     f"{inherited.name}={getattr(self, inherited.name)!r} is set, but RDMTrainer does not act on it. "
                     "Remove it; the fields it honours are in rdm_rl.trainers.inherited.HONOURED."
