@@ -183,14 +183,14 @@ class RDMTrainer(StudentRun):
         self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
         self.create_optimizers()
-        if checkpoint is not None:
-            self._load_checkpoint(checkpoint)
         if self.accelerator.is_main_process:
             print(f"Training on {self.prompts.describe(self.family.cut_prompts(self.prompts.texts()))}")
             if resolution := self.family.describe_resolution():
                 print(resolution)
         if self.args.sanity_check:
-            check_run(self)
+            check_run(self)  # Before a checkpoint is loaded: its optimisers would be written whole.
+        if checkpoint is not None:
+            self._load_checkpoint(checkpoint)
         self.cache_prompts()
         if checkpoint is None:
             if self.args.warm_start == "ode":

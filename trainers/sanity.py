@@ -51,15 +51,14 @@ def check_checkpoint(trainer: "RDMTrainer") -> None:
             raise ValueError(
                 "A checkpoint of this run could not be read back. What state_dict() returns, a trainer's or a "
                 "weighting's, may hold numbers, strings, lists, dicts and tensors alone: unpickling others runs code. "
-                f"({error})"
+                f"({str(error.__cause__).splitlines()[0]})"
             ) from error
 
 
 @torch.no_grad()
 def check_rewards(trainer: "RDMTrainer") -> None:
-    """Roll out the samples of the next update, decode one, and let every reward judge them on a step it acts on."""
-    number = trainer.state.global_step // trainer.args.num_iterations
-    rollout = trainer.generate_rollout(next(iter(trainer.prompt_batches(number))))
+    """Roll out the samples of the first update, decode one, and let every reward judge them on a step it acts on."""
+    rollout = trainer.generate_rollout(next(trainer.prompt_batches(0)))
     trainer.family.decode(rollout.sample[:1])
     steps = range(len(rollout.times))
     for name, reward in trainer.rewards.items():
