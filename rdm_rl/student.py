@@ -1,6 +1,7 @@
 """Saving a student as plain diffusers: a LoRA or a pipeline, the scheduler that walks it, and a model card."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import save_file
 
 from rdm_rl import __version__
+from rdm_rl.families.adapters import DIFFUSERS_LORA, adapter_scales
 from rdm_rl.families.loading import load_family, load_pipeline
 from rdm_rl.networks.roles import AdapterNetworks, Networks
 from rdm_rl.policy import SamplerName
@@ -26,17 +29,24 @@ from diffusers import {imports}
 pipe = DiffusionPipeline.from_pretrained("{pipeline}"){load_lora}
 image = pipe({call}).images[0]
 ```
-
+{drawing}
 | setting | value |
 |---|---|
 {rows}
 """
 
 _LOAD_LORA = """
-pipe.load_lora_weights("{student}", weight_name="pytorch_lora_weights.safetensors")
+pipe.load_lora_weights("{student}", weight_name="{file}")
 pipe.scheduler = {scheduler}.from_pretrained("{student}", subfolder="scheduler")"""
 
 
+_DRAWING = """
+`{file}` is for {programs}{how}.
+"""
+_COMFYUI_SAMPLER = ": in ComfyUI with the sampler `lcm` and the scheduler `simple`"
+
+KOHYA_LORA = "kohya_lora.safetensors"
+logger = logging.getLogger(__name__)
 _USE_FILE = "student.json"
 _BASE_FILE = "base.json"
 _WHAT = {"DiTPipeline": "class_labels=[0]", "DDPMPipeline": "", "DDIMPipeline": ""}
@@ -122,6 +132,7 @@ def save_student(
         scheduler.save_pretrained(folder / "scheduler")
     elif network is not None:
         family.save_pipeline(str(folder), network, scheduler)
+    drawing_file = _save_for_comfyui(folder, networks) if isinstance(networks, AdapterNetworks) and not whole else None
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     call = [
         _WHAT.get(type(family.pipeline).__name__, '"a prompt"'),
@@ -142,7 +153,14 @@ def save_student(
         version=__version__,
         imports=f"DiffusionPipeline, {kind}" if lora else "DiffusionPipeline",
         pipeline=student if not lora else base if base_is_on_hub else f"path/to/the/base/{base}",
-        load_lora=_LOAD_LORA.format(student=student, scheduler=kind) if lora else "",
+        load_lora=_LOAD_LORA.format(student=student, file=DIFFUSERS_LORA, scheduler=kind) if lora else "",
+        drawing=_DRAWING.format(
+            programs="ComfyUI, A1111 and Forge" if family.network_name == "unet" else "ComfyUI",
+            file=drawing_file,
+            how=_COMFYUI_SAMPLER if sampler == "renoise" else "",
+        )
+        if drawing_file
+        else "",
         rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )
     data = ModelCardData(
@@ -153,6 +171,24 @@ def save_student(
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
     for file in folder.rglob("*.safetensors"):
         copymode(folder / "README.md", file)  # safetensors makes files that only their owner can read.
+
+
+def _save_for_comfyui(folder: Path, networks: AdapterNetworks) -> str | None:
+    """Write the policy's adapter as ComfyUI reads it, unless the one for diffusers is that; the name of that file."""
+    family, (state, _) = networks.family, networks.export()
+    scales = adapter_scales(networks.module("policy"), "policy")
+    (folder / KOHYA_LORA).unlink(missing_ok=True)  # Of an earlier student.
+    if not family.comfyui_layers:
+        return None
+    try:
+        tensors = family.comfyui_tensors(state, scales)
+    except ValueError as error:  # The training must not be lost for it.
+        logger.warning("No %s is written. %s", KOHYA_LORA, error)
+        return None
+    if family.loads_lora and family.network_name != "unet" and all(scale == 1 for scale in scales.values()):
+        return DIFFUSERS_LORA
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / KOHYA_LORA)
+    return KOHYA_LORA
 
 
 def public_name(source: str) -> str:

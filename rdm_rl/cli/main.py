@@ -1,4 +1,4 @@
-"""The command line: ``rdm-rl demo | train | plan | sample | evaluate | rewards | methods | env``."""
+"""The command line: ``rdm-rl demo | train | plan | sample | export | evaluate | rewards | methods | env``."""
 
 import argparse
 import os
@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rdm_rl import __version__
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,11 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--num_images", type=int, default=4, help="images of each prompt")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sample.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    sample.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="precision of the weights"
-    )
+    sample.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the weights")
     sample.add_argument("--output_dir", type=Path, default=Path("samples"), help="where the PNG files go")
     sample.set_defaults(run=_sample)
+
+    export = commands.add_parser("export", help="write a student's LoRA for ComfyUI, A1111 and kohya, or for diffusers")
+    export.add_argument("student", help="folder that save_model wrote, or a LoRA's file, folder or hub name")
+    export.add_argument("--format", choices=("kohya", "diffusers"), required=True, help="whose names the file has")
+    export.add_argument("--model", help="base pipeline of the LoRA; default: what the student's folder names")
+    export.add_argument("--output", type=Path, help="the file; default: the student's name and format, here")
+    export.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the weights in the file")
+    export.set_defaults(run=_export)
 
     evaluate = commands.add_parser("evaluate", help="judge saved students of the embedded teacher")
     evaluate.add_argument("--student", type=Path, action="append", required=True, help="folder; repeat for more")
@@ -162,6 +170,20 @@ def _sample(options: argparse.Namespace) -> None:
             file = options.output_dir / f"{number:03d}-{index:02d}.png"
             image.save(file)
             print(file)
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from rdm_rl.cli.export import export_adapter
+    from rdm_rl.student import base_of
+
+    source = Path(options.student)
+    model = options.model or (_base_of(source) if base_of(source) else None)
+    name = source.resolve().name.removesuffix(".safetensors")
+    output = options.output or Path(f"{name}-{options.format}.safetensors")
+    export_adapter(options.student, model, options.format, output, getattr(torch, options.dtype))
+    print(output)
 
 
 def _base_of(student: Path) -> str:

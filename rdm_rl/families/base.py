@@ -10,9 +10,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rdm_rl.families.adapters import check_all_loaded, load_peft_folder, peft_folder, tensor_names
+from rdm_rl.families.adapters import (
+    DIFFUSERS_LORA,
+    check_all_loaded,
+    load_peft_folder,
+    load_with_alphas,
+    peft_folder,
+    tensors_of,
+)
 from rdm_rl.families.encoding import PromptEncoding, device_of
 from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base, without_diffusers_log
+from rdm_rl.families.kohya import check_layers, kohya_tensors, scaled_tensors
 from rdm_rl.families.precision import to_precision
 from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
@@ -50,6 +58,9 @@ class Family(PromptEncoding, ABC):
 
     loads_lora: ClassVar[bool] = True
     """Whether the stock pipeline loads adapters. Where it does not, the student is saved as a whole pipeline."""
+
+    comfyui_layers: ClassVar[str] = ""
+    """Pattern of the layers whose adapters ComfyUI knows, by their names in the network; nothing without such a model."""
 
     teacher_guidance_scale: float
     """Guidance of the teacher when the user sets none: what published distillations of this family use."""
@@ -302,25 +313,50 @@ class Family(PromptEncoding, ABC):
 
     # ----- files -----
 
-    def save_lora(self, folder: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write an adapter as ``pytorch_lora_weights.safetensors`` that ``load_lora_weights`` reads.
+    def save_lora(
+        self, folder: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any], file: str = DIFFUSERS_LORA
+    ) -> None:
+        """Write an adapter that ``load_lora_weights`` reads.
 
         Args:
             folder: Where to write.
             state: The adapter's weights under PEFT's names, without the adapter's name. (diffusers' own names cover
                 attention alone, and of a mixture only a part is loaded.)
             metadata: The adapter's configuration.
+            file: The file's name.
         """
         parts = {f"{self.network_name}_lora_layers": state, f"{self.network_name}_lora_adapter_metadata": metadata}
-        type(self.pipeline).save_lora_weights(folder, safe_serialization=True, **parts)
+        type(self.pipeline).save_lora_weights(folder, weight_name=file, safe_serialization=True, **parts)
 
-    def load_adapter(self, source: str, name: str, setting: str = "adapter") -> None:
+    def comfyui_tensors(self, state: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
+        """An adapter as ComfyUI reads it, and of a U-Net also A1111, Forge and kohya's scripts.
+
+        Args:
+            state: The adapter's weights under PEFT's names, without the adapter's name.
+            scales: What each layer's product of weights is multiplied by.
+
+        Raises:
+            ValueError: If ComfyUI has no such model, or does not know one of the layers.
+        """
+        check_layers(state, self.comfyui_layers, type(self.network).__name__)
+        if self.network_name == "unet":
+            return kohya_tensors(state, scales, self.kohya_name)
+        return scaled_tensors(state, scales, f"{self.network_name}.")
+
+    def kohya_name(self, layer: str) -> str:
+        """What kohya's scripts call a layer of the U-Net."""
+        return f"lora_unet_{layer}".replace(".", "_")
+
+    def load_adapter(self, source: str, name: str, setting: str = "adapter") -> dict[str, Tensor]:
         """Give the network an adapter of any format, rank and set of layers that the stock pipeline or PEFT loads.
 
         Args:
             source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
             name: What the adapter is called.
             setting: What was set to it, for errors.
+
+        Returns:
+            Its tensors under PEFT's names, as in the file: a network without weights takes none.
 
         Raises:
             ValueError: If the pipeline loads no adapters, or this one changes more than the network, or not all of it.
@@ -337,18 +373,22 @@ class Family(PromptEncoding, ABC):
             try:
                 folder = peft_folder(path, weight_name)
                 if folder is not None:
-                    names = load_peft_folder(self.network, folder, name)
+                    tensors = load_peft_folder(self.network, folder, name)
                 else:
-                    names = tensor_names(self.pipeline, self.network_name, path, **options)
-                    self.pipeline.load_lora_weights(path, adapter_name=name, **options)
+                    tensors, alphas = tensors_of(self.pipeline, self.network_name, path, **options)
+                    if alphas:
+                        load_with_alphas(self.network, tensors, alphas, name)
+                    else:
+                        self.pipeline.load_lora_weights(path, adapter_name=name, **options)
             except RuntimeError as error:
                 raise ValueError(f"{setting}={source!r} does not fit this model: {mismatch(error)}.") from error
-        if any(tensor.startswith("text_encoder") for tensor in names):
+        if any(tensor.startswith("text_encoder") for tensor in tensors):
             raise ValueError(
                 f"{setting}={source!r} also adapts the text encoder, which policy, teacher and fake score share. "
                 "Use an adapter of the denoising network alone."
             )
-        check_all_loaded(self.network, name, names, f"{setting}={source!r}")
+        check_all_loaded(self.network, name, tensors, f"{setting}={source!r}")
+        return tensors
 
     def fuse_adapter(self, source: str, setting: str = "adapter") -> None:
         """Add an adapter to the network's own weights.

@@ -18,6 +18,10 @@ class StableDiffusionFamily(VariancePreservingFamily):
         *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", "downsamplers.0.conv"),
         "upsamplers.0.conv",
     )
+    comfyui_layers: ClassVar[str] = (
+        r"conv_in|conv_out|(time|add)_embedding\.linear_[12]|(down_blocks|mid_block|up_blocks)\..+\.(conv[12]?|proj_in|"
+        r"proj_out|conv_shortcut|time_emb_proj|attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))"
+    )
 
     # DMD2's setting for SD1.5 (its public scripts); a guidance of 1 leaves the teacher as it was trained.
     teacher_guidance_scale: float = 1.75

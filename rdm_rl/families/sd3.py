@@ -21,6 +21,11 @@ class StableDiffusion3Family(FlowFamily):
         *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+    comfyui_layers: ClassVar[str] = (
+        r"transformer_blocks\.\d+\.(attn2?\.to_([qkv]|out\.0)|attn\.(add_[qkv]_proj|to_add_out)|norm1(_context)?\.linear|"
+        r"ff(_context)?\.net\.(0\.proj|2))|time_text_embed\.(timestep|text)_embedder\.linear_[12]|context_embedder|"
+        r"pos_embed\.proj|norm_out\.linear|proj_out"
+    )
     # RTDMD's real-score guidance for SD3.5-M (its public code); for SD3-M it sets 7.
     teacher_guidance_scale: float = 4.5
 
