@@ -1,12 +1,15 @@
 """What ComfyUI does with a LoRA's file and with a number of steps, restated as data: it is not installed here.
 
-Source: github.com/Comfy-Org/ComfyUI, read on 2026-11-29. Names that a model's layers may have in a file: comfy/lora.py
-(17358c8) with the tables of comfy/utils.py (09708ea). Tensors that a layer may have: comfy/weight_adapter/lora.py
-(6f98b15). Schedulers: comfy/samplers.py (311c014). Which models there are: comfy/supported_models.py (01f03bb). Inputs of
-nodes: nodes.py (02217e3).
+Source: github.com/Comfy-Org/ComfyUI, read on 2026-11-29:
+
+- names that a model's layers may have in a file: comfy/lora.py (17358c8) with the tables of comfy/utils.py (09708ea);
+- tensors that a layer may have: comfy/weight_adapter/lora.py (6f98b15);
+- which models there are: comfy/supported_models.py (01f03bb);
+- schedulers: comfy/samplers.py (311c014), over the levels of comfy/model_sampling.py (2fd2083);
+- inputs of nodes: nodes.py (02217e3).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -126,7 +129,7 @@ TRANSFORMERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, list[str]]]] = {
 
 
 def transformer_names(transformer: Any) -> dict[str, str]:
-    """What a file may call a transformer's layers, and which layer each name stands for; nothing if there is no such."""
+    """What a file may call a transformer's layers, and which layer each name stands for; nothing without such a model."""
     prefixes, blocks = TRANSFORMERS.get(type(transformer).__name__, ((), {}))
     layers = list(blocks.get("", []))
     for block in filter(None, blocks):
@@ -172,6 +175,20 @@ def sgm_uniform_timesteps(steps: int) -> list[float]:
     """Times of the scheduler ``sgm_uniform``: even ones from the last to the first, which is left out."""
     times: list[float] = torch.linspace(999, 0, steps + 1)[:-1].tolist()
     return times
+
+
+def walked_by_lcm(
+    network: Callable[[Tensor, Tensor], Tensor], sigmas: Tensor, noises: list[Tensor], *, is_flow: bool
+) -> Tensor:
+    """What the sampler ``lcm`` makes of a network that predicts noise, or a flow's velocity, and of these noises.
+
+    It keeps x_0 + sigma * noise, which such a network is given divided by its deviation; a flow's is a mixture.
+    """
+    x_t = noises[0] * (1 if is_flow else (1 + sigmas[0] ** 2).sqrt())
+    for sigma, following, noise in zip(sigmas, [*sigmas[1:], torch.zeros(())], [*noises[1:], 0], strict=True):
+        x_0 = x_t - sigma * network(x_t if is_flow else x_t / (1 + sigma**2).sqrt(), sigma)
+        x_t = following * noise + (1 - following if is_flow else 1) * x_0
+    return x_t
 
 
 # ----- inputs of nodes: links, by the type that they carry, and values -----

@@ -75,9 +75,7 @@ def kohya_tensors(
         >>> tensors["lora_unet_to_q.alpha"]
         tensor(2.)
     """
-    alphas = {
-        layer: scales[layer] * state[f"{layer}.lora_A.weight"].shape[0] for layer, _ in map(_parted, state)
-    }
+    alphas = {layer: scales[layer] * state[f"{layer}.lora_A.weight"].shape[0] for layer, _ in map(_parted, state)}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     tensors: dict[str, Tensor] = {}
     for layer, due in alphas.items():
