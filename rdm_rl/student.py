@@ -41,9 +41,9 @@ pipe.scheduler = {scheduler}.from_pretrained("{student}", subfolder="scheduler")
 
 
 _DRAWING = """
-`{file}` is for {programs}{how}.
+`{file}` is for {programs}{sampler}.
 """
-_COMFYUI_SAMPLER = ": in ComfyUI with the sampler `lcm` and the scheduler `simple`"
+_SAMPLER_IN_COMFYUI = ": in ComfyUI with the sampler `lcm` and the scheduler `simple`"
 
 KOHYA_LORA = "kohya_lora.safetensors"
 logger = logging.getLogger(__name__)
@@ -133,6 +133,11 @@ def save_student(
     elif network is not None:
         family.save_pipeline(str(folder), network, scheduler)
     drawing_file = _save_for_comfyui(folder, networks) if isinstance(networks, AdapterNetworks) and not whole else None
+    drawing = _DRAWING.format(
+        file=drawing_file,
+        programs="ComfyUI, A1111 and Forge" if family.network_name == "unet" else "ComfyUI",
+        sampler=_SAMPLER_IN_COMFYUI if sampler == "renoise" else "",
+    )
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     call = [
         _WHAT.get(type(family.pipeline).__name__, '"a prompt"'),
@@ -154,13 +159,7 @@ def save_student(
         imports=f"DiffusionPipeline, {kind}" if lora else "DiffusionPipeline",
         pipeline=student if not lora else base if base_is_on_hub else f"path/to/the/base/{base}",
         load_lora=_LOAD_LORA.format(student=student, file=DIFFUSERS_LORA, scheduler=kind) if lora else "",
-        drawing=_DRAWING.format(
-            programs="ComfyUI, A1111 and Forge" if family.network_name == "unet" else "ComfyUI",
-            file=drawing_file,
-            how=_COMFYUI_SAMPLER if sampler == "renoise" else "",
-        )
-        if drawing_file
-        else "",
+        drawing=drawing if drawing_file else "",
         rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )
     data = ModelCardData(

@@ -129,7 +129,7 @@ TRANSFORMERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, list[str]]]] = {
 
 
 def transformer_names(transformer: Any) -> dict[str, str]:
-    """What a file may call a transformer's layers, and which layer each name stands for; nothing without such a model."""
+    """What a file may call a transformer's layers, and which layer each stands for; nothing without such a model."""
     prefixes, blocks = TRANSFORMERS.get(type(transformer).__name__, ((), {}))
     layers = list(blocks.get("", []))
     for block in filter(None, blocks):

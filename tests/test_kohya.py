@@ -2,7 +2,6 @@
 
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,10 +29,15 @@ from tests.helpers import EXAMPLES, latents, prompt_batch, table_rows
 from tests.tiny_pipelines import CALLS, TINY, align_weights, tiny_sd
 
 READ_BY_COMFYUI = ("sd", "sdxl", "sd3", "flux_dev", "flux_schnell", "pixart")
-PLAIN = LoraConfig(r=4, lora_alpha=4)
+PLAIN = LoraConfig(r=4, lora_alpha=4)  # All of the family's own layers.
 SCALED = LoraConfig(r=4, lora_alpha=6)
+SOME = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1", "conv_in"]
+SOME_SCALED = LoraConfig(r=4, lora_alpha=6, target_modules=SOME)
 # Layers of other ranks and other scales, and the scale of rank-stabilised LoRA: all that PEFT offers.
-MIXED = LoraConfig(r=4, lora_alpha=8, rank_pattern={"to_q": 2}, alpha_pattern={"to_k": 2, "to_v": 3}, use_rslora=True)
+MIXED = LoraConfig(
+    **{"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": SOME},
+    **{"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 2, "to_v": 3}},
+)
 
 
 def student_of(kind: str, config: LoraConfig, folder: Path) -> AdapterNetworks:
@@ -121,21 +125,19 @@ def test_the_same_images_from_both_files(kind: str, config: LoraConfig, atol: fl
 
 
 def policy_of(base: Path, source: Path) -> AdapterNetworks:
-    return AdapterNetworks(load_family(base), LoraConfig(r=2), torch.Generator(), policy_init=str(source))
+    config = LoraConfig(r=2, target_modules=["to_q"])
+    return AdapterNetworks(load_family(base), config, torch.Generator(), policy_init=str(source))
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux_dev"])
 def test_there_and_back(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a saved student to each form and back, of which a policy starts, with the same tensors."""
     monkeypatch.chdir(tmp_path)
-    networks = student_of(kind, SCALED, tmp_path)
+    networks = student_of(kind, SOME_SCALED, tmp_path)
     state, _ = networks.export()
-    model = ["--model", "base"]
-    assert main(["export", "student", "--format", "kohya", *model]) == 0
-    assert (
-        main(["export", "student-kohya.safetensors", "--format", "diffusers", *model, "--output", "back.safetensors"])
-        == 0
-    )
+    words = ["--model", "base", "--format"]
+    assert main(["export", "student", *words, "kohya"]) == 0
+    assert main(["export", "student-kohya.safetensors", *words, "diffusers", "--output", "back.safetensors"]) == 0
     file = load_file("student-kohya.safetensors")
     saved = load_file(f"student/{KOHYA_LORA}")
     assert file.keys() == saved.keys()
@@ -146,14 +148,13 @@ def test_there_and_back(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if kind in ("sd", "sdxl"):
         assert all(torch.equal(value, state[name]) for name, value in again.export()[0].items())
         from_kohya = policy_of(tmp_path / "base", tmp_path / "student-kohya.safetensors")
-        assert adapter_scales(from_kohya.module("policy"), "policy") == adapter_scales(
-            networks.module("policy"), "policy"
-        )
+        scales, again = (adapter_scales(each.module("policy"), "policy") for each in (networks, from_kohya))
+        assert again == scales
 
 
 def test_alphas_of_their_own_are_read(tmp_path: Path) -> None:
     """Other trainers give attention layers another alpha than the rest, which diffusers forgets."""
-    networks = student_of("sd", SCALED, tmp_path)
+    networks = student_of("sd", SOME_SCALED, tmp_path)
     file = load_file(tmp_path / "student" / KOHYA_LORA)
     for name in file:
         if name.endswith(".alpha"):
@@ -167,9 +168,9 @@ def test_alphas_of_their_own_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_what_comfyui_does_not_know_is_refused(kind: str) -> None:
+def test_what_comfyui_does_not_know_is_refused(kind: str, tmp_path: Path) -> None:
     """The family's pattern knows the layers that ComfyUI does, and no others."""
-    family = load_family(TINY[kind](Path(tempfile.mkdtemp())))
+    family = load_family(TINY[kind](tmp_path))
     known = set(comfyui.names_of(family.network).values()) if family.comfyui_layers else set()
     layers = [name for name, part in family.network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
     assert bool(known) == (kind in (*READ_BY_COMFYUI, "sd3_without_t5"))
@@ -199,12 +200,13 @@ def test_a_student_that_comfyui_cannot_hold_is_saved_all_the_same(
 @pytest.mark.parametrize(
     ("make", "words", "message"),
     [
-        (lambda folder: tiny_sd(folder).save_pretrained(folder / "student"), [], "is a whole pipeline"),
-        (lambda folder: student_of("sana", PLAIN, folder), ["--model", "base"], "SanaTransformer2DModel"),
-        (lambda folder: None, [], "does not say which model it belongs to"),
-        (lambda folder: student_of("sd", PLAIN, folder), ["--model", "sdxl"], "does not fit this model"),
+        (lambda folder: tiny_sd(folder).save_pretrained(folder / "student"), [], "is a whole model"),
+        (lambda folder: student_of("sana", SOME_SCALED, folder), ["--model", "base"], "SanaTransformer2DModel"),
+        (lambda folder: (folder / "student").mkdir(), [], "does not say which model it belongs to"),
+        (lambda folder: None, [], "neither an existing folder nor a hub name"),
+        (lambda folder: student_of("sd", SOME_SCALED, folder), ["--model", "sd15"], "does not fit this model"),
     ],
-    ids=["full", "sana", "no-model", "other-model"],
+    ids=["full", "sana", "no-model", "nothing", "other-model"],
 )
 def test_what_export_refuses(
     make: Callable[[Path], Any],
@@ -224,7 +226,7 @@ def test_what_export_refuses(
 
 
 def test_half_precision_leaves_alphas_alone(tmp_path: Path) -> None:
-    student_of("sd", LoraConfig(r=3, lora_alpha=7, use_rslora=True), tmp_path)
+    student_of("sd", LoraConfig(r=3, lora_alpha=7, use_rslora=True, target_modules=SOME), tmp_path)
     words = ["--format", "kohya", "--model", str(tmp_path / "base"), "--dtype", "float16"]
     assert main(["export", str(tmp_path / "student"), *words, "--output", str(tmp_path / "half.safetensors")]) == 0
     half, whole = load_file(tmp_path / "half.safetensors"), load_file(tmp_path / "student" / KOHYA_LORA)
@@ -237,8 +239,8 @@ def test_half_precision_leaves_alphas_alone(tmp_path: Path) -> None:
 # ----- what docs/draw_with_your_student.md says -----
 
 
-def test_the_page_s_table_of_steps() -> None:
-    family = load_family(tiny_sd(Path(tempfile.mkdtemp())))
+def test_the_page_s_table_of_steps(tmp_path: Path) -> None:
+    family = load_family(tiny_sd(tmp_path))
     rows = [cells for cells in table_rows("draw_with_your_student.md") if cells[0].isdigit()]
     assert len(rows) >= 5
     for cells in rows:
@@ -267,11 +269,11 @@ def test_comfyui_s_lcm_takes_the_student_s_steps(kind: str, tmp_path: Path) -> N
         generator=torch.Generator().manual_seed(0),
         step_noise=lambda *_: next(draws),
     )
+    # The levels that the scheduler picks from, and the time that the network is told at each.
     times = (torch.arange(1000) + 1) / 1000
     is_flow = isinstance(family, FlowFamily)
     if is_flow:
-        table = family.shift * times / (1 + (family.shift - 1) * times)
-        times = table
+        times = table = family.shift * times / (1 + (family.shift - 1) * times)
     else:
         table = family.schedule.sigma(times) / family.schedule.alpha(times)
 
@@ -282,15 +284,15 @@ def test_comfyui_s_lcm_takes_the_student_s_steps(kind: str, tmp_path: Path) -> N
     sigmas = table[comfyui.simple_timesteps(steps)]
     x_0 = comfyui.walked_by_lcm(network, sigmas, noises, is_flow=is_flow)
     torch.testing.assert_close(x_0, chains.x_0[-1], rtol=1e-3, atol=1e-4)
-    others = table[[999, 759, 499, 259]]  # The test sees ten steps of 1000.
+    others = table[[999, 759, 499, 259]]  # Ten of 1000 are seen.
     assert (comfyui.walked_by_lcm(network, others, noises, is_flow=is_flow) - x_0).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux_dev", "flux_schnell"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 8])
-def test_a_flow_s_times_are_those_of_comfyui_s_simple(kind: str, steps: int) -> None:
+def test_a_flow_s_times_are_those_of_comfyui_s_simple(kind: str, steps: int, tmp_path: Path) -> None:
     """It picks from a table of even times, which the model's shift moves, as the student's are moved."""
-    family = load_family(TINY[kind](Path(tempfile.mkdtemp())))
+    family = load_family(TINY[kind](tmp_path))
     times = torch.tensor([(time + 1) / 1000 for time in comfyui.simple_timesteps(steps)])
     shifted = family.shift * times / (1 + (family.shift - 1) * times)
     torch.testing.assert_close(family.student_times(steps), shifted)

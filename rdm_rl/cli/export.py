@@ -10,6 +10,7 @@ from torch import Tensor
 from rdm_rl.cli.plan.skeleton import make_skeleton, read_blueprint
 from rdm_rl.families import load_family
 from rdm_rl.families.adapters import adapter_scales
+from rdm_rl.families.loading import configuration
 from rdm_rl.files import written_whole
 
 Format = Literal["kohya", "diffusers"]
@@ -31,9 +32,9 @@ def export_adapter(source: str, model: str | Path | None, form: Format, output: 
         ValueError: If the source is no adapter of this model, or the form cannot hold it.
         OSError: If it cannot be loaded.
     """
-    if (Path(source) / "model_index.json").is_file():
+    if configuration(source, "student") is not None:
         raise ValueError(
-            f"{source!r} is a whole pipeline, trained without adapters or saved with them in its weights, and a LoRA "
+            f"{source!r} is a whole model, trained without adapters or saved with them in its weights, and a LoRA "
             "cannot hold it. Draw with diffusers or `rdm-rl sample`, or train with adapters (peft_config, --lora_r)."
         )
     if model is None:

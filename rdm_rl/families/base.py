@@ -60,7 +60,7 @@ class Family(PromptEncoding, ABC):
     """Whether the stock pipeline loads adapters. Where it does not, the student is saved as a whole pipeline."""
 
     comfyui_layers: ClassVar[str] = ""
-    """Pattern of the layers whose adapters ComfyUI knows, by their names in the network; nothing without such a model."""
+    """Pattern of the layers, by their names, whose adapters ComfyUI knows; nothing if it has no such model."""
 
     teacher_guidance_scale: float
     """Guidance of the teacher when the user sets none: what published distillations of this family use."""

@@ -103,7 +103,7 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
         OSError: If it cannot be loaded.
         ValueError: If its class belongs to no family.
     """
-    index = _configuration(model, "model")  # Of a hub name too: its class is known before gigabytes come.
+    index = configuration(model, "model")  # Of a hub name too: its class is known before gigabytes come.
     if index is None:
         raise FileNotFoundError(f"model={model!r} holds no model_index.json, so it is no diffusers pipeline.")
     family = FAMILIES[_supported(str(index.get("_class_name")))]
@@ -160,7 +160,7 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
         OSError: If the hub does not give it.
         ValueError: If its network is of another kind than the base's.
     """
-    index = _configuration(source, "policy_init")
+    index = configuration(source, "policy_init")
     if index is None:
         return None
     wanted: Any = type(base.network)
@@ -191,8 +191,17 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
     return base.with_network(network, scheduler)
 
 
-def _configuration(source: str, setting: str) -> dict[str, Any] | None:
-    """What a pipeline or a network says of itself; None for an adapter."""
+def configuration(source: str, setting: str) -> dict[str, Any] | None:
+    """What a pipeline or a network says of itself; None for an adapter.
+
+    Args:
+        source: Folder, file or hub name.
+        setting: What was set to it, for errors.
+
+    Raises:
+        FileNotFoundError: If it can be neither a folder nor a hub name.
+        OSError: If the hub does not give it.
+    """
     folder = Path(source)
     if folder.is_file() or source.endswith(".safetensors"):
         return None
