@@ -104,7 +104,7 @@ def save_student(
     whole: bool = False,
     write: bool = True,
 ) -> None:
-    """Write the policy, its scheduler and a model card.
+    """Write the policy, its scheduler and a model card, and an adapter also as ComfyUI and others read it.
 
     If the networks are sharded, all processes must call it.
 

@@ -263,6 +263,8 @@ class StudentRun(TrainingLoop):
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Save the student as plain diffusers: a LoRA, or a whole pipeline, with its scheduler and a model card.
 
+        A LoRA is also saved for ComfyUI, A1111 and kohya's scripts (``docs/draw_with_your_student.md``).
+
         Args:
             output_dir: Where to; None for ``args.output_dir``.
         """
