@@ -24,7 +24,6 @@ class Arm:
         anchor: Weight of DP-DMD's first step; 0 for distribution matching there too.
         fake_updates: Updates of the fake score for each of the policy.
         fake_rate: Its learning rate.
-        policy_rate: The policy's.
         sync_to_policy: Share of the way that the fake score's weights go to the policy's after each update of it.
     """
 
@@ -37,7 +36,6 @@ class Arm:
     anchor: float = 0.0
     fake_updates: int = 1
     fake_rate: float = 1e-3
-    policy_rate: float = 1e-3
     sync_to_policy: float = 0.0
 
     def evaluations(self, steps: int) -> int:

@@ -49,13 +49,6 @@ class Mixture:
         centre = logits.softmax(-1) @ self.centres
         return centre + alpha * self.std**2 / variance * (x_t - alpha * centre)
 
-    def everything(self) -> "Mixture":
-        """What an empty prompt means: every prompt's modes together."""
-        count, prompts, _, dimensions = self.centres.shape
-        centres = self.centres.reshape(count, 1, -1, dimensions).expand(-1, prompts, -1, -1)
-        weights = (self.weights / prompts).reshape(count, 1, -1).expand(-1, prompts, -1)
-        return Mixture(centres=centres, weights=weights, std=self.std)
-
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Samples for every prompt, shape (S, P, count, D)."""
         shape = self.centres.shape

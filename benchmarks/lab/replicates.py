@@ -23,6 +23,8 @@ PRETRAINING_UPDATES = 2000
 WARM_START_UPDATES = 30  # A warm start this short leaves something to do.
 WARM_START_STATES = 256
 FAKE_SCORE_WARM_UP = 200
+# Of one step and of several: with the first, students of four steps lose modes (seeds 0 to 7).
+POLICY_RATES = (1e-3, 2e-4)
 EMA_DECAY = 0.995
 RENOISE_RANGE = (0.02, 0.98)
 EVALUATION_SAMPLES = 512  # For each prompt.
@@ -91,7 +93,7 @@ class Replicates:
         self._warm_start()
         self.average = copy.deepcopy(self.policy)
         # Without momentum, as DMD2 has it.
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), arm.policy_rate, betas=(0.0, 0.999))
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), POLICY_RATES[steps > 1], betas=(0.0, 0.999))
         self.fake_optimizer = torch.optim.Adam(self.fake_score.parameters(), 1e-3, betas=(0.0, 0.999))
         for _ in range(FAKE_SCORE_WARM_UP):
             self._update_fake_score(self._rollout())

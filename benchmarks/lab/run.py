@@ -15,6 +15,10 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 from arms import ARMS, CORE, SEVERAL_STEPS
 from problems import PROBLEMS
@@ -51,20 +55,29 @@ def run_arm(problem, steps, name, seeds, folder, long):
     print(f"{file.stem}: {statistics.mean(results['budget 1000']['energy']):.4f}", flush=True)
 
 
-def difference(values, others):
-    """The mean of paired differences with its 95 % interval, and the p-value of a paired t-test."""
+def paired(values, others):
+    """The mean of paired differences and half of its 95 % interval."""
     differences = [value - other for value, other in zip(values, others, strict=True)]
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    half = stats.t.ppf(0.975, len(differences) - 1) * error
-    p = stats.ttest_rel(values, others).pvalue
-    better = sum(value < 0 for value in differences)
-    return f"{statistics.mean(differences):+.4f} ± {half:.4f} | {better} | {p:.0e}"
+    return statistics.mean(differences), stats.t.ppf(0.975, len(differences) - 1) * error
+
+
+def difference(values, others):
+    """Paired differences as cells of a table: the mean, the number of seeds that are better, p of a paired t-test."""
+    mean, half = paired(values, others)
+    better = sum(value < other for value, other in zip(values, others, strict=True))
+    return f"{mean:+.4f} ± {half:.4f} | {better} | {stats.ttest_rel(values, others).pvalue:.0e}"
+
+
+def read(problem, steps, folder):
+    """What was measured of each arm."""
+    files = {name: folder / f"{problem} K={steps} {name}.json" for name in ARMS | SEVERAL_STEPS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def table(problem, steps, folder):
     """The arms of one problem at equal evaluations, against ``dmd``, as Markdown."""
-    found = {name: folder / f"{problem} K={steps} {name}.json" for name in ARMS | SEVERAL_STEPS}
-    results = {name: json.loads(file.read_text()) for name, file in found.items() if file.exists()}
+    results = read(problem, steps, folder)
     if "dmd" not in results:
         return ""
     base = results["dmd"]["results"]
@@ -98,6 +111,31 @@ def cells(row):
     )
 
 
+def picture(problems, steps, folder, file):
+    """The energy distance of each arm in that of ``dmd``, at equal evaluations, with the 95 % interval of the mean."""
+    results = {problem: read(problem, steps, folder) for problem in problems}
+    names = [name for name in ARMS | SEVERAL_STEPS if name != "dmd" and any(name in arms for arms in results.values())]
+    figure, axes = plt.subplots(1, len(problems), figsize=(5 * len(problems), 6), layout="constrained", sharey=True)
+    for axis, (problem, arms) in zip([axes] if len(problems) == 1 else axes, results.items(), strict=True):
+        base = arms["dmd"]["results"]["budget 1000"]["energy"]
+        for name in [name for name in names if name in arms]:
+            gap = paired(arms[name]["results"]["budget 1000"]["energy"], base)
+            mean, half = (100 * value / statistics.mean(base) for value in gap)
+            color = "C2" if mean + half < 0 else "C3" if mean - half > 0 else "grey"
+            axis.errorbar(100 + mean, names.index(name), xerr=half, fmt="o", color=color, capsize=3)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xscale("log")
+        axis.set_xticks([80, 100, 150, 200, 300, 500, 1000], minor=False)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.axvline(100, color="black", linewidth=0.8)
+        axis.set(title=f"{problem}, K = {steps}", xlabel="energy distance, % of DMD's")
+        axis.grid(alpha=0.3)
+    axis.invert_yaxis()  # They share it.
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output/lab"))
@@ -117,6 +155,7 @@ def main():
             for problem in options.problems:
                 run_arm(problem, options.steps, name, options.seeds, options.output_dir, options.long)
     print("\n".join(table(problem, options.steps, options.output_dir) for problem in options.problems))
+    picture(options.problems, options.steps, options.output_dir, options.output_dir / f"lab-K{options.steps}.png")
 
 
 if __name__ == "__main__":
