@@ -44,7 +44,7 @@ from torch import Tensor
 from transformers.trainer_callback import TrainerState
 
 from rdm_rl.files import fingerprint, written_whole
-from rdm_rl.manifest import damage, read_manifest, sync, write_manifest
+from rdm_rl.manifest import MANIFEST, damage, read_manifest, sync, write_manifest
 from rdm_rl.trainers.resuming import kind_of
 
 logger = logging.getLogger(__name__)
@@ -77,14 +77,16 @@ def checkpoint_damage(folder: Path, *, contents: bool = True) -> list[str]:
     Returns:
         A clause for each fault.
     """
-    faults = damage(folder, contents=contents)
-    if not faults:
-        manifest, named = read_manifest(folder), _NAME.match(folder.name)
-        if "trainer_state.json" not in manifest["files"]:
-            faults = ["it is another folder's manifest, of no checkpoint"]
-        elif named and manifest["step"] != int(named[1]):
-            faults = [f"its files are those of step {manifest['step']}"]
-    return faults
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return [str(error)]
+    if "trainer_state.json" not in manifest["files"]:
+        return [f"{MANIFEST} is of no checkpoint"]
+    named = _NAME.match(folder.name)
+    if named and manifest["step"] != int(named[1]):
+        return [f"{MANIFEST} is of step {manifest['step']}"]
+    return damage(folder, contents=contents)
 
 
 def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
