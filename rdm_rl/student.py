@@ -246,7 +246,8 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
         faults = [fault for fault in damage(folder) if ".safetensors " in fault and "is missing" not in fault]
         if faults:
             raise ValueError(
-                f"The student {str(folder)!r} is damaged: {'; '.join(faults)}. Save or copy it again, or, if the change is yours, delete its {MANIFEST}."
+                f"The student {str(folder)!r} is damaged: {'; '.join(faults)}. Save or copy it again, or, if the "
+                f"change is yours, delete its {MANIFEST}."
             )
     if (folder / "pytorch_lora_weights.safetensors").is_file():
         family = load_family(model, dtype=dtype)

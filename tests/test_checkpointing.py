@@ -214,13 +214,12 @@ def test_write_and_read_agree(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"], "nothing else is left"
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(
+    "kind, name", [(kind, name) for kind in DAMAGE for name in (FILES[:1] if kind == "NaN" else FILES)]
+)
 def test_damage_is_named_and_the_one_before_is_taken(
     kind: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if kind == "NaN" and name != "policy.safetensors":
-        pytest.skip("only tensors have NaN")
     first, second = (write(tmp_path / f"checkpoint-{step}", step) for step in (1, 2))
     assert find_checkpoint(tmp_path, True) == second
     hurt, message = DAMAGE[kind]
