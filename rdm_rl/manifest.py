@@ -7,6 +7,7 @@ checksum of itself. It finds accidents, not attackers: whoever can write the fil
 import json
 import os
 from collections.abc import Iterable
+from errno import EINVAL
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ MANIFEST = "manifest.json"
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk: a power cut does not take them back then."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != EINVAL:  # Some network file systems do not sync folders.
+            raise
     finally:
         os.close(descriptor)
 
