@@ -222,14 +222,15 @@ def write_checkpoint(
         method = {name: value for name, value in made_with.items() if kind_of(name) in ("state", "method")}
         names = {"step": trainer_state.global_step, "run": run, "settings": fingerprint(None, **method)}
         write_manifest(draft, draft.iterdir(), **names)
-        if folder.exists():
+        if folder.exists():  # The two renamings follow each other at once; nothing is deleted before both are done.
             folder.rename(replaced)
         draft.rename(folder)
         sync(folder.parent)
     finally:
-        for rest in (draft, replaced):  # The disk was full, say.
-            if rest.exists():
-                shutil.rmtree(rest)
+        if draft.exists():  # The disk is full, say.
+            shutil.rmtree(draft)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _check_finite(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
