@@ -106,6 +106,7 @@ def make_trainer(folder, seed, max_steps, callbacks=(), look=None, **settings):
         seed=seed,
         use_cpu=True,
         save_strategy="no",
+        allow_config_change=True,  # The arms begin with one checkpoint.
         logging_strategy="no",  # What is only measured for the log would count, and take time.
         disable_tqdm=True,
         max_steps=max_steps,
@@ -165,16 +166,13 @@ def run_seed(folder, seed, arms, updates, development, settings):
             figures = measure(trainer, evaluation, development) if begun else json.loads(start_file.read_text())
             rows.append({**trainer.spent, **figures})
 
-        # A checkpoint holds its learning rate, so the arm with another one makes the same start once more.
-        rate = {setting: value for setting, value in arms[name].items() if setting == "learning_rate"}
-        home = work / "twice" if rate else work
-        checkpoint = home / "checkpoint-0"
+        checkpoint = work / "checkpoint-0"
         if not start_file.exists() or not (checkpoint / "trainer_state.json").exists():
-            start = make_trainer(home, seed, 1, [StopAtOnce()], **{**settings, **rate})
+            start = make_trainer(work, seed, 1, [StopAtOnce()], **settings)
             start.train()
             start.save_checkpoint()
             start_file.write_text(json.dumps(measure(start, evaluation, development)))
-        trainer = make_trainer(home, seed, updates[name], look=look, **{**settings, **arms[name]})
+        trainer = make_trainer(work, seed, updates[name], look=look, **{**settings, **arms[name]})
         trainer.train(resume_from_checkpoint=checkpoint)
         ratios = {ratio: statistics.fmean(values) for ratio, values in trainer.ratios.items() if values}
         file.write_text(json.dumps({"curve": rows, "ratios": ratios, "evaluations": trainer.by_role}))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from rdm_rl import __version__
 from rdm_rl.families.adapters import DIFFUSERS_LORA, adapter_scales
 from rdm_rl.families.loading import load_family, load_pipeline
+from rdm_rl.manifest import MANIFEST, damage, write_manifest
 from rdm_rl.networks.roles import AdapterNetworks, Networks
 from rdm_rl.policy import SamplerName
 
@@ -168,8 +169,21 @@ def save_student(
         tags=["rdm_rl", "distillation", "few-step", *(["lora"] if lora else [])],
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
-    for file in folder.rglob("*.safetensors"):
-        copymode(folder / "README.md", file)  # safetensors makes files that only their owner can read.
+    files = _files_of(folder)
+    for file in files:
+        if file.suffix == ".safetensors":
+            copymode(folder / "README.md", file)  # safetensors makes files that only their owner can read.
+    write_manifest(folder, files)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of a student, in a folder that may be a run's and hold much else."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else ["scheduler"]
+    names = (index.name, DIFFUSERS_LORA, KOHYA_LORA, _USE_FILE, _BASE_FILE, "README.md")
+    files = [folder / name for name in names]
+    files += [file for part in parts if (folder / part).is_dir() for file in (folder / part).rglob("*")]
+    return [file for file in files if file.is_file()]
 
 
 def _save_for_comfyui(folder: Path, networks: AdapterNetworks) -> str | None:
@@ -225,9 +239,16 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
 
     Raises:
         FileNotFoundError: If the folder holds no student.
-        ValueError: If it holds another pipeline, or an adapter of another base.
+        ValueError: If it holds another pipeline, or an adapter of another base, or its weights are not what was saved.
     """
     folder = Path(folder)
+    if (folder / MANIFEST).is_file():  # Its card may have been edited since, and a part of it may be elsewhere.
+        faults = [fault for fault in damage(folder) if ".safetensors " in fault and "is missing" not in fault]
+        if faults:
+            raise ValueError(
+                f"The student {str(folder)!r} is damaged: {'; '.join(faults)}. Save or copy it again, or, if the "
+                f"change is yours, delete its {MANIFEST}."
+            )
     if (folder / "pytorch_lora_weights.safetensors").is_file():
         family = load_family(model, dtype=dtype)
         family.load_adapter(str(folder), "student", setting="student")

@@ -1,8 +1,9 @@
 """What a run does with its student beside the updates: optimisers, the warm start, samples and files."""
 
+import json
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family
 from rdm_rl.families.encoding import EMPTY_PROMPT
+from rdm_rl.files import config_facts
+from rdm_rl.manifest import read_manifest
 from rdm_rl.networks.roles import Networks, Role
 from rdm_rl.networks.sharding import gather
 from rdm_rl.policy import Sampler, make_sampler, rollout
@@ -30,6 +33,7 @@ from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import RunningMean, Weighting
 
 EVALUATION_SEED = 12345
+_ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
 class StudentRun(TrainingLoop):
@@ -52,6 +56,7 @@ class StudentRun(TrainingLoop):
     _models: LoadedModels
     _fingerprints: Mapping[str, str]
     _optimizer_factories: tuple[OptimizerFactory | None, OptimizerFactory | None]
+    _run: str
     _last_checkpoint: Path | None
     _last_rollout: Rollout | None
 
@@ -327,6 +332,9 @@ class StudentRun(TrainingLoop):
 
         Returns:
             The checkpoint's folder.
+
+        Raises:
+            ValueError: If weights are not finite; the checkpoints before stay.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         tensors: dict[str, Mapping[str, Tensor]] = {role: self.networks.state_dict(role) for role in self.optimizers}
@@ -341,16 +349,34 @@ class StudentRun(TrainingLoop):
             (tensors, self.whole_state()), keep=writes
         )  # Sharded weights take all processes to put together.
         if writes:
-            settings, processes = self.args.to_json_string(), self.accelerator.num_processes
-            write_checkpoint(folder, tensors, state, settings, self.state, processes, self._fingerprints)
+            settings = self.args.to_json_string()
+            write_checkpoint(folder, tensors, state, settings, self.state, self.run_facts(), self._run)
             rotate_checkpoints(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._last_checkpoint = folder
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
 
-    def _load_checkpoint(self, folder: Path) -> None:
+    def run_facts(self) -> dict[str, Any]:
+        """What the run is made with and is no setting, by name: a resumed run is compared with it."""
+        adapter = getattr(self.networks.module("policy"), "peft_config", {}).get("policy")
+        shape = {} if adapter is None else config_facts(adapter)
+        facts = {
+            "num_processes": self.accelerator.num_processes,
+            "rewards": list(self.rewards),
+            "weighting": type(self.weighting).__name__,
+            "prompts": self.prompts.fingerprint,
+            "adapters": adapter is not None,
+            **{f"peft_config.{name}": shape[name] for name in _ADAPTER_SHAPE if name in shape},
+            **{f"weights of the {role}": name for role, name in self._fingerprints.items()},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(facts, default=sorted))  # Names of modules are sets.
+        return plain
+
+    def _load_checkpoint(self, folder: Path, changed: Collection[str] = ()) -> None:
+        """Take everything back but what belongs to facts that have changed since."""
         tensors, state, saved = read_checkpoint(folder)
+        self._run = read_manifest(folder)["run"]
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
         self.state.log_history = saved.log_history
         for role, optimizer in self.optimizers.items():
@@ -361,13 +387,15 @@ class StudentRun(TrainingLoop):
             self.average.load(tensors["ema"], state["ema_updates"])
         if self.reference is not None:
             self.reference.load(tensors["reference"], 0)
-        self.weighting.load_state_dict(state["weighting"])
+        if "weighting" not in changed:
+            self.weighting.load_state_dict(state["weighting"])
         self.load_state_dict(state["own"])
         for name, spread in state["reward_spreads"].items():
             self.reward_spreads[name].load(spread)
         self._last_checkpoint = folder
         # Another process's samples are not saved: with several, the first lag after resuming is left out.
-        if "last_samples" in tensors and self.state.global_step > 0 and self.accelerator.num_processes == 1:
+        alone = self.accelerator.num_processes == 1
+        if "last_samples" in tensors and self.state.global_step > 0 and alone and not changed:
             batch = next(self.prompt_batches((self.state.global_step - 1) // self.args.num_iterations))
             samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
             self._last_rollout = Rollout(batch=batch, times=self.times, states=samples["states"], x_0=samples["x_0"])

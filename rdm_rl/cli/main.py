@@ -1,4 +1,4 @@
-"""The command line: ``rdm-rl demo | train | plan | sample | export | evaluate | rewards | methods | env``."""
+"""The command line: ``rdm-rl demo``, ``train``, ``plan``, ``sample``, ``export``, ``checkpoint``, ``evaluate``, ..."""
 
 import argparse
 import os
@@ -15,7 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command: the words after ``rdm-rl``, or those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
+        The exit status: 0; 1 if ``checkpoint`` found damage; 2 for a mistake in what was asked, which is explained in
+        one line.
     """
     # Both announce what is no news here: that torchvision is missing, and that an adapter has no text-encoder part.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -36,9 +37,9 @@ def run_script(function: Callable[[Sequence[str]], None]) -> int:
     return _explained(lambda: function(words), Path(sys.argv[0]).name, debug="--debug" in sys.argv)
 
 
-def _explained(function: Callable[[], None], name: str, *, debug: bool) -> int:
+def _explained(function: Callable[[], int | None], name: str, *, debug: bool) -> int:
     try:
-        function()
+        return function() or 0
     except SystemExit:  # A help text, for which the import below would take seconds.
         raise
     except _mistakes() as error:
@@ -46,7 +47,6 @@ def _explained(function: Callable[[], None], name: str, *, debug: bool) -> int:
             raise
         print(f"{name}: {error} (--debug shows where)", file=sys.stderr)
         return 2
-    return 0
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
@@ -57,7 +57,8 @@ def _mistakes() -> tuple[type[Exception], ...]:
     return ValueError, OSError, ModuleNotFoundError, RewardError
 
 
-def _command(words: list[str]) -> None:
+def _command(words: list[str]) -> int | None:
+    """Run a command; its exit status if it has one of its own."""
     if words[:1] == ["train"]:  # Its options are the fields of the settings, which another parser reads.
         from rdm_rl.cli.train import train_command
 
@@ -68,7 +69,9 @@ def _command(words: list[str]) -> None:
         plan_command(words[1:])
     else:
         options = _parser().parse_args(words)
-        options.run(options)
+        status: int | None = options.run(options)
+        return status
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", type=Path, help="the file; default: the student's name and format, here")
     export.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the weights in the file")
     export.set_defaults(run=_export)
+
+    checkpoint = commands.add_parser("checkpoint", help="verify the checkpoints of a run, one of them, or a student")
+    checkpoint.add_argument("folder", type=Path, help="a run's folder, a checkpoint, or what save_model wrote")
+    checkpoint.set_defaults(run=_checkpoint)
 
     evaluate = commands.add_parser("evaluate", help="judge saved students of the embedded teacher")
     evaluate.add_argument("--student", type=Path, action="append", required=True, help="folder; repeat for more")
@@ -184,6 +191,12 @@ def _export(options: argparse.Namespace) -> None:
     output = options.output or Path(f"{name}-{options.format}.safetensors")
     export_adapter(options.student, model, options.format, output, getattr(torch, options.dtype))
     print(output)
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from rdm_rl.cli.checkpoint import print_states
+
+    return print_states(options.folder)
 
 
 def _base_of(student: Path) -> str:
