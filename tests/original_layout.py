@@ -14,11 +14,23 @@ from torch import Tensor
 from rdm_rl.families.kohya import sgm_name
 
 _VAE = (
-    *((r"down_blocks\.(\d)\.resnets", r"down.\1.block"), (r"downsamplers\.0", "downsample"), (r"\.conv_norm_out", ".norm_out")),
+    *(
+        (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+        (r"downsamplers\.0", "downsample"),
+        (r"\.conv_norm_out", ".norm_out"),
+    ),
     *((r"up_blocks\.(\d)\.resnets", r"up.\1.block"), (r"up_blocks\.(\d)\.upsamplers\.0", r"up.\1.upsample")),
-    *((r"down_blocks\.(\d)", r"down.\1"), ("conv_shortcut", "nin_shortcut"), (r"mid_block\.attentions\.0", "mid.attn_1")),
+    *(
+        (r"down_blocks\.(\d)", r"down.\1"),
+        ("conv_shortcut", "nin_shortcut"),
+        (r"mid_block\.attentions\.0", "mid.attn_1"),
+    ),
     *((r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2")),
-    *((r"attn_1\.group_norm", "attn_1.norm"), (r"attn_1\.to_out\.0", "attn_1.proj_out"), (r"attn_1\.to_([qkv])", r"attn_1.\1")),
+    *(
+        (r"attn_1\.group_norm", "attn_1.norm"),
+        (r"attn_1\.to_out\.0", "attn_1.proj_out"),
+        (r"attn_1\.to_([qkv])", r"attn_1.\1"),
+    ),
 )
 _OPEN_CLIP = (
     *((r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"), (r"\.fc1", ".c_fc")),
@@ -63,7 +75,9 @@ def vae_tensors(vae: Any) -> dict[str, Tensor]:
 
 def clip_tensors(encoder: Any, prefix: str) -> dict[str, Tensor]:
     """A CLIP text encoder's tensors, as transformers once called them."""
-    return {f"{prefix}text_model.{key.removeprefix('text_model.')}": value for key, value in encoder.state_dict().items()}
+    return {
+        f"{prefix}text_model.{key.removeprefix('text_model.')}": value for key, value in encoder.state_dict().items()
+    }
 
 
 def open_clip_tensors(encoder: Any, prefix: str) -> dict[str, Tensor]:

@@ -54,7 +54,8 @@ class RDMTrainer(StudentRun):
     :meth:`load_state_dict` for state of its own.
 
     Args:
-        model: The pipeline to distil: a folder, a hub name, or a loaded ``DiffusionPipeline``. It is also the teacher.
+        model: The pipeline to distil: a folder, a hub name, a ``.safetensors`` file with the whole model
+            (``args.model_config``), or a loaded ``DiffusionPipeline``. It is also the teacher.
         reward_funcs: Registered names, callables ``(images, prompts, **columns)`` or objects with a ``direction``, or a
             list of them; ``"rdm"`` is distribution matching.
         args: The settings; None for the defaults.

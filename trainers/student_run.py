@@ -276,6 +276,7 @@ class StudentRun(TrainingLoop):
                 sampler=self.args.sampler,
                 guidance_scale=self.args.guidance_scale,
                 base=self.model_name,
+                single_file=self._models.single_file,
                 whole=not self._models.is_pipeline,
                 name=self.args.hub_model_id,
                 facts=self._card_facts(),

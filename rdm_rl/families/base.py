@@ -27,7 +27,7 @@ from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
 from rdm_rl.policy import SamplerName
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.records import Conditioning
-from rdm_rl.settings import Count, setting
+from rdm_rl.settings import Count, Folder, setting
 
 
 class Family(PromptEncoding, ABC):
@@ -509,4 +509,9 @@ def _without_compilation(pipeline: Any) -> Any:
 class ModelSettings:
     """Model and data."""
 
+    model_config: Folder | None = setting(
+        None,
+        "Of a model in one file: the diffusers pipeline, a folder or a hub name, whose configuration and missing parts "
+        "are used. Default: the one on the hub that diffusers knows for its kind.",
+    )
     resolution: Count | None = setting(None, "Height and width of the images in pixels. Default: the model's own.")

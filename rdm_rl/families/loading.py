@@ -23,8 +23,10 @@ from rdm_rl.families.sd3 import StableDiffusion3Family
 from rdm_rl.families.sdxl import StableDiffusionXLFamily
 from rdm_rl.families.single_file import (
     Header,
+    SingleFile,
     check_prediction,
     config_folder,
+    default_config,
     is_single_file,
     parts_in,
     read_header,
@@ -188,6 +190,23 @@ def load_single_file(model: str, dtype: torch.dtype, model_config: str | None = 
     if "safety_checker" in components:
         components["requires_safety_checker"] = False
     return read_parts(header, folder, name, components, _precision(dtype))
+
+
+def describe_single_file(model: str, family: Family, model_config: str | None) -> SingleFile | None:
+    """What more there is to say of a model that is one file; None for any other.
+
+    Args:
+        model: What the family was loaded from.
+        family: The family.
+        model_config: Folder or hub name of the pipeline that configures a file, if it is set.
+    """
+    if not is_single_file(model):
+        return None
+    header = read_header("model", model)
+    parts = parts_in(header, type(family.pipeline).__name__)
+    present = [name for name, part in family.pipeline.components.items() if part is not None]
+    lacking = [name for name in _networks(type(family), present) if name not in parts]
+    return SingleFile(model_config or default_config(header), lacking)
 
 
 def _precision(dtype: torch.dtype | dict[str, torch.dtype]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from rdm_rl.families.hub import check_hub_name, one_line_errors
+from rdm_rl.families.hub import check_hub_name, one_line_errors, without_diffusers_log
 
 _VAE = ("first_stage_model.", "vae.")
 _UNET = ("model.diffusion_model.input_blocks.", "down_blocks.")
@@ -86,6 +86,18 @@ class Header(NamedTuple):
         return not self.is_whole_model and any(mark in name for name in self.tensors for mark in _ADAPTER_MARKS)
 
 
+class SingleFile(NamedTuple):
+    """What more there is to say of a model that is one file, than its name.
+
+    Args:
+        model_config: Folder or hub name of the pipeline that configures it.
+        lacking: The networks that are that pipeline's, as the file has none.
+    """
+
+    model_config: str
+    lacking: list[str]
+
+
 def is_single_file(model: str) -> bool:
     """Whether a name is that of a file of weights.
 
@@ -119,7 +131,7 @@ def read_header(setting: str, path: str) -> Header:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
@@ -318,7 +330,10 @@ def _check_complete(part: nn.Module, name: str) -> None:
 def _fitting(setting: str, path: str, config: str, advice: str) -> Iterator[None]:
     """Say in one line that a file does not fit its configuration, with diffusers' story as the cause."""
     try:
-        yield
+        with without_diffusers_log("models.modeling_utils"):  # It warns of modules to keep in float32, and names none.
+            yield
     except (ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         reason = " ".join(str(error).split()).split(". If you want")[0].rstrip(".")
+        if "meta tensor" in reason:  # What torch says of weights that nothing was loaded into.
+            reason = "it has no tensor for some of a network's weights"
         raise ValueError(f"{setting}={path!r} does not fit {config}: {reason}. {advice}") from error

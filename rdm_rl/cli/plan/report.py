@@ -175,7 +175,9 @@ def _networks(
     loaded = torch.float32 if arguments.full else DTYPES[precision(args)]  # As load_networks reads them.
 
     def family_of(source: str | Path | Blueprint) -> Family:
-        family = load_family(make_skeleton(read_blueprint(source), loaded), resolution=args.resolution)
+        family = load_family(
+            make_skeleton(read_blueprint(source, args.model_config), loaded), resolution=args.resolution
+        )
         family.border = lambda: "not compared"  # type: ignore[method-assign]  # There are no weights to compare.
         return family
 
