@@ -221,11 +221,18 @@ def test_a_student_of_a_file_is_drawn_exported_and_planned(
     assert main(words) == 0
     assert main(["export", str(student), "--format", "kohya"]) == 0
     assert (tmp_path / "student-kohya.safetensors").is_file()
-    assert main(["plan", "--model", str(model.file), "--model_config", str(model.folder), "--lora_r", "2"]) == 0
-    assert "(StableDiffusionPipeline), images of 16x16" in capsys.readouterr().out
     model.file.unlink()
     assert main(words) == 2
     assert "is an adapter of a model called 'mine.safetensors': give its --model" in capsys.readouterr().err
+
+
+def test_a_file_is_planned_from_its_header_and_for_the_largest_size(
+    models: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = models(tiny_sd)
+    words = ["plan", "--model", str(model.file), "--model_config", str(model.folder), "--lora_r", "2"]
+    assert main([*words, "--resolution", "16", "8x24", "16x8"]) == 0
+    assert "(StableDiffusionPipeline), images of 16x16 (the largest of 3)" in capsys.readouterr().out
 
 
 def test_a_style_by_file_on_a_teacher_from_a_file(models: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rdm_rl.families import Family, check_model_name, load_family, load_policy_i
 from rdm_rl.families.encoding import PromptCache
 from rdm_rl.families.hub import adapter_file, check_hub_name
 from rdm_rl.families.loading import describe_single_file
+from rdm_rl.families.resolution import Resolution, read_resolutions
 from rdm_rl.families.single_file import SingleFile, is_single_file, read_header
 from rdm_rl.files import cache_key
 from rdm_rl.networks.roles import Networks, make_networks
@@ -49,12 +50,20 @@ def precision(args: RDMConfig) -> Precision:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
 
 
-def teacher_key(networks: Networks, args: RDMConfig, *, decoder: nn.Module | None = None, **settings: object) -> str:
+def teacher_key(
+    networks: Networks,
+    args: RDMConfig,
+    *,
+    resolution: Resolution | None,
+    decoder: nn.Module | None = None,
+    **settings: object,
+) -> str:
     """The name under which what the teacher makes is kept: that of another teacher or setting has another one.
 
     Args:
         networks: The roles of the run. Noise and prompts come from the student's family, or are the teacher's own.
         args: The run's settings.
+        resolution: Size of the images; None is the model's own.
         decoder: What makes images of its latents, if that is kept.
         settings: How the teacher is sampled: its steps, its guidance, the time it starts from, the noise.
 
@@ -62,12 +71,13 @@ def teacher_key(networks: Networks, args: RDMConfig, *, decoder: nn.Module | Non
         16 hexadecimal digits.
     """
     families = [*dict.fromkeys((networks.teacher_family, networks.family))]  # Often one: its encoders are large.
+    sized = families if resolution is None else [family.at(resolution) for family in families]
     return cache_key(
         {"teacher": networks.module("teacher"), "decoder": decoder},
         prompts=[family.encoder_fingerprint() for family in families],
-        schedules=[family.schedule for family in families],
+        schedules=[family.schedule for family in sized],
         prediction_type=families[0].prediction_type,
-        shape=families[0].latent_shape,
+        shape=sized[0].latent_shape,
         precision=precision(args),
         **settings,
     )
@@ -170,7 +180,7 @@ def load_networks(
     # Full copies are trained in float32, so they are read in it.
     options: dict[str, Any] = {
         "dtype": dtype if peft_config else torch.float32,
-        "resolution": args.resolution,
+        "resolution": next(iter(read_resolutions(args.resolution)), None),
         "model_config": args.model_config,
     }
     family = load_family(model, **options)

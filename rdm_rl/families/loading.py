@@ -17,6 +17,7 @@ from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flux import FluxFamily
 from rdm_rl.families.hub import check_hub_name, one_line_errors
 from rdm_rl.families.pixart import PixArtFamily
+from rdm_rl.families.resolution import Resolution
 from rdm_rl.families.sana import SanaFamily
 from rdm_rl.families.sd import StableDiffusionFamily
 from rdm_rl.families.sd3 import StableDiffusion3Family
@@ -81,7 +82,7 @@ def load_family(
     model: str | Path | DiffusionPipeline,
     *,
     dtype: torch.dtype | None = None,
-    resolution: int | None = None,
+    resolution: int | str | Resolution | None = None,
     model_config: str | Path | None = None,
 ) -> Family:
     """The family of a pipeline, loading it first if a path or a hub name is given.
@@ -90,7 +91,7 @@ def load_family(
         model: A folder in the diffusers layout, a hub name ``owner/name``, a ``.safetensors`` file with the whole
             model, or a loaded pipeline.
         dtype: Precision that networks and text encoders are loaded in; the decoder stays in float32. None: float32.
-        resolution: Height and width of the images in pixels; None is the pipeline's own.
+        resolution: Size of the images in pixels, such as 1024 or ``"832x1216"``; None is the pipeline's own.
         model_config: Folder or hub name of the pipeline that configures a file and gives the parts that it lacks; None
             for the one that diffusers knows for its kind.
 
