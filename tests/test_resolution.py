@@ -111,7 +111,7 @@ def test_a_run_with_several_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> 
 
 
 def test_teacher_images_are_kept_for_each_size(base: Path, tmp_path: Path) -> None:
-    settings = {"teacher_cache_dir": str(tmp_path / "images"), "noise_pool": 1, "num_generations": 1}
+    settings = {"teacher_cache_dir": str(tmp_path / "images"), "noise_pool": 1, "teacher_num_inference_steps": 2}
     settings |= {"fake_score_updates_per_policy_update": 0}
     trainer = trainer_of(base, tmp_path / "run", "teacher_mse", **settings)
     give = trainer.rewards["teacher_mse"].context.teacher_images

@@ -104,9 +104,14 @@ def lora_tensors(pipe: Any) -> dict[str, torch.Tensor]:
     return {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(4, 16)}
 
 
+def peft_tensors(pipe: Any) -> dict[str, torch.Tensor]:
+    return {"down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.ones(4, 16)}
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
+        (peft_tensors, r"is an adapter \(a LoRA\)"),
         (lora_tensors, r"is an adapter \(a LoRA\), and no whole model.*as policy_init .* or as teacher_adapter"),
         (lambda pipe: vae_tensors(pipe.vae), r"holds no denoising network of .* only 'first_stage_model\."),
         (lambda pipe: unet_tensors(pipe.unet) | {"a.scale_weight": torch.ones(1)}, "is quantised: 'a.scale_weight'"),
@@ -119,7 +124,7 @@ def lora_tensors(pipe: Any) -> dict[str, torch.Tensor]:
             "holds no network of a StableDiffusionPipeline, which model_config says it is",
         ),
     ],
-    ids=["adapter", "autoencoder", "quantised", "v", "other"],
+    ids=["adapter of PEFT", "adapter of kohya", "autoencoder", "quantised", "v", "other"],
 )
 def test_what_a_header_says_is_wrong(tensors: Any, message: str, models: Any) -> None:
     model = models(tiny_sd, tensors)

@@ -52,7 +52,7 @@ def make_reward_context(
         decoder_network = tiny.network
     decoder = ImageDecoder(decode, args.decode_batch_size)
     teacher = networks.teacher_family
-    images_by_size = {
+    images_by_size: dict[tuple[int, ...], TeacherImages] = {
         family.latent_shape[1:]: TeacherImages(
             networks.predictor("teacher", teacher_guidance_scale),
             (teacher if family.resolution is None else teacher.at(family.resolution)).schedule,

@@ -53,7 +53,7 @@ LAYOUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 _NETWORKS = tuple({prefix for layout in LAYOUTS.values() for prefix in next(iter(layout.values()))})
 # diffusers' names for the models of these pipelines.
 _KINDS = ("v1", "v2", "xl_base", "sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")
-_ADAPTER_MARKS = ("lora_", ".lora.", "hada_w", "lokr_w", "oft_")
+_ADAPTER_MARKS = ("lora_", ".lora.", "hada_w", "lokr_w", ".oft_")
 _QUANTISED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8", ".absmax")
 _OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
@@ -78,12 +78,12 @@ class Header(NamedTuple):
     @property
     def is_whole_model(self) -> bool:
         """Whether it has a denoising network."""
-        return self.has(_NETWORKS)
+        return self.has(_NETWORKS) and not self.is_adapter
 
     @property
     def is_adapter(self) -> bool:
         """Whether it is a LoRA, or another adapter."""
-        return not self.is_whole_model and any(mark in name for name in self.tensors for mark in _ADAPTER_MARKS)
+        return any(mark in name for name in self.tensors for mark in _ADAPTER_MARKS)
 
 
 class SingleFile(NamedTuple):
