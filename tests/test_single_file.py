@@ -279,6 +279,9 @@ def test_teacher_and_start_of_the_policy_from_files(models: Any, tmp_path: Path)
         ValueError, match=r"policy_init=.* does not fit the base's UNet2DConditionModel: .*Pass a student"
     ):
         quick_trainer(model.folder, tmp_path / "run", "rdm", given={"policy_init": wrong}, **QUICK)
+    of_v = save_single_file(tensors | {"v_pred": torch.ones(1)}, tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match="says that it predicts v, but the base's scheduler has 'epsilon'"):
+        quick_trainer(model.folder, tmp_path / "run", "rdm", given={"policy_init": of_v}, **QUICK)
     with pytest.raises(ValueError, match=r"model_config=.* but neither model nor teacher is one. Leave it out"):
         quick_trainer(model.folder, tmp_path / "run", "rdm", model_config="owner/name", **QUICK)
 

@@ -274,6 +274,11 @@ def _load_policy_file(source: str, base: Family, dtype: torch.dtype) -> Family |
     header = read_header("policy_init", source)
     if not header.is_whole_model:
         return None
+    if header.predicts_v and base.prediction_type != "v_prediction":
+        raise ValueError(
+            f"policy_init={source!r} says that it predicts v, but the base's scheduler has {base.prediction_type!r}, "
+            "and a file has no scheduler of its own. Pass the folder of a pipeline."
+        )
     with TemporaryDirectory() as folder:
         return base.with_network(read_network(header, base.network, _precision(dtype), Path(folder)))
 

@@ -85,6 +85,11 @@ class Header(NamedTuple):
         """Whether it is a LoRA, or another adapter."""
         return any(mark in name for name in self.tensors for mark in _ADAPTER_MARKS)
 
+    @property
+    def predicts_v(self) -> bool:
+        """Whether it says, as only some do, that its network predicts v."""
+        return "v_pred" in self.tensors or self.metadata.get("modelspec.prediction_type") == "v"
+
 
 class SingleFile(NamedTuple):
     """What more there is to say of a model that is one file, than its name.
@@ -256,10 +261,9 @@ def check_prediction(header: Header, folder: Path) -> None:
     """
     file = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    predicts_v = "v_pred" in header.tensors or header.metadata.get("modelspec.prediction_type") == "v"
-    wanted = {"prediction_type": "v_prediction"} if predicts_v else {}
+    wanted: dict[str, object] = {"prediction_type": "v_prediction"} if header.predicts_v else {}
     if "ztsnr" in header.tensors:
-        wanted["rescale_betas_zero_snr"] = True  # type: ignore[assignment]
+        wanted["rescale_betas_zero_snr"] = True
     for name, value in wanted.items():
         if config.get(name) != value:
             raise ValueError(
