@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 from rdm_rl import __version__
 from rdm_rl.families.adapters import DIFFUSERS_LORA, adapter_scales
+from rdm_rl.families.base import Family
 from rdm_rl.families.loading import load_family, load_pipeline
+from rdm_rl.families.single_file import SingleFile
 from rdm_rl.manifest import MANIFEST, damage, write_manifest
 from rdm_rl.networks.roles import AdapterNetworks, Networks
 from rdm_rl.policy import SamplerName
@@ -25,9 +27,9 @@ _CARD = """# {name}
 A {steps}-step student of `{base}`, trained with rdm_rl {version}. {guidance}
 
 ```python
-from diffusers import {imports}
+{imports}
 
-pipe = DiffusionPipeline.from_pretrained("{pipeline}"){load_lora}
+pipe = {load}{load_lora}
 image = pipe({call}).images[0]
 ```
 {drawing}
@@ -99,6 +101,7 @@ def save_student(
     num_inference_steps: int,
     base: str,
     facts: Mapping[str, Any],
+    single_file: SingleFile | None = None,
     name: str | None = None,
     sampler: SamplerName = "renoise",
     guidance_scale: float = 1.0,
@@ -115,6 +118,7 @@ def save_student(
         num_inference_steps: Steps K of the student.
         base: Name or path of the base model.
         facts: What else the card says, a row each.
+        single_file: What more there is to say of a base that is one file.
         name: The student's name on the hub; None if it has none. What has none is ``path/to/...`` in the card's code.
         sampler: The policy's sampler.
         guidance_scale: Guidance that the student is used with.
@@ -149,7 +153,14 @@ def save_student(
     base_is_on_hub = base.count("/") == 1
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     if lora:
-        (folder / _BASE_FILE).write_text(json.dumps({"base": base}), encoding="utf-8")
+        config = {} if single_file is None else {"model_config": public_name(single_file.model_config)}
+        (folder / _BASE_FILE).write_text(json.dumps({"base": base, **config}), encoding="utf-8")
+    place = student if not lora else base if base_is_on_hub else f"path/to/the/base/{base}"
+    load, imports = f'DiffusionPipeline.from_pretrained("{place}")', {"diffusers": ["DiffusionPipeline"]}
+    if lora and single_file is not None:
+        load, imports = _code_for_file(place, single_file, family)
+    if lora:
+        imports["diffusers"].append(kind)
     text = _CARD.format(
         name=name or folder.name,
         steps=num_inference_steps,
@@ -157,8 +168,8 @@ def save_student(
         guidance=(_GUIDANCE_INSIDE if guidance_scale <= 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
         base=base,
         version=__version__,
-        imports=f"DiffusionPipeline, {kind}" if lora else "DiffusionPipeline",
-        pipeline=student if not lora else base if base_is_on_hub else f"path/to/the/base/{base}",
+        imports="\n".join(f"from {library} import {', '.join(names)}" for library, names in imports.items()),
+        load=load,
         load_lora=_LOAD_LORA.format(student=student, file=DIFFUSERS_LORA, scheduler=kind) if lora else "",
         drawing=drawing if drawing_file else "",
         rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
@@ -184,6 +195,18 @@ def _files_of(folder: Path) -> list[Path]:
     files = [folder / name for name in names]
     files += [file for part in parts if (folder / part).is_dir() for file in (folder / part).rglob("*")]
     return [file for file in files if file.is_file()]
+
+
+def _code_for_file(place: str, single_file: SingleFile, family: Family) -> tuple[str, dict[str, list[str]]]:
+    """The call that loads a base from one file, and the classes that it takes, by library."""
+    kind, config = type(family.pipeline).__name__, public_name(single_file.model_config)
+    config = config if config.count("/") == 1 else f"path/to/its/configuration/{config}"
+    imports, options = {"diffusers": [kind]}, [f'"{place}"', f'config="{config}"']
+    for part in single_file.lacking:
+        network = type(getattr(family.pipeline, part))
+        imports.setdefault(network.__module__.partition(".")[0], []).append(network.__name__)
+        options.append(f'{part}={network.__name__}.from_pretrained("{config}", subfolder="{part}")')
+    return f"{kind}.from_single_file({', '.join(options)})", imports
 
 
 def _save_for_comfyui(folder: Path, networks: AdapterNetworks) -> str | None:
@@ -217,7 +240,7 @@ def public_name(source: str) -> str:
     if (path / "README.md").is_file():
         named = getattr(ModelCard.load(path / "README.md", ignore_metadata_errors=True).data, "model_name", None)
         return str(named or path.resolve().name)
-    return path.name if path.is_absolute() or path.is_dir() else source
+    return path.name if path.is_absolute() or path.exists() else source
 
 
 def base_of(folder: str | Path) -> str | None:
@@ -225,17 +248,30 @@ def base_of(folder: str | Path) -> str | None:
 
     That is a hub name, a folder's without its place, or ``digits`` for the embedded teacher.
     """
+    return _base_facts(folder).get("base")
+
+
+def model_config_of(folder: str | Path) -> str | None:
+    """What the pipeline is called that configures a saved adapter's base in one file; None for any other student."""
+    return _base_facts(folder).get("model_config")
+
+
+def _base_facts(folder: str | Path) -> dict[str, str]:
     file = Path(folder) / _BASE_FILE
-    return json.loads(file.read_text(encoding="utf-8"))["base"] if file.is_file() else None
+    facts: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return facts
 
 
-def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32) -> SavedStudent:
+def load_student(
+    folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32, model_config: str | Path | None = None
+) -> SavedStudent:
     """A saved student in plain diffusers, without progress bars, and how it is used.
 
     Args:
         folder: What :func:`save_student` wrote.
         model: The base pipeline, used if the folder holds an adapter.
         dtype: Precision that it is loaded in; the decoder stays in float32.
+        model_config: Folder or hub name of the pipeline that configures a base in one file.
 
     Raises:
         FileNotFoundError: If the folder holds no student.
@@ -250,7 +286,7 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
                 f"change is yours, delete its {MANIFEST}."
             )
     if (folder / "pytorch_lora_weights.safetensors").is_file():
-        family = load_family(model, dtype=dtype)
+        family = load_family(model, dtype=dtype, model_config=model_config)
         family.load_adapter(str(folder), "student", setting="student")
         pipeline = family.pipeline
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))

@@ -82,7 +82,7 @@ def test_what_changes_the_teachers_work_changes_its_name(
     trainer = quick_trainer(base, tmp_path, StepAway(), **QUICK)
 
     def name() -> str:
-        return teacher_key(trainer.networks, trainer.args, decoder=trainer.family.decoder, steps=4)
+        return teacher_key(trainer.networks, trainer.args, resolution=None, decoder=trainer.family.decoder, steps=4)
 
     before = name()
     assert before == name()

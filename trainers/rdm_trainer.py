@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import trange
 from transformers.trainer_callback import TrainerCallback
 
+from rdm_rl.families.resolution import read_resolutions
 from rdm_rl.networks.roles import Role
 from rdm_rl.policy import kl_divergence, make_sampler
 from rdm_rl.randomness import normal, seeded_generator, seeded_generators
@@ -57,7 +58,8 @@ class RDMTrainer(StudentRun):
     :meth:`load_state_dict` for state of its own.
 
     Args:
-        model: The pipeline to distil: a folder, a hub name, or a loaded ``DiffusionPipeline``. It is also the teacher.
+        model: The pipeline to distil: a folder, a hub name, a ``.safetensors`` file with the whole model
+            (``args.model_config``), or a loaded ``DiffusionPipeline``. It is also the teacher.
         reward_funcs: Registered names, callables ``(images, prompts, **columns)`` or objects with a ``direction``, or a
             list of them; ``"rdm"`` is distribution matching.
         args: The settings; None for the defaults.
@@ -138,7 +140,8 @@ class RDMTrainer(StudentRun):
         # A checkpoint holds what is trained; these say what it belongs to.
         self._fingerprints = self.networks.fingerprints()
         self.sampler = make_sampler(args.sampler, args.eta)
-        self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
+        self.sizes = [self.family, *map(self.family.at, read_resolutions(args.resolution)[1:])]
+        self.times = self.times_of(self.family)
         self.start_callbacks(callbacks, self.networks.module("policy"))
         self._run = token_hex(8)
         self._last_checkpoint: Path | None = None
@@ -146,7 +149,7 @@ class RDMTrainer(StudentRun):
             self.networks,
             args,
             self.teacher_guidance_scale,
-            first_time=float(self.times[0]),
+            sizes=self.sizes,
             device=self.device,
             global_step=lambda: self.state.global_step,
             last_checkpoint=lambda: self._last_checkpoint,
@@ -365,7 +368,7 @@ class RDMTrainer(StudentRun):
         Returns:
             The recorded chains.
         """
-        return self._walk(batch, self.generators("rollout", batch), self.sampler)
+        return self._walk(batch, self.generators("rollout", batch), self.sampler, self.family_at(batch))
 
     def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Judgement]:
         """What every reward says of the samples at one recorded step.

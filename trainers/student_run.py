@@ -19,7 +19,7 @@ from rdm_rl.manifest import read_manifest
 from rdm_rl.networks.roles import Networks, Role
 from rdm_rl.networks.sharding import gather
 from rdm_rl.policy import Sampler, make_sampler, rollout
-from rdm_rl.randomness import Generators, seeded_generators
+from rdm_rl.randomness import Generators, drawn_index, seeded_generators
 from rdm_rl.records import PromptBatch, Rollout
 from rdm_rl.rewards.kinds import TrainingReward
 from rdm_rl.student import public_name, save_student
@@ -48,6 +48,7 @@ class StudentRun(TrainingLoop):
     weighting: Weighting
     sampler: Sampler
     times: Tensor
+    sizes: list[Family]
     optimizers: dict[Role, RoleOptimizer]
     average: PolicyAverage | None
     reference: PolicyAverage | None
@@ -126,7 +127,7 @@ class StudentRun(TrainingLoop):
         optimizer = self._role_optimizer(
             "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm, warm_up=False
         )
-        pairs = self._collect_pairs()
+        pairs = [self._collect_pairs(family) for family in self.sizes]
         self.networks.release_teacher()
         losses = regress(
             self.networks.predictor("policy", self.args.guidance_scale),
@@ -141,28 +142,30 @@ class StudentRun(TrainingLoop):
         )
         self.record_phase("warm_start/loss", losses)
 
-    def _collect_pairs(self) -> OdePairs:
-        args = self.args
+    def _collect_pairs(self, family: Family) -> OdePairs:
+        """The teacher's solutions at one resolution: each has its share of them."""
+        args, times = self.args, self.times_of(family)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        count = -(-args.warm_start_num_states // processes)
+        count = -(-args.warm_start_num_states // (processes * len(self.sizes)))
         rows = self.prompts.rows(rank * count, count)
         guidance = self.teacher_guidance_scale
         name = teacher_key(
             self.networks,
             args,
+            resolution=family.resolution,
             guidance=guidance,
             steps=args.warm_start_ode_steps,
-            start=self.times[0].item(),
+            start=times[0].item(),
             seed=args.seed,
             first=rank * count,
         )
         return collect_pairs(
             self.networks.predictor("teacher", guidance),
             self.family.encode,
-            self.family.schedule,
+            family.schedule,
             prompts=[row["prompt"] for row in rows],
-            times=self.times.tolist(),
-            shape=self.family.latent_shape,
+            times=times.tolist(),
+            shape=family.latent_shape,
             ode_steps=args.warm_start_ode_steps,
             batch_size=args.per_device_train_batch_size,
             seed=args.seed,
@@ -226,16 +229,25 @@ class StudentRun(TrainingLoop):
             The recorded chains.
         """
         with self.averaged_policy():
-            return self._walk(batch, generator, make_sampler(self.args.sampler, 0.0))
+            return self._walk(batch, generator, make_sampler(self.args.sampler, 0.0), self.family)
 
-    def _walk(self, batch: PromptBatch, generator: Generators, sampler: Sampler) -> Rollout:
-        """The chains of the policy as it is."""
+    def times_of(self, family: Family) -> Tensor:
+        """The times that the student visits, shape (K,), at a family's resolution."""
+        return family.student_times(self.args.num_inference_steps, self.args.sampler).to(self.device)
+
+    def family_at(self, batch: PromptBatch) -> Family:
+        """The family at the resolution that is drawn for a batch's update: the same on every process."""
+        number = drawn_index(len(self.sizes), self.args.seed, f"{batch.stream}/resolution", batch.update)
+        return self.sizes[number]
+
+    def _walk(self, batch: PromptBatch, generator: Generators, sampler: Sampler, family: Family) -> Rollout:
+        """The chains of the policy as it is, at a family's resolution."""
         return rollout(
             self.networks.predictor("policy", self.args.guidance_scale),
             batch,
-            self.family.schedule,
-            self.times,
-            shape=self.family.latent_shape,
+            family.schedule,
+            self.times_of(family),
+            shape=family.latent_shape,
             generator=generator,
             sampler=sampler,
             step_noise=self.family.step_noise,
@@ -281,6 +293,7 @@ class StudentRun(TrainingLoop):
                 sampler=self.args.sampler,
                 guidance_scale=self.args.guidance_scale,
                 base=self.model_name,
+                single_file=self._models.single_file,
                 whole=not self._models.is_pipeline,
                 name=self.args.hub_model_id,
                 facts=self._card_facts(),
@@ -292,6 +305,7 @@ class StudentRun(TrainingLoop):
         averaged = self.average is not None and self.args.save_ema
         names = ["num_generations", "learning_rate", "seed"]
         names += ["dm_normalization", "dm_group"] if "rdm" in self.rewards else []
+        names += ["resolution"] if len(self.sizes) > 1 else []
         usual = {"sampler": "renoise", "eta": None, "num_iterations": 1}
         names += [name for name, value in usual.items() if getattr(self.args, name) != value]
         return {
@@ -398,4 +412,5 @@ class StudentRun(TrainingLoop):
         if "last_samples" in tensors and self.state.global_step > 0 and alone and not changed:
             batch = next(self.prompt_batches((self.state.global_step - 1) // self.args.num_iterations))
             samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
-            self._last_rollout = Rollout(batch=batch, times=self.times, states=samples["states"], x_0=samples["x_0"])
+            times = self.times_of(self.family_at(batch))
+            self._last_rollout = Rollout(batch=batch, times=times, states=samples["states"], x_0=samples["x_0"])

@@ -28,7 +28,7 @@ from tqdm import tqdm, trange
 from rdm_rl.files import load_tensors, save_tensors
 from rdm_rl.noise_schedule import NoiseSchedule
 from rdm_rl.policy import X0Predictor, ode_solution
-from rdm_rl.randomness import normal, seeded_generator
+from rdm_rl.randomness import drawn_index, normal, seeded_generator
 from rdm_rl.records import Conditioning
 from rdm_rl.settings import Count, Folder, Size, setting
 from rdm_rl.trainers.optimization import RoleOptimizer
@@ -129,7 +129,7 @@ def collect_pairs(
 
 def regress(
     policy: X0Predictor,
-    pairs: OdePairs,
+    pairs_by_size: Sequence[OdePairs],
     optimizer: RoleOptimizer,
     *,
     encode: Callable[[Sequence[str]], Conditioning],
@@ -143,7 +143,7 @@ def regress(
 
     Args:
         policy: The student.
-        pairs: What to learn.
+        pairs_by_size: What to learn, for each resolution; one is drawn for each update.
         optimizer: Updates the student.
         encode: Encodes prompts.
         steps: Updates.
@@ -158,6 +158,7 @@ def regress(
     losses = []
     bar = trange(steps, desc="warm start: regression", disable=not show_progress)
     for update in bar:
+        pairs = pairs_by_size[drawn_index(len(pairs_by_size), seed[0], "warm_start/resolution", update)]
         generator = seeded_generator(seed[0], "warm_start/batch", update, seed[1])
         rows = torch.randint(len(pairs.states), (batch_size,), generator=generator)
         conditioning = encode([pairs.prompts[row] for row in rows.tolist()])

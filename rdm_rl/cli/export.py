@@ -16,7 +16,14 @@ from rdm_rl.files import written_whole
 Format = Literal["kohya", "diffusers"]
 
 
-def export_adapter(source: str, model: str | Path | None, form: Format, output: Path, dtype: torch.dtype) -> None:
+def export_adapter(
+    source: str,
+    model: str | Path | None,
+    form: Format,
+    output: Path,
+    dtype: torch.dtype,
+    model_config: str | Path | None = None,
+) -> None:
     """Write an adapter of any format that a policy can start from in one of two forms.
 
     Of the model only the configurations are read: they say which layers there are.
@@ -27,6 +34,7 @@ def export_adapter(source: str, model: str | Path | None, form: Format, output: 
         form: ``kohya`` for ComfyUI, A1111, Forge and kohya's scripts; ``diffusers`` for ``load_lora_weights``.
         output: The file.
         dtype: Precision of the weights in it; a layer's alpha stays in float32.
+        model_config: What configures a model in one file, by any of those names.
 
     Raises:
         ValueError: If the source is no adapter of this model, or the form cannot hold it.
@@ -39,7 +47,7 @@ def export_adapter(source: str, model: str | Path | None, form: Format, output: 
         )
     if model is None:
         raise ValueError(f"{source!r} does not say which model it belongs to: give its --model.")
-    family = load_family(make_skeleton(read_blueprint(model)))
+    family = load_family(make_skeleton(read_blueprint(model, model_config)))
     loaded = family.load_adapter(source, "student", "student")
     state = {f"{name.removesuffix('.weight')}.weight": value for name, value in loaded.items()}
     network: Any = family.network

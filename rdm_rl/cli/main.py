@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rdm_rl import __version__
 
+_CONFIG_HELP = "pipeline that configures a base in one file; default: what the student's folder names"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="draw images with a saved student, through plain diffusers")
     sample.add_argument("--student", type=Path, required=True, help="folder that save_model wrote")
     sample.add_argument("--model", help="base pipeline of a LoRA student; default: what its folder names")
+    sample.add_argument("--model_config", help=_CONFIG_HELP)
     sample.add_argument("--prompt", action="append", required=True, help="a prompt; repeat for more")
     sample.add_argument("--num_images", type=int, default=4, help="images of each prompt")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("student", help="folder that save_model wrote, or a LoRA's file, folder or hub name")
     export.add_argument("--format", choices=("kohya", "diffusers"), required=True, help="whose names the file has")
     export.add_argument("--model", help="base pipeline of the LoRA; default: what the student's folder names")
+    export.add_argument("--model_config", help=_CONFIG_HELP)
     export.add_argument("--output", type=Path, help="the file; default: the student's name and format, here")
     export.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the weights in the file")
     export.set_defaults(run=_export)
@@ -163,10 +166,11 @@ def _demo(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import torch
 
-    from rdm_rl.student import load_student
+    from rdm_rl.student import load_student, model_config_of
 
     dtype: torch.dtype = getattr(torch, options.dtype)
-    student = load_student(options.student, options.model or _base_of(options.student), dtype)
+    config = options.model_config or model_config_of(options.student)
+    student = load_student(options.student, options.model or _base_of(options.student), dtype, config)
     student.pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
@@ -183,13 +187,14 @@ def _export(options: argparse.Namespace) -> None:
     import torch
 
     from rdm_rl.cli.export import export_adapter
-    from rdm_rl.student import base_of
+    from rdm_rl.student import base_of, model_config_of
 
     source = Path(options.student)
     model = options.model or (_base_of(source) if base_of(source) else None)
     name = source.resolve().name.removesuffix(".safetensors")
     output = options.output or Path(f"{name}-{options.format}.safetensors")
-    export_adapter(options.student, model, options.format, output, getattr(torch, options.dtype))
+    config = options.model_config or model_config_of(source)
+    export_adapter(options.student, model, options.format, output, getattr(torch, options.dtype), config)
     print(output)
 
 
@@ -207,7 +212,7 @@ def _base_of(student: Path) -> str:
     base = base_of(student)
     if base in (None, "digits"):
         return str(TEACHER_FOLDER)
-    if not Path(base).is_dir() and base.count("/") != 1:
+    if not Path(base).exists() and base.count("/") != 1:
         raise ValueError(f"The student {str(student)!r} is an adapter of a model called {base!r}: give its --model.")
     return base
 

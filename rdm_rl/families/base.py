@@ -22,12 +22,13 @@ from rdm_rl.families.encoding import PromptEncoding, device_of
 from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base, without_diffusers_log
 from rdm_rl.families.kohya import check_layers, kohya_tensors, scaled_tensors
 from rdm_rl.families.precision import to_precision
+from rdm_rl.families.resolution import Resolution, read_resolution
 from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
 from rdm_rl.policy import SamplerName
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.records import Conditioning
-from rdm_rl.settings import Count, setting
+from rdm_rl.settings import Folder, setting
 
 
 class Family(PromptEncoding, ABC):
@@ -35,7 +36,7 @@ class Family(PromptEncoding, ABC):
 
     Args:
         pipeline: The loaded pipeline. Its encoders and decoder are frozen and put in evaluation mode.
-        resolution: Height and width of the images in pixels; None is the pipeline's own.
+        resolution: Size of the images in pixels, such as 1024 or ``"832x1216"``; None is the pipeline's own.
 
     Raises:
         ValueError: If the pipeline cannot be distilled by this family.
@@ -71,10 +72,10 @@ class Family(PromptEncoding, ABC):
     schedule: NoiseSchedule
     prediction_type: PredictionType
 
-    def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
+    def __init__(self, pipeline: Any, resolution: int | str | Resolution | None = None) -> None:
         """Keep the pipeline and freeze everything in it."""
         self.pipeline = _without_compilation(pipeline)
-        self.resolution = resolution
+        self.resolution = None if resolution is None else read_resolution(resolution)
         PromptEncoding.__init__(self)
         self._home: torch.device | None = None
         present = [name for name, part in self.pipeline.components.items() if part is not None]
@@ -99,21 +100,35 @@ class Family(PromptEncoding, ABC):
                 "and pipe.unload_lora_weights() first, or load the pipeline again. A student's adapter goes to "
                 "policy_init=, a style for the teacher to teacher_adapter=."
             )
-        if resolution is not None:
-            self._check_resolution(resolution)
+        if self.resolution is not None:
+            self._check_resolution(self.resolution)
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
 
-    def _check_resolution(self, resolution: int) -> None:
+    def at(self, resolution: Resolution) -> "Family":
+        """The same family, with all that it holds, for images of another size.
+
+        Args:
+            resolution: The size.
+
+        Raises:
+            ValueError: If the model makes no such images.
+        """
+        self._check_resolution(resolution)
+        resized = copy(self)
+        resized.resolution = resolution
+        return resized
+
+    def _check_resolution(self, resolution: Resolution) -> None:
         if not self.any_resolution:
             raise ValueError(
                 f"resolution={resolution} is set, but a {type(self.pipeline).__name__} makes images of one size only. "
                 "Leave it out."
             )
         step = self.pixels_per_latent * self.latent_multiple
-        if resolution % step:
-            fitting = max(1, round(resolution / step)) * step
+        if any(side % step for side in resolution):
+            fitting = Resolution(*(max(1, round(side / step)) * step for side in resolution))
             raise ValueError(
                 f"resolution={resolution}, but the height and width of this model's images are multiples of {step}. "
                 f"Set it to {fitting}."
@@ -210,15 +225,15 @@ class Family(PromptEncoding, ABC):
         """Shape of one latent, (C, H, W)."""
         if self.resolution is None:
             return self.latent_channels, *self.own_latent_size
-        size = self.resolution // self.pixels_per_latent
-        return self.latent_channels, size, size
+        height, width = (side // self.pixels_per_latent for side in self.resolution)
+        return self.latent_channels, height, width
 
     def describe_resolution(self) -> str:
         """What a user should know of a ``resolution`` that is not the model's own; nothing if it is, or none is set."""
-        height, width = (side * self.pixels_per_latent for side in self.own_latent_size)
-        if self.resolution is None or height == width == self.resolution:
+        own = Resolution(*(side * self.pixels_per_latent for side in self.own_latent_size))
+        if self.resolution in (None, own):
             return ""
-        return f"resolution={self.resolution} is not the model's own, which is {height} x {width} pixels."
+        return f"resolution={self.resolution} is not the model's own, which is {own.width} x {own.height} pixels."
 
     def share_components(self, other: "Family") -> None:
         """Use another pipeline's encoders and decoder, which are equal, so that this one's need no memory.
@@ -509,4 +524,13 @@ def _without_compilation(pipeline: Any) -> Any:
 class ModelSettings:
     """Model and data."""
 
-    resolution: Count | None = setting(None, "Height and width of the images in pixels. Default: the model's own.")
+    model_config: Folder | None = setting(
+        None,
+        "Of a model in one file: the diffusers pipeline, a folder or a hub name, whose configuration and missing parts "
+        "are used. Default: the one on the hub that diffusers knows for its kind.",
+    )
+    resolution: list[str] | None = setting(
+        None,
+        "Size of the images in pixels: `1024`, or width and height, `832x1216`. Of several one is drawn for each "
+        "update, and the first is that of sample grids and of the saved call. Default: the model's own.",
+    )

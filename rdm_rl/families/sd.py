@@ -41,12 +41,14 @@ class StableDiffusionFamily(VariancePreservingFamily):
             self.schedule.timestep(t),
             encoder_hidden_states=conditioning.tensors["encoder_hidden_states"].to(dtype),
             timestep_cond=self.guidance_embedding(network, guidance_scale, x_t),
-            added_cond_kwargs=self.added_conditioning(conditioning, dtype),
+            added_cond_kwargs=self.added_conditioning(x_t, conditioning, dtype),
             return_dict=False,
         )[0]
         return output.float()
 
-    def added_conditioning(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    def added_conditioning(
+        self, x_t: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Tensor] | None:
         """What else the U-Net is told; nothing here."""
         return None
 

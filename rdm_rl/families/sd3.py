@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from rdm_rl.families.flow import FlowFamily
+from rdm_rl.families.resolution import Resolution
 from rdm_rl.records import Conditioning
 
 
@@ -29,11 +30,11 @@ class StableDiffusion3Family(FlowFamily):
     # RTDMD's real-score guidance for SD3.5-M (its public code); for SD3-M it sets 7.
     teacher_guidance_scale: float = 4.5
 
-    def _check_resolution(self, resolution: int) -> None:
+    def _check_resolution(self, resolution: Resolution) -> None:
         super()._check_resolution(resolution)
         config: Any = self.network.config
         most = config.pos_embed_max_size * config.patch_size * self.pixels_per_latent
-        if resolution > most:
+        if max(resolution) > most:
             raise ValueError(f"resolution={resolution}, but this model's table of positions ends at {most} pixels.")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

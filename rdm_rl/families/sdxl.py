@@ -41,10 +41,12 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
             return row
         return Conditioning(tensors={name: torch.zeros_like(value) for name, value in row.tensors.items()})
 
-    def added_conditioning(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    def added_conditioning(
+        self, x_t: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Tensor] | None:
         """The pooled prompt, and sizes: of the original image, of its crop's corner, and of the result."""
         pooled = conditioning.tensors["text_embeds"].to(dtype)
-        height, width = (side * self.pixels_per_latent for side in self.latent_shape[1:])
+        height, width = (side * self.pixels_per_latent for side in x_t.shape[2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=pooled.device)
         return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
 
