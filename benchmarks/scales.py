@@ -47,15 +47,15 @@ def table(folder, seeds):
     for name, runs in curves.items():
         both = sorted(runs.keys() & curves["dmd"].keys())
         cells = []
-        for figure in FIGURES:
+        for figure in FIGURES if len(both) > 1 else ():
             ends = {seed: curves["dmd"][seed][-1] for seed in both}
             values = [at(runs[seed], ends[seed]["evaluations"], figure) for seed in both]
             differences = [value - ends[seed][figure] for value, seed in zip(values, both, strict=True)]
-            cells.append(f"{statistics.mean(values):.3g}")
-            p = stats.ttest_1samp(differences, 0).pvalue if name != "dmd" else float("nan")
-            spread = statistics.stdev(differences)
-            cells.append(f"{statistics.mean(differences):+.3f} ± {spread:.3f} (p = {p:.2g})" if name != "dmd" else "")
-        lines.append(f"| {name} | {len(both)} | {' | '.join(cells)} |")
+            mean, spread = statistics.mean(differences), statistics.stdev(differences)
+            compared = f"{mean:+.3f} ± {spread:.3f} (p = {stats.ttest_1samp(differences, 0).pvalue:.2g})"
+            cells += [f"{statistics.mean(values):.3g}", "" if name == "dmd" else compared]
+        if cells:
+            lines.append(f"| {name} | {len(both)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
