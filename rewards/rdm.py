@@ -1,13 +1,18 @@
 """Distribution matching as a reward: ``"rdm"`` in ``reward_funcs``."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
+from rdm_rl.policy import ode_chord
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.ratio import RecordedDistributionMatching
 from rdm_rl.records import Direction, Rollout, Transition
 from rdm_rl.renoise import anneal_progress, group_times
 from rdm_rl.rewards.protocol import RewardContext, RewardInfo
+
+ANCHOR_STEPS = (30, 5)  # The whole sampler's, and how many of them are made.
 
 
 class DistributionMatchingReward:
@@ -38,7 +43,8 @@ class DistributionMatchingReward:
     def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> Direction:
         """Where the teacher would rather see a step's predictions than the fake score does; its metric is :func:`gap`.
 
-        It is applicable everywhere; the arguments are those of :class:`DirectionReward`.
+        With ``first_step_anchor`` the first step is drawn to the teacher's own first steps instead. The direction is
+        applicable everywhere; the arguments are those of :class:`DirectionReward`.
 
         Raises:
             RuntimeError: If the reward was not bound to networks.
@@ -47,6 +53,8 @@ class DistributionMatchingReward:
             raise RuntimeError("The reward 'rdm' needs the networks: RDMTrainer calls bind() before training.")
         args, networks, schedule = self._context.args, self._context.networks, self._context.networks.family.schedule
         x_0, conditioning, groups = rollout.x_0[step], rollout.batch.conditioning, rollout.batch.group_ids
+        if step == 0 and args.first_step_anchor:
+            return self._anchor(rollout)
         progress = anneal_progress(self._context.global_step(), args.renoise_anneal_steps)
         teacher = networks.predictor("teacher", self._context.teacher_guidance_scale)
         fake_score = networks.predictor("fake_score")
@@ -85,6 +93,25 @@ class DistributionMatchingReward:
             rewards=-(teacher_x_0 - fake_x_0).square().flatten(2).mean((0, 2)),
             metrics={"gap": gap(x_0, teacher_x_0, fake_x_0)},
             recorded=recorded,
+        )
+
+    def _anchor(self, rollout: Rollout) -> Direction:
+        """From the first step's predictions towards where the teacher's first steps lead from the same noise.
+
+        References:
+            | DP-DMD (2026), https://arxiv.org/abs/2602.03139: 5 of 30 steps
+        """
+        context = cast(RewardContext, self._context)
+        teacher = context.networks.predictor("teacher", context.teacher_guidance_scale)
+        aim = ode_chord(
+            *(teacher, rollout.states[0], rollout.times[0].item(), rollout.batch.conditioning),
+            *(context.networks.family.schedule, *ANCHOR_STEPS),
+        )
+        x_0 = rollout.x_0[0]
+        return Direction(
+            values=context.args.first_step_anchor * (aim - x_0),
+            applicable=torch.ones(len(x_0), dtype=torch.bool, device=x_0.device),
+            metrics={"anchor_distance": (aim - x_0).square().mean().sqrt().item()},
         )
 
 

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,11 +11,12 @@ from problems import NUM_PROMPTS, PROBLEMS, SCHEDULE, Mixture, energy_distance, 
 from torch import Tensor
 
 from rdm_rl.noise_schedule import append_dims
-from rdm_rl.policy import X0Predictor, ode_solution, rollout, student_times
+from rdm_rl.policy import X0Predictor, ode_chord, ode_solution, rollout, student_times
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.rdm import distribution_matching, fake_score_loss, policy_loss
 from rdm_rl.records import Conditioning, Direction, PromptBatch, Rollout
 from rdm_rl.renoise import renoise_times
+from rdm_rl.rewards.rdm import ANCHOR_STEPS
 
 GENERATIONS = 8
 PRETRAINING_UPDATES = 2000
@@ -176,18 +176,10 @@ class Replicates:
         return direction.mean(0)
 
     def _anchor(self, samples: Rollout) -> Tensor:
-        """DP-DMD's direction of the first step: to the chord of the teacher's first 5 of 30 deterministic steps.
-
-        References:
-            | DP-DMD (arXiv 2602.03139), as it is in LightX2V's code
-        """
-        teacher, x_t = self.predictor(self.problem.denoise), samples.states[0]
-        times = SCHEDULE.descent(1.0, 30)[:6]
-        for now, then in pairwise(times):
-            velocity = (x_t - teacher(x_t, now.expand(len(x_t)), NO_PROMPT)) / now
-            x_t = x_t + (then - now) * velocity
-        chord = (samples.states[0] - x_t) / (1 - times[-1])
-        return self.arm.anchor * (samples.states[0] - chord - samples.x_0[0])
+        """``first_step_anchor``'s direction of the first step."""
+        teacher, start = self.predictor(self.problem.denoise), samples.states[0]
+        aim = ode_chord(teacher, start, 1.0, NO_PROMPT, SCHEDULE, *ANCHOR_STEPS)
+        return self.arm.anchor * (aim - samples.x_0[0])
 
     def update(self) -> None:
         """One update of the policy, after those of the fake score."""
