@@ -141,7 +141,7 @@ class RDMTrainer(StudentRun):
         self._fingerprints = self.networks.fingerprints()
         self.sampler = make_sampler(args.sampler, args.eta)
         self.sizes = [self.family, *map(self.family.at, read_resolutions(args.resolution)[1:])]
-        self.times = self.times_of(self.family)
+        self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
         self._run = token_hex(8)
         self._last_checkpoint: Path | None = None

@@ -233,6 +233,8 @@ class StudentRun(TrainingLoop):
 
     def times_of(self, family: Family) -> Tensor:
         """The times that the student visits, shape (K,), at a family's resolution."""
+        if family is self.family:
+            return self.times
         return family.student_times(self.args.num_inference_steps, self.args.sampler).to(self.device)
 
     def family_at(self, batch: PromptBatch) -> Family:
