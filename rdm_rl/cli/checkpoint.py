@@ -13,7 +13,7 @@ class State(NamedTuple):
 
     Args:
         name: Name of its folder.
-        step: Updates that it was written after; None if its manifest cannot be read.
+        step: Updates that it was written after; None of a student, or if its manifest cannot be read.
         size: Bytes of its files, or None.
         faults: What is wrong with it.
     """
@@ -25,8 +25,8 @@ class State(NamedTuple):
 
     def __str__(self) -> str:
         """A line of the listing."""
-        step = "?" if self.step is None else f"{self.step:,}"
-        size = "?" if self.size is None else f"{self.size / 2**20:,.1f}"
+        step = "-" if self.step is None else f"{self.step:,}"
+        size = "-" if self.size is None else f"{self.size / 2**20:,.1f}"
         state = f"DAMAGED: {'; '.join(self.faults)}" if self.faults else "complete"
         return f"{self.name:20} {step:>9} {size:>12}  {state}"
 
@@ -58,9 +58,10 @@ def states(folder: Path) -> Iterator[State]:
 
 def print_states(folder: Path) -> int:
     """Print a line for each state; 1 if anything is damaged, else 0."""
-    print(f"{'folder':20} {'step':>9} {'MiB':>12}  state")
     damaged = 0
-    for state in states(folder):
+    for number, state in enumerate(states(folder)):
+        if number == 0:
+            print(f"{'folder':20} {'step':>9} {'MiB':>12}  state")
         print(state)
         damaged = damaged or int(bool(state.faults))
     return damaged
