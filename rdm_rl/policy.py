@@ -321,11 +321,11 @@ def ode_chord(
         | https://arxiv.org/abs/2202.00512
 
     Args:
-        network: The teacher, guidance included.
-        x_t: States, shape (N, C, H, W).
-        t: Their common time, in (0, 1].
-        conditioning: Encoded prompts, N rows.
-        schedule: The noise schedule.
+        network: As in :func:`ode_solution`.
+        x_t: As there.
+        t: As there.
+        conditioning: As there.
+        schedule: As there.
         steps: Steps of the whole sampler, from t.
         walked: How many of them are made, at least 1.
 

@@ -285,7 +285,7 @@ def load_student(
                 f"The student {str(folder)!r} is damaged: {'; '.join(faults)}. Save or copy it again, or, if the "
                 f"change is yours, delete its {MANIFEST}."
             )
-    if (folder / "pytorch_lora_weights.safetensors").is_file():
+    if (folder / DIFFUSERS_LORA).is_file():
         family = load_family(model, dtype=dtype, model_config=model_config)
         family.load_adapter(str(folder), "student", setting="student")
         pipeline = family.pipeline
@@ -295,7 +295,7 @@ def load_student(
     elif (folder / "model_index.json").is_file():
         pipeline = load_pipeline(str(folder), dtype)
     else:
-        raise FileNotFoundError(f"{str(folder)!r} holds neither pytorch_lora_weights.safetensors nor model_index.json.")
+        raise FileNotFoundError(f"{str(folder)!r} holds neither {DIFFUSERS_LORA} nor model_index.json.")
     pipeline.set_progress_bar_config(disable=True)
     if (folder / _USE_FILE).is_file():
         return SavedStudent(pipeline, json.loads((folder / _USE_FILE).read_text(encoding="utf-8")))

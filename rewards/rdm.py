@@ -1,11 +1,10 @@
 """Distribution matching as a reward: ``"rdm"`` in ``reward_funcs``."""
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from rdm_rl.policy import ode_chord
+from rdm_rl.noise_schedule import NoiseSchedule
+from rdm_rl.policy import X0Predictor, ode_chord
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.ratio import RecordedDistributionMatching
 from rdm_rl.records import Direction, Rollout, Transition
@@ -53,10 +52,10 @@ class DistributionMatchingReward:
             raise RuntimeError("The reward 'rdm' needs the networks: RDMTrainer calls bind() before training.")
         args, networks, schedule = self._context.args, self._context.networks, self._context.networks.family.schedule
         x_0, conditioning, groups = rollout.x_0[step], rollout.batch.conditioning, rollout.batch.group_ids
-        if step == 0 and args.first_step_anchor:
-            return self._anchor(rollout)
-        progress = anneal_progress(self._context.global_step(), args.renoise_anneal_steps)
         teacher = networks.predictor("teacher", self._context.teacher_guidance_scale)
+        if step == 0 and args.first_step_anchor:
+            return anchored(rollout, teacher, schedule, args.first_step_anchor)
+        progress = anneal_progress(self._context.global_step(), args.renoise_anneal_steps)
         fake_score = networks.predictor("fake_score")
         times, noisy = [], []
         for _ in range(args.num_renoise):
@@ -95,24 +94,26 @@ class DistributionMatchingReward:
             recorded=recorded,
         )
 
-    def _anchor(self, rollout: Rollout) -> Direction:
-        """From the first step's predictions towards where the teacher's first steps lead from the same noise.
 
-        References:
-            | DP-DMD (2026), https://arxiv.org/abs/2602.03139: 5 of 30 steps
-        """
-        context = cast(RewardContext, self._context)
-        teacher = context.networks.predictor("teacher", context.teacher_guidance_scale)
-        aim = ode_chord(
-            *(teacher, rollout.states[0], rollout.times[0].item(), rollout.batch.conditioning),
-            *(context.networks.family.schedule, *ANCHOR_STEPS),
-        )
-        x_0 = rollout.x_0[0]
-        return Direction(
-            values=context.args.first_step_anchor * (aim - x_0),
-            applicable=torch.ones(len(x_0), dtype=torch.bool, device=x_0.device),
-            metrics={"anchor_distance": (aim - x_0).square().mean().sqrt().item()},
-        )
+def anchored(rollout: Rollout, teacher: X0Predictor, schedule: NoiseSchedule, weight: float) -> Direction:
+    """From the first step's predictions towards where the teacher's first steps lead from the same noise.
+
+    References:
+        | DP-DMD (2026), https://arxiv.org/abs/2602.03139: 5 of 30 steps
+
+    Args:
+        rollout: The recorded chains.
+        teacher: The teacher, guidance included.
+        schedule: The noise schedule.
+        weight: What the difference is multiplied by.
+    """
+    noise, x_0 = rollout.states[0], rollout.x_0[0]
+    away = ode_chord(teacher, noise, rollout.times[0].item(), rollout.batch.conditioning, schedule, *ANCHOR_STEPS) - x_0
+    return Direction(
+        values=weight * away,
+        applicable=torch.ones(len(x_0), dtype=torch.bool, device=x_0.device),
+        metrics={"anchor_distance": away.square().mean().sqrt().item()},
+    )
 
 
 def gap(x_0: Tensor, teacher_x_0: Tensor, fake_x_0: Tensor) -> float:

@@ -11,12 +11,12 @@ from problems import NUM_PROMPTS, PROBLEMS, SCHEDULE, Mixture, energy_distance, 
 from torch import Tensor
 
 from rdm_rl.noise_schedule import append_dims
-from rdm_rl.policy import X0Predictor, ode_chord, ode_solution, rollout, student_times
+from rdm_rl.policy import X0Predictor, ode_solution, rollout, student_times
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.rdm import distribution_matching, fake_score_loss, policy_loss
 from rdm_rl.records import Conditioning, Direction, PromptBatch, Rollout
 from rdm_rl.renoise import renoise_times
-from rdm_rl.rewards.rdm import ANCHOR_STEPS
+from rdm_rl.rewards.rdm import anchored
 
 GENERATIONS = 8
 PRETRAINING_UPDATES = 2000
@@ -80,13 +80,8 @@ class Replicates:
         self.arm, self.seeds, self.times = arm, seeds, student_times(steps)
         self.problem: Mixture = PROBLEMS[name](seeds)
         self.dimensions = self.problem.centres.shape[-1]
-        self.group_ids = torch.arange(len(seeds) * NUM_PROMPTS).repeat_interleave(GENERATIONS)
-        self.batch = PromptBatch(
-            prompts=[""] * len(self.group_ids),
-            conditioning=NO_PROMPT,
-            group_ids=self.group_ids,
-            sample_ids=range(len(self.group_ids)),
-        )
+        self.batch = self._batch(GENERATIONS)
+        self.group_ids = self.batch.group_ids
         streams = ("warm start", "rollout", "fake score", "times", "renoise", "step")
         self.draws = {stream: seeded_generator(seeds[0], f"lab/{stream}") for stream in streams}
         self.policy, self.fake_score = (pretrained(name, self.problem, seeds, folder) for _ in range(2))
@@ -98,6 +93,16 @@ class Replicates:
         for _ in range(FAKE_SCORE_WARM_UP):
             self._update_fake_score(self._rollout())
         self.fake_optimizer.param_groups[0]["lr"] = arm.fake_rate
+
+    def _batch(self, generations: int) -> PromptBatch:
+        """Every prompt of every replicate, so many times each."""
+        group_ids = torch.arange(len(self.seeds) * NUM_PROMPTS).repeat_interleave(generations)
+        return PromptBatch(
+            prompts=[""] * len(group_ids),
+            conditioning=NO_PROMPT,
+            group_ids=group_ids,
+            sample_ids=range(len(group_ids)),
+        )
 
     def predictor(self, network) -> X0Predictor:
         """A network of S replicates as the functions of rdm_rl call one: x_t (N, 1, 1, D), t (N,)."""
@@ -175,19 +180,16 @@ class Replicates:
             direction = projected(direction, x_0, fake_x_0)
         return direction.mean(0)
 
-    def _anchor(self, samples: Rollout) -> Tensor:
-        """``first_step_anchor``'s direction of the first step."""
-        teacher, start = self.predictor(self.problem.denoise), samples.states[0]
-        aim = ode_chord(teacher, start, 1.0, NO_PROMPT, SCHEDULE, *ANCHOR_STEPS)
-        return self.arm.anchor * (aim - samples.x_0[0])
-
     def update(self) -> None:
         """One update of the policy, after those of the fake score."""
         samples = self._rollout()
         for _ in range(self.arm.fake_updates):
             self._update_fake_score(samples)
         step = int(torch.randint(len(self.times), (1,), generator=self.draws["step"]))
-        values = self._anchor(samples) if self.arm.anchor and step == 0 else self._direction(samples.x_0[step])
+        if step == 0 and self.arm.anchor:
+            values = anchored(samples, self.predictor(self.problem.denoise), SCHEDULE, self.arm.anchor).values
+        else:
+            values = self._direction(samples.x_0[step])
         t = self.times[step].expand(len(values))
         x_0 = self.predictor(self.policy)(samples.states[step], t, NO_PROMPT)
         direction = Direction(values=values, applicable=torch.ones(len(values), dtype=torch.bool))
@@ -205,11 +207,10 @@ class Replicates:
         """
         draw = seeded_generator(self.seeds[0], "lab/evaluation")
         truth = self.problem.sample(EVALUATION_SAMPLES, draw)
-        count = truth[..., 0].numel()
-        group_ids = torch.arange(len(self.seeds) * NUM_PROMPTS).repeat_interleave(EVALUATION_SAMPLES)
-        batch = PromptBatch(prompts=[""] * count, conditioning=NO_PROMPT, group_ids=group_ids, sample_ids=range(count))
         shape, student = (1, 1, self.dimensions), self.predictor(self.average)
-        samples = rollout(student, batch, SCHEDULE, self.times, shape=shape, generator=draw).sample.view_as(truth)
+        samples = rollout(
+            student, self._batch(EVALUATION_SAMPLES), SCHEDULE, self.times, shape=shape, generator=draw
+        ).sample.view_as(truth)
         shares = mode_shares(samples, self.problem)
         return {
             "energy": energy_distance(samples, truth).mean(1).tolist(),
