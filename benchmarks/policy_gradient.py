@@ -28,7 +28,7 @@ from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.demo.data import TEACHER_FOLDER, balanced_prompts
 from rdm_rl.demo.rewards import DigitLogProb, ink, symmetry
 from rdm_rl.demo.run import COMMON_SETTINGS, Evaluation, training_prompts
-from rdm_rl.trainers.rdm_config import method_settings
+from rdm_rl.trainers.methods import method_settings
 
 START_UPDATES, UPDATES, LOOK_EVERY = 15, 45, 15
 FIGURES = ("distance_to_teacher", "distance_to_data", "recall", "precision", "accuracy")

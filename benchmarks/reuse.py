@@ -37,7 +37,7 @@ from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.demo.data import TEACHER_FOLDER, load_digits
 from rdm_rl.demo.judge import judge
 from rdm_rl.demo.run import COMMON_SETTINGS, LORA_RANK, Evaluation, training_prompts
-from rdm_rl.trainers.rdm_config import method_settings
+from rdm_rl.trainers.methods import method_settings
 
 LEARNING_RATE = 2e-4
 TWICE = {"learning_rate": 2 * LEARNING_RATE}

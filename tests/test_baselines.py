@@ -11,7 +11,7 @@ from torch import Tensor
 from rdm_rl import RDMTrainer
 from rdm_rl.rdm import policy_loss
 from rdm_rl.records import Direction, Rollout
-from rdm_rl.trainers.rdm_config import method_settings
+from rdm_rl.trainers.methods import method_settings
 from tests.helpers import QUICK, declare, latents, one_rollout, quick_trainer
 
 SDXL = (4, 128, 128)

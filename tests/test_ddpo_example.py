@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rdm_rl import RDMConfig
 from rdm_rl.trainers.inherited import HONOURED
-from rdm_rl.trainers.rdm_config import method_settings
+from rdm_rl.trainers.methods import method_settings
 from tests.helpers import (
     EXAMPLES,
     PROMPTS,

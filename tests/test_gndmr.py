@@ -14,7 +14,7 @@ from rdm_rl.rdm import normalize_rewards
 from rdm_rl.records import Direction, Experience, LossOutput, Rollout
 from rdm_rl.rewards.protocol import RewardContext
 from rdm_rl.trainers.checkpointing import read_checkpoint
-from rdm_rl.trainers.rdm_config import method_settings
+from rdm_rl.trainers.methods import method_settings
 from rdm_rl.weighting import DirectionStatistics, FixedWeighting, Weighting
 from tests.helpers import (
     QUICK,

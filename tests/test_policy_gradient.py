@@ -15,7 +15,7 @@ from rdm_rl.policy import make_sampler, student_times
 from rdm_rl.records import Direction, Rollout
 from rdm_rl.rewards.calling import RewardError
 from rdm_rl.rewards.kinds import PathwiseReward, PolicyGradientReward, WatchedReward
-from rdm_rl.trainers.rdm_config import METHODS
+from rdm_rl.trainers.methods import METHODS
 from tests.helpers import (
     CHECKPOINTING,
     QUICK,

@@ -19,7 +19,7 @@ from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.cli.train import TrainArguments, load_prompts
 from rdm_rl.rewards.registry import find_reward
 from rdm_rl.student import load_student
-from rdm_rl.trainers.rdm_config import method_settings
+from rdm_rl.trainers.methods import method_settings
 from tests import tiny_pipelines
 from tests.helpers import EXAMPLES, WITHOUT_RDM, brightness, example, one_rollout, quick_trainer, run_example, tiny_sd
 

@@ -21,7 +21,7 @@ from rdm_rl.records import PromptBatch, Rollout
 from rdm_rl.rewards.calling import PlainReward
 from rdm_rl.rewards.teacher_match import TeacherMSE
 from rdm_rl.student import load_student
-from rdm_rl.trainers.rdm_config import method_settings
+from rdm_rl.trainers.methods import method_settings
 from rdm_rl.trainers.redif_trainer import PRESETS
 from tests.helpers import EXAMPLES, PROMPTS, changed, declare, one_rollout, run_example, same, trained_weights
 

@@ -3,22 +3,27 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from rdm_rl import RDMConfig, ReDiFConfig
 from rdm_rl.cli import main as cli
+from rdm_rl.cli.help import train_help
 from rdm_rl.cli.parser import FIRST_GROUP, OWN_GROUP, SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, make_rewards
+from rdm_rl.cli.train import TrainArguments, load_prompts, make_rewards, train_parser
 from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.settings import groups, help_of
 from rdm_rl.trainers.inherited import HONOURED, INHERITED, UNUSED
+from tests.helpers import ROOT
 
 DIGITS = "--model_name_or_path digits --dataset digits --use_cpu".split()
 
@@ -35,6 +40,23 @@ def help_text(one: SettingsParser, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 # ----- the help text -----
+
+
+def test_the_stored_help_of_train_is_what_its_parser_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    if f"transformers=={transformers.__version__}\n" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("Defaults that a run inherits differ between versions of transformers.")
+    # `python -m rdm_rl.cli.reference docs/reference.md` writes it anew.
+    assert train_help() == help_text(train_parser(), capsys)
+
+
+def test_help_and_methods_load_no_model_library() -> None:
+    code = (
+        "import sys; from rdm_rl.cli.main import main; main(['train', '--help']); main(['methods']);"
+        "sys.exit(', '.join({'torch', 'transformers', 'diffusers', 'peft', 'trl', 'numpy'} & {*sys.modules}) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--first_step_anchor" in done.stdout
 
 
 def test_every_setting_is_under_one_heading() -> None:

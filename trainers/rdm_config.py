@@ -14,77 +14,14 @@ from rdm_rl.policy import PolicySettings
 from rdm_rl.ratio import PolicyGradientSettings
 from rdm_rl.renoise import DistributionMatchingSettings
 from rdm_rl.rewards.calling import RewardCallSettings
-from rdm_rl.settings import Count, Folder, Size, check, convert, did_you_mean
+from rdm_rl.settings import Count, Folder, Size, check, convert
 from rdm_rl.trainers import processes
 from rdm_rl.trainers.inherited import HONOURED
+from rdm_rl.trainers.methods import method_settings
 from rdm_rl.trainers.optimization import AverageSettings, FakeScoreSettings, check_schedule
 from rdm_rl.trainers.sanity import SanitySettings
 from rdm_rl.trainers.warm_start import WarmStartSettings
 from rdm_rl.weighting import WeightingSettings
-
-_WITHOUT_FAKE_SCORE = {"fake_score_updates_per_policy_update": 0}
-
-# Each method is a setting of one trainer. `rdm-rl methods` prints this table.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dmd": ("distribution matching, scaled for each sample; the baseline", {"dm_normalization": "sample"}),
-    "gndm": ("group-normalised distribution matching", {"dm_normalization": "group"}),
-    "dmdr": (
-        "distribution matching and rewards with constant weights; the baseline with rewards",
-        {"dm_normalization": "sample", "reward_weighting": "fixed", "pathwise_steps": "any"},
-    ),
-    "gndmr": (
-        "group-normalised distribution matching and rewards with adaptive weights",
-        {"dm_normalization": "group", "reward_weighting": "adaptive"},
-    ),
-    "refl": (
-        "gradients of differentiable rewards alone, without 'rdm' in reward_funcs; the control",
-        {"reward_weighting": "fixed", **_WITHOUT_FAKE_SCORE},
-    ),
-    "ddpo": (
-        "policy gradient of black-box rewards on a many-step sampler, without 'rdm'; what TRL's DDPOTrainer did",
-        {
-            **{"reward_weighting": "fixed", "reward_gradient": "score_function", **_WITHOUT_FAKE_SCORE},
-            **{"warm_start": "none", "sampler": "ddim", "eta": 1.0, "num_inference_steps": 50, "guidance_scale": 5.0},
-            **{"num_replayed_steps": 50, "ema_decay": 0.0, "learning_rate": 3e-4},
-        },
-    ),
-    "redif": (
-        "policy gradient towards the teacher's image of the same prompt and noise, without 'rdm' (ReDiFTrainer)",
-        {
-            **{"reward_weighting": "fixed", "reward_gradient": "score_function", **_WITHOUT_FAKE_SCORE},
-            **{"warm_start": "none", "sampler": "ddim", "eta": 0.4, "num_inference_steps": 5, "guidance_scale": 5.0},
-            **{"teacher_guidance_scale": 5.0, "num_replayed_steps": 4, "step_weighting": "std"},
-            **{"group_noise": "shared", "noise_pool": 4, "scale_rewards": "batch", "ema_decay": 0.0},
-        },
-    ),
-    "hybrid": (
-        "'rdm' on every step, black-box rewards on the random ones, gradients of rewards on the last; after RTDMD",
-        {"dm_normalization": "group", "reward_weighting": "adaptive", "num_replayed_steps": 2},
-    ),
-}
-
-
-def method_settings(method: str) -> dict[str, Any]:
-    """The settings that make a method.
-
-    Args:
-        method: Its name.
-
-    Returns:
-        Values of :class:`RDMConfig` by field.
-
-    Raises:
-        ValueError: If the method is unknown.
-
-    Example:
-        >>> method_settings("dmd")
-        {'dm_normalization': 'sample'}
-    """
-    if method not in METHODS:
-        hint = did_you_mean(method, METHODS)
-        raise ValueError(f"method {method!r} is unknown.{hint} Known: {', '.join(METHODS)}.")
-    return dict(METHODS[method][1])
-
 
 # What TrainingArguments and its argument parser make of defaults: `dataclasses.replace` and the command line set them.
 SETTLED: dict[str, tuple[Any, ...]] = {

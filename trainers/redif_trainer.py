@@ -14,8 +14,9 @@ from rdm_rl.records import PromptBatch
 from rdm_rl.rewards.kinds import AskedReward
 from rdm_rl.rewards.registry import RewardSpec, find_reward
 from rdm_rl.settings import Count, Finite, Size, Whole, convert, setting
+from rdm_rl.trainers.methods import method_settings
 from rdm_rl.trainers.optimization import Decay
-from rdm_rl.trainers.rdm_config import RDMConfig, method_settings
+from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 from rdm_rl.trainers.student_run import EVALUATION_SEED
 

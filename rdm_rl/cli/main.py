@@ -60,7 +60,11 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
 def _command(words: list[str]) -> int | None:
     """Run a command; its exit status if it has one of its own."""
-    if words[:1] == ["train"]:  # Its options are the fields of the settings, which another parser reads.
+    if words[:1] == ["train"] and {"-h", "--help"} & {*words}:
+        from rdm_rl.cli.help import train_help
+
+        print(train_help(), end="")
+    elif words[:1] == ["train"]:  # Its options are the fields of the settings, which another parser reads.
         from rdm_rl.cli.train import train_command
 
         train_command(words[1:])
@@ -247,7 +251,7 @@ def _test_reward(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from rdm_rl.trainers.rdm_config import METHODS
+    from rdm_rl.trainers.methods import METHODS
 
     print("rdm-rl train --method NAME, or RDMConfig.from_method(NAME):")
     for name, (description, settings) in METHODS.items():

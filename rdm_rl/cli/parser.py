@@ -1,24 +1,22 @@
 """The parser of ``rdm-rl train`` and of the examples: flags over a YAML file, and a help text in groups."""
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from enum import Enum
 from pathlib import Path
-from shutil import get_terminal_size
-from textwrap import wrap
 from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 from trl import TrlParser
 
+from rdm_rl.cli.help import EPILOG, USAGE, SettingsFormatter, help_text
 from rdm_rl.settings import groups, help_of
 from rdm_rl.trainers.inherited import HONOURED, INHERITED, UNUSED
-from rdm_rl.trainers.rdm_config import METHODS, RDMConfig, method_settings
+from rdm_rl.trainers.methods import METHODS, method_settings
+from rdm_rl.trainers.rdm_config import RDMConfig
 
 FIRST_GROUP = "Where settings come from"
 OWN_GROUP = "This script"
@@ -33,31 +31,6 @@ METAVARS = {
 }
 _REFUSED = {each.name for each in fields(TrainingArguments)} - HONOURED
 _HELP = {"help": "Show this text."} | {name: text for group in INHERITED.values() for name, text in group.items()}
-
-
-class SettingsFormatter(argparse.HelpFormatter):
-    """One spelling of each flag, and the default in brackets."""
-
-    def __init__(self, prog: str) -> None:
-        """Use the terminal's width as far as lines stay readable."""
-        super().__init__(prog, max_help_position=36, width=min(get_terminal_size().columns, 112) - 2)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return wrap(" ".join(text.split()), width, break_on_hyphens=False)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        name = action.option_strings[-1] if action.dest == "help" else action.option_strings[0]
-        return f"{name} {self._format_args(action, '')}".rstrip()
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        default = action.default.value if isinstance(action.default, Enum) else action.default
-        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
-        shown = json.dumps(default) if isinstance(default, bool | dict) else shown
-        if action.required:
-            shown = "needed"
-        elif default is None or shown in ("", argparse.SUPPRESS):
-            return (action.help or "").replace("%", "%%")
-        return f"{action.help} [{shown}]".replace("%", "%%")
 
 
 class SettingsParser(TrlParser):
@@ -93,9 +66,9 @@ class SettingsParser(TrlParser):
         super().__init__(
             list(kinds),
             prog=prog,
-            usage="%(prog)s [--config FILE.yaml] [--setting VALUE ...]",
+            usage=USAGE,
             description=description.split("\n\n", 1)[0],
-            epilog="docs/reference.md has the same, with links.",
+            epilog=EPILOG,
             formatter_class=SettingsFormatter,
             allow_abbrev=False,
         )
@@ -207,17 +180,7 @@ class SettingsParser(TrlParser):
 
     def format_help(self) -> str:
         """The help text."""
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, [], [])
-        formatter.add_text(self.description)
-        formatter.add_text("In brackets: the value of a run without the flag.")
-        for title, actions in self.groups():
-            formatter.start_section(title[0].lower() + title[1:])
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        formatter.add_text(self.epilog)
-        text: str = formatter.format_help()
-        return text
+        return help_text(self, self.groups())
 
 
 def _metavar(hint: Any, choices: Any) -> str:

@@ -1,6 +1,6 @@
-"""The tables of settings on the reference page, from their declarations.
+"""The tables of settings on the reference page, and the stored help of ``rdm-rl train``, from their declarations.
 
-``python -m rdm_rl.cli.reference docs/reference.md`` writes them anew between the page's markers.
+``python -m rdm_rl.cli.reference docs/reference.md`` writes the tables anew between the page's markers, and the help.
 """
 
 import re
@@ -10,7 +10,8 @@ from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
 
-from rdm_rl.cli.train import TrainArguments
+from rdm_rl.cli.help import TRAIN_FILE, stored_groups
+from rdm_rl.cli.train import TrainArguments, train_parser
 from rdm_rl.settings import groups, help_of
 from rdm_rl.trainers.inherited import INHERITED
 from rdm_rl.trainers.rdm_config import RDMConfig
@@ -84,3 +85,6 @@ def _default(each: Field[Any]) -> str:
 if __name__ == "__main__":
     file = Path(sys.argv[1])
     file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
+    parser = train_parser()
+    parser.set_defaults_with_config()  # As it does before it parses.
+    TRAIN_FILE.write_text(stored_groups(parser.groups()), encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from rdm_rl.cli.help import TRAIN_PROG, TRAIN_SUMMARY
 from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.families.hub import one_line_errors
@@ -157,14 +158,18 @@ def lora_config(arguments: TrainArguments) -> LoraConfig | None:
     return LoraConfig(r=arguments.lora_r, lora_alpha=alpha, target_modules=modules)
 
 
+def train_parser() -> SettingsParser:
+    """The parser of ``rdm-rl train``."""
+    return SettingsParser((TrainArguments, RDMConfig), TRAIN_SUMMARY, prog=TRAIN_PROG)
+
+
 def train_command(words: Sequence[str]) -> None:
     """Parse, train and save.
 
     The words are the flags of :class:`TrainArguments` and of ``RDMConfig``, ``--config FILE.yaml`` for both, and
     ``--method NAME`` for a method's settings, which other flags and the file override.
     """
-    summary = "Distil a pipeline into a few-step student; `rdm-rl methods` lists what a method sets."
-    arguments, args = SettingsParser((TrainArguments, RDMConfig), summary, prog="rdm-rl train").parse(words)
+    arguments, args = train_parser().parse(words)
     trainer = RDMTrainer(
         arguments.model,
         make_rewards(arguments.reward_funcs, arguments.reward_options),
