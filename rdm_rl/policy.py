@@ -389,17 +389,16 @@ def log_ratio(
     Written with the difference :math:`\Delta = a(\hat x_0 - \hat x_{0,old})`, so that equal predictions give exactly 0.
 
     Args:
-        action: The state that was reached, x', shape (..., N, C, H, W).
-        x_0: The current prediction, which broadcasts against it.
+        action: The state that was reached, x', shape (N, C, H, W).
+        x_0: The current prediction.
         old_x_0: The prediction when the step was made.
         transition: How the step is made; its std is positive.
         state: The state it started from; None where b = 0.
         level: Summed over the dimensions, or their mean.
 
     Returns:
-        The log ratio, shape (..., N).
+        The log ratio, shape (N,).
     """
-    x_0, old_x_0 = x_0.expand_as(action), old_x_0.expand_as(action)  # Before factors of shape (R, N) meet (N, ...).
     difference = append_dims(transition.x_0_scale, action) * (x_0 - old_x_0)
     error = action - transition.mean(old_x_0, state)
     variance = append_dims(transition.std, action).square()

@@ -66,7 +66,7 @@ class RecordedPolicyGradient:
             x_0: The current prediction, shape (N, C, H, W), without a graph.
 
         Returns:
-            The direction; its log ratio has the shape (1, N).
+            The direction.
         """
         log_rho = log_ratio(self.action, x_0, self.x_0, self.transition, self.state, self.level)
         values, clipped = policy_gradient(
@@ -79,14 +79,12 @@ class RecordedPolicyGradient:
             epsilon_high=self.epsilon_high,
         )
         weight = log_rho.clamp_max(LARGEST_LOG_RATIO).exp()
-        return Reweighted(
-            values=self.factor * values, log_ratio=log_rho[None], weight=weight[None], clipped=clipped[None]
-        )
+        return Reweighted(values=self.factor * values, log_ratio=log_rho, weight=weight, clipped=clipped)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedDistributionMatching:
-    r"""Distribution matching's direction on a rollout that is used again: :math:`\mathrm{mean}_r\, w_r A_r`.
+    r"""Distribution matching's direction on a rollout that is used again: :math:`w A`.
 
     The action is the re-noised sample :math:`x_t \sim N(\alpha_t \hat x_0, \sigma_t^2 I)` itself. The score difference
     there does not depend on the policy, so the stored direction stays exact while teacher and fake score stand still,
@@ -94,10 +92,10 @@ class RecordedDistributionMatching:
     draws it. (The scale that it was divided by, and the state it started from, are those of the old policy.)
 
     Args:
-        values: The directions :math:`A_r` of R re-noisings, shape (R, N, C, H, W).
+        values: The direction A, shape (N, C, H, W).
         action: The re-noised samples, the same shape.
-        x_0: The prediction that was re-noised, shape (N, C, H, W).
-        transition: :math:`\alpha_t`, 0 and :math:`\sigma_t`, each of shape (R, N).
+        x_0: The prediction that was re-noised, the same shape.
+        transition: :math:`\alpha_t`, 0 and :math:`\sigma_t`, each of shape (N,).
         level: Level of the ratio.
         clip: The c above; 0 uses the direction without the ratio.
     """
@@ -116,12 +114,12 @@ class RecordedDistributionMatching:
             x_0: The current prediction, shape (N, C, H, W), without a graph.
 
         Returns:
-            The direction; its log ratio has the shape (R, N).
+            The direction.
         """
         log_rho = log_ratio(self.action, x_0, self.x_0, self.transition, level=self.level)
         ratio = log_rho.exp()
         weight = ratio.clamp(1 - self.clip, 1 + self.clip)
-        values = (append_dims(weight, self.values) * self.values).mean(0)
+        values = append_dims(weight, self.values) * self.values
         return Reweighted(values=values, log_ratio=log_rho, weight=weight, clipped=weight != ratio)
 
 
@@ -150,7 +148,7 @@ def ratio_metrics(reweighted: Reweighted) -> dict[str, float]:
 
     Example:
         >>> import torch
-        >>> ratio = torch.tensor([[1.0, 3.0]])
+        >>> ratio = torch.tensor([1.0, 3.0])
         >>> seen = Reweighted(values=torch.zeros(2), log_ratio=ratio.log(), weight=ratio, clipped=ratio > 2)
         >>> ratio_metrics(seen)["clip_fraction"], round(ratio_metrics(seen)["effective_sample_size"], 3)
         (0.5, 0.8)

@@ -16,7 +16,7 @@ are wrapped to predict x_0. ``RDMTrainer.training_step`` makes one update in thi
     policy       step k again with a graph, and xhat_0 moved along A                  policy_loss
 
 Shapes: N samples, the generations of a prompt neighbours; x_0, x_t, noise and directions (N, C, H, W); times and
-rewards (N,); R re-noisings in front. State, optimisers and randomness are the trainer's: every function here is pure.
+rewards (N,). State, optimisers and randomness are the trainer's: every function here is pure.
 Left out: DMD2's GAN term and DMDR's DynaDG.
 
 References:
@@ -41,7 +41,6 @@ from rdm_rl.policy import Level, X0Predictor
 from rdm_rl.records import Conditioning, Direction, LossOutput, Transition
 
 Normalization = Literal["sample", "group", "group_rms", "none"]
-Group = Literal["prompt", "renoise", "prompt_renoise"]
 RewardScale = Literal["group", "batch", "none"]
 RewardBaseline = Literal["group", "batch"]
 LARGEST_LOG_RATIO = 20.0  # A bad sample pushes no harder than with a ratio of 5e8; further up, float32 overflows.
@@ -85,7 +84,6 @@ def distribution_matching(
     fake_x_0: Tensor,
     group_ids: Tensor,
     normalization: Normalization = "group",
-    group: Group = "prompt",
     scale_floor: float = 1e-6,
 ) -> Tensor:
     r"""R_dm's direction: towards the teacher and away from the fake score, :math:`(\mu_{real} - \mu_{fake})(x_t) / s`.
@@ -95,53 +93,48 @@ def distribution_matching(
 
     ========================  ========================================================================================
     ``sample`` (DMD, DMD2)    the mean over C, H, W of :math:`|\hat x_0 - \mu_{real}|`; minus their released gradient
-    ``group`` (GNDM)          the mean of that over the group
-    ``group_rms``             the root mean square of :math:`\mu_{real} - \mu_{fake}` over the group
+    ``group`` (GNDM)          the mean of that over the samples of the prompt
+    ``group_rms``             the root mean square of :math:`\mu_{real} - \mu_{fake}` over them
     ``none``                  1
     ========================  ========================================================================================
 
-    It is never centred over the group: for a vector field that would remove exactly the part that all samples share.
+    It is never centred over a group: for a vector field that would remove exactly the part that all samples share.
 
     Args:
         x_0: The policy's predictions at the recorded step.
-        teacher_x_0: The teacher's predictions at R re-noisings of them, shape (R, N, C, H, W).
+        teacher_x_0: The teacher's predictions at a re-noising of them.
         fake_x_0: The fake score's there.
         group_ids: Prompt of each sample, shape (N,), int64.
         normalization: The scale s.
-        group: The samples of a ``prompt``, the R ``renoise`` draws of one sample, or both.
         scale_floor: The smallest s.
 
     Returns:
-        The direction of each re-noising, shape (R, N, C, H, W), float32; their mean is the reward's direction.
+        The direction, float32.
 
     Raises:
         ValueError: If shapes do not fit, or a name is unknown.
 
     Example:
-        >>> zero, teacher = torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)
-        >>> distribution_matching(zero, teacher, zero[None], torch.tensor([0, 0])).flatten()
+        >>> zero, teacher = torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+        >>> distribution_matching(zero, teacher, zero, torch.tensor([0, 0])).flatten()
         tensor([0.5000, 1.5000])
     """
-    if not teacher_x_0.shape[1:] == fake_x_0.shape[1:] == x_0.shape or len(group_ids) != len(x_0):
+    if not teacher_x_0.shape == fake_x_0.shape == x_0.shape or len(group_ids) != len(x_0):
         raise ValueError(
             f"Shapes do not fit: x_0 {tuple(x_0.shape)}, teacher_x_0 {tuple(teacher_x_0.shape)}, "
             f"fake_x_0 {tuple(fake_x_0.shape)}, group_ids {tuple(group_ids.shape)}."
         )
-
-    def over_group(values: Tensor) -> Tensor:
-        values = values if group == "renoise" else group_mean(values, group_ids)
-        return values if group == "prompt" else values.mean(0, keepdim=True).expand_as(values)
 
     gap, error = teacher_x_0.float() - fake_x_0.float(), (x_0 - teacher_x_0).float()
     match normalization:
         case "none":
             return gap
         case "sample":
-            scale = error.abs().flatten(2).mean(2)
+            scale = error.abs().flatten(1).mean(1)
         case "group":
-            scale = over_group(error.abs().flatten(2).mean(2))
+            scale = group_mean(error.abs().flatten(1).mean(1), group_ids)
         case "group_rms":
-            scale = over_group(gap.square().flatten(2).mean(2)).sqrt()
+            scale = group_mean(gap.square().flatten(1).mean(1), group_ids).sqrt()
         case _:
             raise ValueError(f"normalization={normalization!r} is unknown; use sample, group, group_rms or none.")
     return gap / append_dims(scale.clamp_min(scale_floor), gap)

@@ -108,7 +108,7 @@ class Transition:
     r"""One step of the policy given its prediction: :math:`x' \sim N(a\,\hat x_0 + b\,x,\ s^2 I)`.
 
     Args:
-        x_0_scale: The factor a of the prediction, any shape that :func:`append_dims` broadcasts: (), (N,) or (R, N).
+        x_0_scale: The factor a of the prediction, any shape that :func:`append_dims` broadcasts: () or (N,).
         state_scale: The factor b of the state, the same shape.
         std: The standard deviation s, the same shape; 0 for a deterministic step.
 
@@ -189,9 +189,9 @@ class Reweighted:
 
     Args:
         values: The direction, shape (N, C, H, W).
-        log_ratio: :math:`\log \rho` of the recorded random steps, shape (R, N).
-        weight: What the recorded directions were multiplied by, shape (R, N).
-        clipped: Where a clip acted, shape (R, N), bool.
+        log_ratio: :math:`\log \rho` of the recorded random steps, shape (N,).
+        weight: What the recorded directions were multiplied by, shape (N,).
+        clipped: Where a clip acted, shape (N,), bool.
     """
 
     values: Tensor

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rdm_rl.randomness import Generators, uniform
-from rdm_rl.rdm import Group, Normalization
-from rdm_rl.settings import Count, Finite, Share, Size, Whole, setting
+from rdm_rl.rdm import Normalization
+from rdm_rl.settings import Finite, Share, Size, Whole, setting
 
 RenoiseDistribution = Literal["uniform", "beta", "annealed_beta"]
 
@@ -143,12 +143,7 @@ class DistributionMatchingSettings:
         "group",
         "What the direction of `rdm` is divided by: `group` (GNDM), `sample` (DMD), `group_rms` or `none`.",
     )
-    dm_group: Group = setting(
-        "prompt",
-        "What a group is: the generations of a `prompt`, the `renoise` draws of one sample, or `prompt_renoise`.",
-    )
     dm_scale_floor: Size = setting(1e-6, "The smallest scale that the direction is divided by.")
-    num_renoise: Count = setting(1, "Re-noisings R of each sample that the direction is averaged over.")
     renoise_distribution: RenoiseDistribution = setting(
         "uniform",
         "Distribution of the re-noising time: `uniform`, `beta` (biased to high noise), or `annealed_beta` (from the "

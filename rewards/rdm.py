@@ -15,10 +15,10 @@ ANCHOR_STEPS = (30, 5)  # The whole sampler's, and how many of them are made.
 
 
 class DistributionMatchingReward:
-    r"""R_dm, with the settings of the run (``dm_*``, ``renoise_*``, ``num_renoise``, ``teacher_guidance_scale``).
+    r"""R_dm, with the settings of the run (``dm_*``, ``renoise_*``, ``teacher_guidance_scale``).
 
     The mathematics is :func:`rdm_rl.rdm.distribution_matching`, which the trainer's hook of a similar name calls; this
-    object draws the re-noisings and asks the networks. The value is :math:`-\mathrm{mean}_{CHW}(\mu_{real} -
+    object re-noises the samples and asks the networks. The value is :math:`-\mathrm{mean}_{CHW}(\mu_{real} -
     \mu_{fake})^2`, the integrand of a Fisher divergence: 0 when the student's distribution is the teacher's.
     """
 
@@ -57,28 +57,18 @@ class DistributionMatchingReward:
             return anchored(rollout, teacher, schedule, args.first_step_anchor)
         progress = anneal_progress(self._context.global_step(), args.renoise_anneal_steps)
         fake_score = networks.predictor("fake_score")
-        times, noisy = [], []
-        for _ in range(args.num_renoise):
-            t = group_times(
-                groups,
-                generator,
-                distribution=args.renoise_distribution,
-                interval=args.renoise_range,
-                progress=progress,
-            )
-            times.append(t)
-            noisy.append(schedule.perturb(x_0, normal(x_0.shape, generator, x_0.device), t))
+        t = group_times(
+            groups, generator, distribution=args.renoise_distribution, interval=args.renoise_range, progress=progress
+        )
+        x_t = schedule.perturb(x_0, normal(x_0.shape, generator, x_0.device), t)
         with torch.no_grad():
-            pairs = list(zip(noisy, times, strict=True))
-            teacher_x_0 = torch.stack([teacher(x_t, t, conditioning) for x_t, t in pairs])
-            fake_x_0 = torch.stack([fake_score(x_t, t, conditioning) for x_t, t in pairs])
-        t = torch.stack(times)
-        directions = self._context.distribution_matching(x_0, teacher_x_0, fake_x_0, t, groups)
+            teacher_x_0, fake_x_0 = teacher(x_t, t, conditioning), fake_score(x_t, t, conditioning)
+        values = self._context.distribution_matching(x_0, teacher_x_0, fake_x_0, t, groups)
         recorded = None
         if args.num_iterations > 1:  # The rollout is used again.
             recorded = RecordedDistributionMatching(
-                values=directions,
-                action=torch.stack(noisy),
+                values=values,
+                action=x_t,
                 x_0=x_0,
                 transition=Transition(
                     x_0_scale=schedule.alpha(t), state_scale=torch.zeros_like(t), std=schedule.sigma(t)
@@ -87,9 +77,9 @@ class DistributionMatchingReward:
                 clip=args.importance_weight_clip,
             )
         return Direction(
-            values=directions.mean(0),
+            values=values,
             applicable=torch.ones(len(x_0), dtype=torch.bool, device=x_0.device),
-            rewards=-(teacher_x_0 - fake_x_0).square().flatten(2).mean((0, 2)),
+            rewards=-(teacher_x_0 - fake_x_0).square().flatten(1).mean(1),
             metrics={"gap": gap(x_0, teacher_x_0, fake_x_0)},
             recorded=recorded,
         )
@@ -123,7 +113,7 @@ def gap(x_0: Tensor, teacher_x_0: Tensor, fake_x_0: Tensor) -> float:
 
     Args:
         x_0: The policy's predictions, shape (N, C, H, W).
-        teacher_x_0: The teacher's predictions at R re-noisings of them, shape (R, N, C, H, W).
+        teacher_x_0: The teacher's predictions at a re-noising of them.
         fake_x_0: The fake score's there.
     """
     difference = (teacher_x_0 - fake_x_0).square().mean()

@@ -59,9 +59,7 @@ def test_dmdr_makes_dmdrs_update(weights: list[float], base: Path, tmp_path: Pat
     )
     x_0 = rollout.x_0[0]  # A step that is not the last: DMDR's rewards act on any.
     real, fake = latents(*x_0.shape, seed=1), latents(*x_0.shape, seed=2)
-    matched = trainer.compute_distribution_matching(
-        x_0, real[None], fake[None], torch.ones(1, len(x_0)), rollout.batch.group_ids
-    )[0]
+    matched = trainer.compute_distribution_matching(x_0, real, fake, torch.ones(len(x_0)), rollout.batch.group_ids)
     directions = {"rdm": Direction(values=matched, applicable=torch.ones(len(x_0), dtype=torch.bool))}
     for name in [reward.__name__ for reward in rewards]:
         directions[name] = trainer.rewards[name].judge(rollout, 0, generator=torch.Generator()).direction

@@ -125,7 +125,6 @@ def test_resuming_with_everything_switched_on(base: Path, tmp_path: Path) -> Non
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
         CHECKPOINTING: True,
-        "num_renoise": 2,
         "renoise_distribution": "annealed_beta",
         "renoise_anneal_steps": 2,
         "max_steps": 2,
@@ -173,8 +172,8 @@ def write(folder: Path, step: int = 2, run: str = "run") -> Path:
     """A small checkpoint; what it holds depends on the step."""
     weights = torch.full((64,), float(step))
     tensors = {"policy": {"a": weights}, "fake_score": {"a": weights}, "last_samples": {"x_0": weights / 0}}
-    state = TrainerState(global_step=step)
-    write_checkpoint(folder, tensors, {"x": [1, weights]}, f'{{"num_renoise": {step}}}', state, {"rewards": ["a"]}, run)
+    state, settings = TrainerState(global_step=step), f'{{"num_replayed_steps": {step}}}'
+    write_checkpoint(folder, tensors, {"x": [1, weights]}, settings, state, {"rewards": ["a"]}, run)
     return folder
 
 

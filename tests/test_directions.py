@@ -1,8 +1,5 @@
 """The distribution-matching direction: it is DMD where it should be, and its group statistics are what they say."""
 
-import itertools
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,20 +14,12 @@ NORMALIZATIONS = ["sample", "group", "group_rms", "none"]
 GROUP_IDS = torch.tensor([7, 7, 7, 2, 2, 5])
 
 
-def networks_disagree(count: int = 6, renoise: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def networks_disagree(count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     """x_0 and two predictions near it, with samples of very different scale."""
     scale = torch.logspace(-2, 1, count).reshape(-1, 1, 1, 1)
-    lead = () if renoise is None else (renoise,)
     x_0 = latents(count, 4, 3, 3)
-    teacher, fake = (x_0 + scale * latents(*lead, count, 4, 3, 3, seed=seed) for seed in (1, 2))
+    teacher, fake = (x_0 + scale * latents(count, 4, 3, 3, seed=seed) for seed in (1, 2))
     return x_0, teacher, fake
-
-
-def matching(x_0: Tensor, teacher: Tensor, fake: Tensor, *settings: Any, **named: Any) -> Tensor:
-    """The direction of a reward: the mean over re-noisings, of which there is one if the predictions name none."""
-    if teacher.ndim == x_0.ndim:
-        teacher, fake = teacher[None], fake[None]
-    return distribution_matching(x_0, teacher, fake, *settings, **named).mean(0)
 
 
 def released_dmd_loss(x_0: Tensor, mu_real: Tensor, mu_fake: Tensor) -> Tensor:
@@ -45,7 +34,7 @@ def released_dmd_loss(x_0: Tensor, mu_real: Tensor, mu_fake: Tensor) -> Tensor:
 def test_sample_normalization_is_the_released_dmd() -> None:
     x_0, teacher, fake = networks_disagree()
     ours, theirs = x_0.clone().requires_grad_(), x_0.clone().requires_grad_()
-    values = matching(x_0, teacher, fake, GROUP_IDS, "sample")
+    values = distribution_matching(x_0, teacher, fake, GROUP_IDS, "sample")
     loss = policy_loss(ours, Direction(values=values, applicable=torch.ones(6, dtype=torch.bool))).loss
     expected = released_dmd_loss(theirs, teacher, fake)
     loss.backward()
@@ -58,15 +47,15 @@ def test_sample_normalization_is_the_released_dmd() -> None:
 def test_group_of_one_equals_sample_exactly() -> None:
     x_0, teacher, fake = networks_disagree()
     alone = torch.tensor([3, 9, 1, 0, 4, 8])
-    group = matching(x_0, teacher, fake, alone, "group")
-    assert torch.equal(group, matching(x_0, teacher, fake, alone, "sample"))
-    assert not torch.allclose(group, matching(x_0, teacher, fake, GROUP_IDS, "group"))
+    group = distribution_matching(x_0, teacher, fake, alone, "group")
+    assert torch.equal(group, distribution_matching(x_0, teacher, fake, alone, "sample"))
+    assert not torch.allclose(group, distribution_matching(x_0, teacher, fake, GROUP_IDS, "group"))
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_scale_of_a_group_by_hand(normalization: str) -> None:
     x_0, teacher, fake = networks_disagree()
-    values = matching(x_0, teacher, fake, GROUP_IDS, normalization)
+    values = distribution_matching(x_0, teacher, fake, GROUP_IDS, normalization)
     for rows in ([0, 1, 2], [3, 4], [5]):
         away, gap = x_0[rows] - teacher[rows], teacher[rows] - fake[rows]
         scale = {
@@ -79,66 +68,33 @@ def test_scale_of_a_group_by_hand(normalization: str) -> None:
 
 
 def test_group_rms_has_unit_size() -> None:
-    values = matching(*networks_disagree(), GROUP_IDS, "group_rms")
+    values = distribution_matching(*networks_disagree(), GROUP_IDS, "group_rms")
     torch.testing.assert_close(group_mean(values.square().flatten(1).mean(1), GROUP_IDS), torch.ones(6))
 
 
-@pytest.mark.parametrize("group", ["prompt", "renoise", "prompt_renoise"])
-@pytest.mark.parametrize("normalization", ["group", "group_rms"])
-def test_groups_over_renoisings_by_hand(normalization: str, group: str) -> None:
-    x_0, teacher, fake = networks_disagree(renoise=3)
-    values = matching(x_0, teacher, fake, GROUP_IDS, normalization, group=group)
-    size, finish = (
-        ((x_0 - teacher).abs().mean((2, 3, 4)), lambda mean: mean)
-        if normalization == "group"
-        else ((teacher - fake).square().mean((2, 3, 4)), torch.sqrt)
-    )
-    for sample in range(6):
-        members = (GROUP_IDS == GROUP_IDS[sample]).nonzero().flatten()
-        gap = teacher[:, sample] - fake[:, sample]
-        if group == "prompt":  # Each draw is divided by its own scale.
-            parts = [gap[draw] / finish(size[draw, members].mean()) for draw in range(3)]
-            expected = torch.stack(parts).mean(0)
-        elif group == "renoise":
-            expected = gap.mean(0) / finish(size[:, sample].mean())
-        else:
-            expected = gap.mean(0) / finish(size[:, members].mean())
-        torch.testing.assert_close(values[sample], expected)
-
-
-@pytest.mark.parametrize("normalization", ["sample", "none"])
-def test_more_renoisings_are_averaged(normalization: str) -> None:
-    x_0, teacher, fake = networks_disagree(renoise=3)
-    each = [matching(x_0, teacher[r], fake[r], GROUP_IDS, normalization) for r in range(len(teacher))]
-    whole = matching(x_0, teacher, fake, GROUP_IDS, normalization)
-    torch.testing.assert_close(whole, torch.stack(each).mean(0))
-
-
-@pytest.mark.parametrize(
-    ("normalization", "group"), [*itertools.product(NORMALIZATIONS, ["prompt"]), ("group", "prompt_renoise")]
-)
-def test_permuting_samples_permutes_the_directions(normalization: str, group: str) -> None:
-    x_0, teacher, fake = networks_disagree(renoise=2)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_permuting_samples_permutes_the_directions(normalization: str) -> None:
+    x_0, teacher, fake = networks_disagree()
     order = torch.tensor([4, 0, 5, 2, 3, 1])
-    straight = matching(x_0, teacher, fake, GROUP_IDS, normalization, group=group)
-    permuted = matching(x_0[order], teacher[:, order], fake[:, order], GROUP_IDS[order], normalization, group=group)
+    straight = distribution_matching(x_0, teacher, fake, GROUP_IDS, normalization)
+    permuted = distribution_matching(x_0[order], teacher[order], fake[order], GROUP_IDS[order], normalization)
     torch.testing.assert_close(permuted, straight[order], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_a_common_scale_cancels_except_without_normalization(normalization: str) -> None:
     x_0, teacher, fake = networks_disagree()
-    values = matching(x_0, teacher, fake, GROUP_IDS, normalization)
+    values = distribution_matching(x_0, teacher, fake, GROUP_IDS, normalization)
     # A power of two is exact.
-    scaled = matching(8 * x_0, 8 * teacher, 8 * fake, GROUP_IDS, normalization)
+    scaled = distribution_matching(8 * x_0, 8 * teacher, 8 * fake, GROUP_IDS, normalization)
     torch.testing.assert_close(scaled, 8 * values if normalization == "none" else values)
 
 
 def test_groups_do_not_touch_each_other() -> None:
     x_0, teacher, fake = networks_disagree()
-    before = matching(x_0, teacher, fake, GROUP_IDS, "group")
+    before = distribution_matching(x_0, teacher, fake, GROUP_IDS, "group")
     teacher[3:] += 100
-    after = matching(x_0, teacher, fake, GROUP_IDS, "group")
+    after = distribution_matching(x_0, teacher, fake, GROUP_IDS, "group")
     assert torch.equal(before[:3], after[:3])
     assert not torch.equal(before[3:5], after[3:5])
 
@@ -146,7 +102,7 @@ def test_groups_do_not_touch_each_other() -> None:
 def test_the_shared_part_of_a_direction_is_kept() -> None:
     """Centring a dense direction over its group would make this 0."""
     x_0 = torch.zeros(4, 1, 1, 1)
-    values = matching(x_0, torch.ones_like(x_0), x_0, torch.zeros(4, dtype=torch.long), "group")
+    values = distribution_matching(x_0, torch.ones_like(x_0), x_0, torch.zeros(4, dtype=torch.long), "group")
     assert torch.equal(values, torch.ones_like(x_0))
 
 
@@ -156,39 +112,38 @@ def test_floor_clamps_and_is_not_added(normalization: str) -> None:
     far, near = torch.full_like(x_0, 0.5), torch.full_like(x_0, 0.001)
     ids = torch.tensor([0, 1])
     # Above the floor it does nothing at all; below it, it is the scale.
-    assert torch.equal(matching(x_0, far, x_0, ids, normalization, scale_floor=0.1), torch.ones_like(x_0))
+    assert torch.equal(distribution_matching(x_0, far, x_0, ids, normalization, scale_floor=0.1), torch.ones_like(x_0))
     torch.testing.assert_close(
-        matching(x_0, near, x_0, ids, normalization, scale_floor=0.1), torch.full_like(x_0, 0.01)
+        distribution_matching(x_0, near, x_0, ids, normalization, scale_floor=0.1), torch.full_like(x_0, 0.01)
     )
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_no_direction_where_the_networks_agree(normalization: str) -> None:
     x_0, teacher, _ = networks_disagree()
-    values = matching(x_0, teacher, teacher, GROUP_IDS, normalization)
+    values = distribution_matching(x_0, teacher, teacher, GROUP_IDS, normalization)
     assert torch.equal(values, torch.zeros_like(x_0))
-    at_home = matching(x_0, x_0, x_0, GROUP_IDS, normalization)
+    at_home = distribution_matching(x_0, x_0, x_0, GROUP_IDS, normalization)
     assert torch.equal(at_home, torch.zeros_like(x_0))
 
 
 def test_half_precision_is_normalised_in_float32() -> None:
     x_0, teacher, fake = (value.half() for value in networks_disagree())
-    values = matching(x_0, teacher, fake, GROUP_IDS, "group")
+    values = distribution_matching(x_0, teacher, fake, GROUP_IDS, "group")
     assert values.dtype == torch.float32
 
 
 def test_an_unknown_scale_is_refused() -> None:
     with pytest.raises(ValueError, match="normalization='grouped' is unknown"):
-        matching(*networks_disagree(), GROUP_IDS, "grouped")
+        distribution_matching(*networks_disagree(), GROUP_IDS, "grouped")
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     x_0, teacher, fake = networks_disagree()
-    for wrong in ((x_0[:5], teacher, fake, GROUP_IDS), (x_0, teacher, fake, GROUP_IDS[:5])):
+    cut = ((x_0[:5], teacher, fake, GROUP_IDS), (x_0, teacher, fake, GROUP_IDS[:5]))
+    for wrong in (*cut, (x_0, teacher[None], fake[None], GROUP_IDS)):
         with pytest.raises(ValueError, match="Shapes do not fit"):
-            matching(*wrong)
-    with pytest.raises(ValueError, match="Shapes do not fit"):
-        distribution_matching(x_0, teacher, fake, GROUP_IDS)
+            distribution_matching(*wrong)
 
 
 def test_group_mean_by_hand() -> None:

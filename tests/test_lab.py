@@ -87,19 +87,19 @@ def test_the_group_residual_is_taken_off_as_far_as_it_is_no_accident(lab: Module
     arms = import_module("arms")
     x_0 = torch.zeros(4, 1, 1, 2)
     # Errors of (3, 0) +- (1, 0) in the first group, and of (0, 1) +- (0, 5) in the second.
-    fake_x_0 = torch.tensor([[4.0, 0], [2.0, 0], [0, 6.0], [0, -4.0]]).view(1, 4, 1, 1, 2)
+    fake_x_0 = torch.tensor([[4.0, 0], [2.0, 0], [0, 6.0], [0, -4.0]]).view(4, 1, 1, 2)
     group_ids = torch.tensor([0, 0, 1, 1])
     # Of two samples q = 1, |mean|^2 = 9: eight ninths of the mean go. In the second group q = 25 > 1: nothing does.
-    wanted = fake_x_0 - torch.tensor([[8 / 3, 0], [8 / 3, 0], [0, 0], [0, 0]]).view(1, 4, 1, 1, 2)
+    wanted = fake_x_0 - torch.tensor([[8 / 3, 0], [8 / 3, 0], [0, 0], [0, 0]]).view(4, 1, 1, 2)
     torch.testing.assert_close(arms.without_group_residual(x_0, fake_x_0, group_ids), wanted)
 
 
 def test_a_projected_direction_has_no_part_along_the_residual(lab: ModuleType) -> None:
     arms = import_module("arms")
-    x_0, fake_x_0 = torch.zeros(1, 1, 1, 2), torch.tensor([3.0, 4.0]).view(1, 1, 1, 1, 2)
-    direction = torch.tensor([5.0, 0.0]).view(1, 1, 1, 1, 2)
+    x_0, fake_x_0 = torch.zeros(1, 1, 1, 2), torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
+    direction = torch.tensor([5.0, 0.0]).view(1, 1, 1, 2)
     # <A, r> / <r, r> = 15 / 25.
-    wanted = torch.tensor([5 - 9 / 5, -12 / 5]).view(1, 1, 1, 1, 2)
+    wanted = torch.tensor([5 - 9 / 5, -12 / 5]).view(1, 1, 1, 2)
     torch.testing.assert_close(arms.projected(direction, x_0, fake_x_0), wanted)
 
 
@@ -121,7 +121,7 @@ def test_a_run_goes_on_where_it_was_and_prints_its_table(
     monkeypatch.setattr(
         lab, "marks_of", lambda arm, steps, long: {"start": 0, "budget 1": 1, "budget 1000": 2, "updates 1000": 2}
     )
-    arms = ["dmd", "sgmd", "dmd, projection", "none, stratified", "dmd, R = 4", *(["dmd, anchor"] if steps > 1 else [])]
+    arms = ["dmd", "sgmd", "dmd, projection", "none, stratified", *(["dmd, anchor"] if steps > 1 else [])]
     arguments = ["run.py", "--output_dir", str(tmp_path), "--problems", "mixture-2", "--steps", str(steps)]
     monkeypatch.setattr("sys.argv", [*arguments, "--seeds", "1", "2", "--arms", *arms])
     lab.main()

@@ -77,18 +77,15 @@ def test_equal_predictions_have_a_log_ratio_of_exactly_0(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_renoisings_have_scales_of_their_own(level: str) -> None:
-    scales = torch.tensor([[0.9, 0.5, 0.1], [0.3, 0.7, 0.2]])
-    spreads = torch.tensor([[0.2, 0.5, 0.9], [0.8, 0.4, 0.6]])
-    step = Transition(x_0_scale=scales, state_scale=torch.zeros(2, 3), std=spreads)
-    old, new, action = latents(3, *SHAPE), latents(3, *SHAPE, seed=1), latents(2, 3, *SHAPE, seed=2)
+def test_each_sample_has_its_own_scale_and_spread(level: str) -> None:
+    scales, spreads = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0.2, 0.5, 0.9])
+    step = Transition(x_0_scale=scales, state_scale=torch.zeros(3), std=spreads)
+    old, new, action = latents(3, *SHAPE), latents(3, *SHAPE, seed=1), latents(3, *SHAPE, seed=2)
     made = log_ratio(action, new, old, step, level=level)
-    assert made.shape == (2, 3)
-    for r in range(2):
-        for i in range(3):
-            own = transition(scales[r, i].item(), 0.0, spreads[r, i].item())
-            one = log_ratio(action[r, i : i + 1], new[i : i + 1], old[i : i + 1], own, level=level)
-            assert made[r, i].item() == pytest.approx(one.item(), rel=1e-4)
+    for i in range(3):
+        alone = transition(scales[i].item(), 0.0, spreads[i].item())
+        expected = log_ratio(action[[i]], new[[i]], old[[i]], alone, level=level)
+        assert made[i].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_an_unknown_level_is_refused() -> None:
@@ -256,39 +253,36 @@ def test_the_gradient_of_the_divergence(level: str) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("clip", [0.0, 0.2, 1.0])
 def test_a_reused_direction_is_weighted_by_the_truncated_ratio(level: str, clip: float) -> None:
-    alpha, sigma = torch.tensor([[0.9, 0.6, 0.4], [0.5, 0.8, 0.2]]), torch.tensor([[0.3, 0.8, 0.9], [0.9, 0.6, 1.0]])
-    step = Transition(x_0_scale=alpha, state_scale=torch.zeros(2, 3), std=sigma)
-    old, values = latents(3, *SHAPE), latents(2, 3, *SHAPE, seed=1)
-    action = append_dims(alpha, values) * old + append_dims(sigma, values) * latents(2, 3, *SHAPE, seed=2)
+    alpha, sigma = torch.tensor([0.9, 0.6, 0.4]), torch.tensor([0.3, 0.8, 0.9])
+    step = Transition(x_0_scale=alpha, state_scale=torch.zeros(3), std=sigma)
+    old, values = latents(3, *SHAPE), latents(3, *SHAPE, seed=1)
+    action = append_dims(alpha, values) * old + append_dims(sigma, values) * latents(3, *SHAPE, seed=2)
     record = RecordedDistributionMatching(
         values=values, action=action, x_0=old, transition=step, level=level, clip=clip
     )
     unmoved = record.at(old.clone())
-    assert torch.equal(unmoved.log_ratio, torch.zeros(2, 3))
-    assert torch.equal(unmoved.values, values.mean(0)), "bit for bit what a rollout that is used once does"
+    assert torch.equal(unmoved.log_ratio, torch.zeros(3))
+    assert torch.equal(unmoved.values, values), "bit for bit what a rollout that is used once does"
     assert not unmoved.clipped.any()
 
     now = old + torch.tensor([0.02, 0.3, 3.0])[:, None, None, None] * latents(3, *SHAPE, seed=3)
     seen = record.at(now)
     expected = torch.zeros_like(old)
-    for r in range(2):
-        for i in range(3):
-            squares = [
-                ((action[r, i] - alpha[r, i] * one[i]) / sigma[r, i]).double().square() / 2 for one in (old, now)
-            ]
-            log_rho = (squares[0] - squares[1]).mean() if level == "dimension" else (squares[0] - squares[1]).sum()
-            weight = min(max(math.exp(log_rho), 1 - clip), 1 + clip)
-            assert seen.log_ratio[r, i].item() == pytest.approx(log_rho.item(), rel=1e-3, abs=1e-5)
-            assert seen.weight[r, i].item() == pytest.approx(weight, rel=1e-3)
-            if clip:
-                assert bool(seen.clipped[r, i]) == (abs(math.exp(log_rho) - 1) > clip)
-            expected[i] += weight * values[r, i] / 2
+    for i in range(3):
+        squares = [((action[i] - alpha[i] * x_0[i]) / sigma[i]).double().square() / 2 for x_0 in (old, now)]
+        log_rho = (squares[0] - squares[1]).mean() if level == "dimension" else (squares[0] - squares[1]).sum()
+        weight = min(max(math.exp(log_rho), 1 - clip), 1 + clip)
+        assert seen.log_ratio[i].item() == pytest.approx(log_rho.item(), rel=1e-3, abs=1e-5)
+        assert seen.weight[i].item() == pytest.approx(weight, rel=1e-3)
+        if clip:
+            assert bool(seen.clipped[i]) == (abs(math.exp(log_rho) - 1) > clip)
+        expected[i] = weight * values[i]
     torch.testing.assert_close(seen.values, expected, rtol=1e-3, atol=1e-4)
     if clip == 0.2:
         assert seen.clipped.any()
         assert not seen.clipped.all()
     if clip == 0:
-        assert torch.equal(seen.values, values.mean(0))
+        assert torch.equal(seen.values, values)
 
 
 def test_a_reused_direction_survives_a_ratio_beyond_float() -> None:
@@ -297,7 +291,7 @@ def test_a_reused_direction_survives_a_ratio_beyond_float() -> None:
     old = torch.zeros(1, *SHAPE)
     action = old + 0.1
     record = RecordedDistributionMatching(
-        values=latents(1, 1, *SHAPE), action=action[None], x_0=old, transition=step, level="sample", clip=0.2
+        values=latents(1, *SHAPE), action=action, x_0=old, transition=step, level="sample", clip=0.2
     )
     seen = record.at(old + 0.1 / 0.9)
     assert seen.log_ratio.item() > 100
@@ -309,10 +303,10 @@ def test_a_reused_direction_survives_a_ratio_beyond_float() -> None:
 
 
 def test_numbers_of_the_log() -> None:
-    weight = torch.tensor([[0.5, 1.0], [2.0, 0.5]])
-    clipped = torch.tensor([[True, False], [False, False]])
-    logs = torch.tensor([[-0.4, 0.0], [0.7, -0.2]])
-    seen = ratio_metrics(Reweighted(values=torch.zeros(2), log_ratio=logs, weight=weight, clipped=clipped))
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.5])
+    clipped = torch.tensor([True, False, False, False])
+    logs = torch.tensor([-0.4, 0.0, 0.7, -0.2])
+    seen = ratio_metrics(Reweighted(values=torch.zeros(4), log_ratio=logs, weight=weight, clipped=clipped))
     assert seen == pytest.approx(
         {
             "log_ratio_mean": 0.025,

@@ -42,9 +42,7 @@ def matched(
 ) -> Direction:
     """R_dm's direction from one re-noising."""
     x_t = schedule.perturb(x_0.detach(), noise, t)
-    values = distribution_matching(
-        x_0.detach(), teacher(x_t, t, NONE)[None], fake_score(x_t, t, NONE)[None], *settings
-    ).mean(0)
+    values = distribution_matching(x_0.detach(), teacher(x_t, t, NONE), fake_score(x_t, t, NONE), *settings)
     return Direction(values=values, applicable=torch.ones(len(x_0), dtype=torch.bool))
 
 

@@ -49,7 +49,7 @@ CHANGED: dict[str, Any] = {
 }
 STRATEGIES = ("logging_strategy", "eval_strategy", "save_strategy")
 AT_LEAST_1 = """
-    num_inference_steps num_generations num_renoise reward_batch_size decode_batch_size num_replayed_steps
+    num_inference_steps num_generations reward_batch_size decode_batch_size num_replayed_steps
     teacher_num_inference_steps warm_start_steps warm_start_num_states warm_start_ode_steps num_iterations
     gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size
 """.split()
@@ -90,7 +90,7 @@ def test_defaults_work_and_differ_where_documented() -> None:
     assert (made.learning_rate, made.logging_steps, made.report_to) == (1e-5, 10, [])
     assert not made.remove_unused_columns
     assert not made.bf16
-    assert (made.dm_normalization, made.dm_group, made.dm_scale_floor) == ("group", "prompt", 1e-6)
+    assert (made.dm_normalization, made.dm_scale_floor) == ("group", 1e-6)
     assert made.warm_start == "ode"
 
 
@@ -98,7 +98,6 @@ def test_defaults_work_and_differ_where_documented() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # A choice that there is not.
     ({"dm_normalization": "gruop"}, "dm_normalization='gruop' is unknown. Did you mean 'group'? Use one of ('sample',"),
-    ({"dm_group": "promt"}, "Did you mean 'prompt'?"),
     ({"renoise_distribution": "unifrom"}, "Did you mean 'uniform'?"),
     ({"reward_weighting": "fixt"}, "Did you mean 'fixed'?"),
     ({"warm_start": "odes"}, "Did you mean 'ode'?"),
@@ -128,8 +127,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({name: math.nan}, f"{name}=nan, but it must be a finite number") for name in ("beta", "guidance_scale")),
     ({"reward_weights": [1.0, math.inf]}, "reward_weights[1]=inf, but it must be a finite number"),
     # Settings that do not go together.
-    ({"dm_group": "renoise", "dm_normalization": "sample", "num_renoise": 2}, "uses no group"),
-    ({"dm_group": "renoise", "num_renoise": 1}, "Set num_renoise to 2 or more"),
     ({"renoise_anneal_steps": 10}, "needs renoise_distribution='annealed_beta'"),
     ({"renoise_range": [0.0, 0.98]}, "0 < low <= high <= 1"),
     ({"renoise_range": [0.9, 0.2]}, "0 < low <= high <= 1"),

@@ -287,7 +287,8 @@ class Every(RDMTrainer):
         self, x_0: Tensor, teacher_x_0: Tensor, fake_x_0: Tensor, t: Tensor, group_ids: Tensor
     ) -> Tensor:
         self._count("compute_distribution_matching")
-        assert teacher_x_0.shape == fake_x_0.shape == (*t.shape, *x_0.shape[1:])
+        assert teacher_x_0.shape == fake_x_0.shape == x_0.shape
+        assert t.shape == group_ids.shape == x_0.shape[:1]
         return 0 * super().compute_distribution_matching(x_0, teacher_x_0, fake_x_0, t, group_ids) + 5
 
     def compute_advantages(self, rollouts: Any, judgements: Any, statistics: Any) -> list[dict[str, Tensor]]:

@@ -29,9 +29,9 @@ READ: list[tuple[str, Any, Any]] = [
     ("reward_weights", torch.tensor([1.0, 0.5]), [1.0, 0.5]),
     ("run_name", np.str_("night"), "night"),
     # Whole floats, and text.
-    ("num_renoise", 4.0, 4),
+    ("num_iterations", 4.0, 4),
     ("max_steps", "1e3", 1000),
-    ("num_renoise", " 2 ", 2),
+    ("num_iterations", " 2 ", 2),
     ("learning_rate", "1e-5", 1e-5),
     ("guidance_scale", 3, 3),
     ("shard", "false", False),

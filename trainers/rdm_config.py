@@ -186,17 +186,6 @@ def _refuse_run(args: RDMConfig) -> None:
 
 def _refuse_distribution_matching(args: RDMConfig) -> None:
     """Refuse settings of distribution matching and of the fake score that do not go together."""
-    if args.dm_group != "prompt":
-        if args.dm_normalization not in ("group", "group_rms"):
-            raise ValueError(
-                f"dm_group={args.dm_group!r} says what a group is, but dm_normalization={args.dm_normalization!r} "
-                "uses no group. Set dm_normalization='group' or leave dm_group='prompt'."
-            )
-        if args.num_renoise < 2:
-            raise ValueError(
-                f"dm_group={args.dm_group!r} pools the re-noisings of a sample, but num_renoise="
-                f"{args.num_renoise}. Set num_renoise to 2 or more."
-            )
     if args.renoise_anneal_steps is not None and args.renoise_distribution != "annealed_beta":
         raise ValueError(
             f"renoise_anneal_steps={args.renoise_anneal_steps} needs renoise_distribution='annealed_beta', not "

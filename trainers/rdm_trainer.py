@@ -438,18 +438,16 @@ class RDMTrainer(StudentRun):
 
         Args:
             x_0: The policy's predictions at the recorded step, shape (N, C, H, W).
-            teacher_x_0: The teacher's predictions at R re-noisings of them, shape (R, N, C, H, W).
+            teacher_x_0: The teacher's predictions at a re-noising of them, the same shape.
             fake_x_0: The fake score's there, the same shape.
-            t: Times of the re-noisings, shape (R, N), in (0, 1].
+            t: Times of the re-noising, shape (N,), in (0, 1].
             group_ids: Prompt of each sample, shape (N,), int64.
 
         Returns:
-            The direction of each re-noising, shape (R, N, C, H, W); their mean is the reward's direction.
+            The direction, shape (N, C, H, W).
         """
         args = self.args
-        return distribution_matching(
-            x_0, teacher_x_0, fake_x_0, group_ids, args.dm_normalization, args.dm_group, args.dm_scale_floor
-        )
+        return distribution_matching(x_0, teacher_x_0, fake_x_0, group_ids, args.dm_normalization, args.dm_scale_floor)
 
     def compute_directions(
         self, rollout: Rollout, step: int, judgements: Mapping[str, Judgement], advantages: Mapping[str, Tensor]

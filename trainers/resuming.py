@@ -23,7 +23,7 @@ KINDS: dict[Kind, frozenset[str]] = {
         """resolution sampler eta guidance_scale group_noise noise_pool ema_decay reward_weights reward_weighting
         adaptive_reference fidelity_budget reward_start_step reward_ramp_steps reward_conflict reward_gradient
         pathwise_steps reward_decoder teacher_num_inference_steps teacher_cache_dir teacher_guidance_scale
-        dm_normalization dm_group dm_scale_floor first_step_anchor num_renoise renoise_distribution renoise_range
+        dm_normalization dm_scale_floor first_step_anchor renoise_distribution renoise_range
         renoise_anneal_steps fake_score_updates_per_policy_update fake_score_warmup_steps fake_score_max_grad_norm
         num_replayed_steps num_iterations importance_weight_clip importance_sampling_level epsilon epsilon_high
         reward_baseline scale_rewards advantage_clip step_weighting beta warm_start warm_start_steps
@@ -86,8 +86,8 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
     Example:
         >>> same = {"num_processes": 1, "gradient_accumulation_steps": 2, "learning_rate": 0.1}
-        >>> changes({**same, "num_renoise": 1}, {**same, "num_renoise": 2})
-        [Change(name='num_renoise', saved=1, now=2, kind='method')]
+        >>> changes({**same, "num_replayed_steps": 1}, {**same, "num_replayed_steps": 2})
+        [Change(name='num_replayed_steps', saved=1, now=2, kind='method')]
     """
     changed = []
     for name in sorted(saved.keys() & now.keys()):

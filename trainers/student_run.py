@@ -306,7 +306,7 @@ class StudentRun(TrainingLoop):
         """What the model card says of the run."""
         averaged = self.average is not None and self.args.save_ema
         names = ["num_generations", "learning_rate", "seed"]
-        names += ["dm_normalization", "dm_group"] if "rdm" in self.rewards else []
+        names += ["dm_normalization"] if "rdm" in self.rewards else []
         names += ["resolution"] if len(self.sizes) > 1 else []
         usual = {"sampler": "renoise", "eta": None, "num_iterations": 1}
         names += [name for name, value in usual.items() if getattr(self.args, name) != value]

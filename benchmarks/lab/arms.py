@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rdm_rl.noise_schedule import append_dims
-from rdm_rl.rdm import Group, Normalization, group_mean
+from rdm_rl.rdm import Normalization, group_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,6 @@ class Arm:
 
     Args:
         scale: ``dm_normalization``.
-        group: ``dm_group``.
-        num_renoise: Re-noisings R.
         times: One time for each prompt: drawn ``alone``, or ``stratified`` over the prompts of a batch.
         correction: What is done to the fake score's prediction (``residual``) or to the direction (``projection``).
         sgmd: Weight of the pull towards the fake score in SGMD's direction; 0 for another direction.
@@ -28,8 +26,6 @@ class Arm:
     """
 
     scale: Normalization = "sample"
-    group: Group = "prompt"
-    num_renoise: int = 1
     times: Literal["alone", "stratified"] = "alone"
     correction: Literal["none", "residual", "projection"] = "none"
     sgmd: float = 0.0
@@ -44,7 +40,7 @@ class Arm:
         Args:
             steps: Steps K of the student.
         """
-        return steps + 3 * self.fake_updates + 2 * self.num_renoise + (2 if self.sgmd else 0) + 3
+        return steps + 3 * self.fake_updates + 2 + (2 if self.sgmd else 0) + 3
 
 
 LAGGING = {"fake_rate": 1e-4}
@@ -58,10 +54,6 @@ ARMS = {
     "dmd, stratified": Arm(times="stratified"),
     "group_rms, stratified": Arm(scale="group_rms", times="stratified"),
     "none, stratified": Arm(scale="none", times="stratified"),
-    "dmd, R = 4": Arm(num_renoise=4),
-    "renoise, R = 4": Arm(scale="group", group="renoise", num_renoise=4),
-    "prompt_renoise, R = 4": Arm(scale="group", group="prompt_renoise", num_renoise=4),
-    "none, R = 4": Arm(scale="none", num_renoise=4),
     "dmd, residual": Arm(correction="residual"),
     "none, residual": Arm(scale="none", correction="residual"),
     "dmd, projection": Arm(correction="projection"),
@@ -74,7 +66,7 @@ ARMS = {
     "dmd, projection, lagging": Arm(correction="projection", **LAGGING),
 }
 SEVERAL_STEPS = {"dmd, anchor": Arm(anchor=0.05), "none, anchor": Arm(scale="none", anchor=0.05)}
-CORE = ("dmd", "dmd, 5 fake updates", "group", "group_rms", "none", "none, stratified", "renoise, R = 4")
+CORE = ("dmd", "dmd, 5 fake updates", "group", "group_rms", "none", "none, stratified")
 
 
 # ----- the arms' mathematics -----
@@ -89,14 +81,14 @@ def without_group_residual(x_0: Tensor, fake_x_0: Tensor, group_ids: Tensor) -> 
 
     Args:
         x_0: The policy's predictions, shape (N, C, H, W).
-        fake_x_0: The fake score's at R re-noisings of them, shape (R, N, C, H, W).
+        fake_x_0: The fake score's at a re-noising of them.
         group_ids: Prompt of each sample, shape (N,), int64 from 0; at least two samples each.
     """
     residual = fake_x_0 - x_0
-    mean = group_mean(residual.movedim(1, -1), group_ids).movedim(-1, 1)
+    mean = group_mean(residual.movedim(0, -1), group_ids).movedim(-1, 0)
     sizes = torch.bincount(group_ids)[group_ids]
-    noise = group_mean((residual - mean).flatten(2).square().sum(2), group_ids) / (sizes - 1)
-    share = 1 - noise / mean.flatten(2).square().sum(2).clamp_min(1e-30)
+    noise = group_mean((residual - mean).flatten(1).square().sum(1), group_ids) / (sizes - 1)
+    share = 1 - noise / mean.flatten(1).square().sum(1).clamp_min(1e-30)
     return fake_x_0 - append_dims(share.clamp_min(0), mean) * mean
 
 
@@ -107,12 +99,12 @@ def projected(direction: Tensor, x_0: Tensor, fake_x_0: Tensor) -> Tensor:
         | PDMD (arXiv 2609.35768), as it is known to us from notes on the paper
 
     Args:
-        direction: A, shape (R, N, C, H, W).
-        x_0: The policy's predictions, shape (N, C, H, W).
-        fake_x_0: The fake score's, shape (R, N, C, H, W).
+        direction: A, shape (N, C, H, W).
+        x_0: The policy's predictions, the same shape.
+        fake_x_0: The fake score's.
     """
     residual = fake_x_0 - x_0
-    along, square = ((each * residual).flatten(2).sum(2) for each in (direction, residual))
+    along, square = ((each * residual).flatten(1).sum(1) for each in (direction, residual))
     return direction - append_dims(along / square.clamp_min(1e-30), residual) * residual
 
 

@@ -159,26 +159,22 @@ class Replicates:
         """Distribution matching's direction at predictions of the policy, shape (N, 1, 1, D)."""
         arm, draw = self.arm, self.draws["renoise"]
         teacher, fake_score = self.predictor(self.problem.denoise), self.predictor(self.fake_score)
-        times = [self._group_times() for _ in range(arm.num_renoise)]
-        noisy = [SCHEDULE.perturb(x_0, torch.randn(x_0.shape, generator=draw), t) for t in times]
+        t = self._group_times()
+        x_t = SCHEDULE.perturb(x_0, torch.randn(x_0.shape, generator=draw), t)
         if arm.sgmd:
-            (x_t,), (t,) = noisy, times
             fake_x_0 = fake_score(x_t.requires_grad_(), t, NO_PROMPT)
             with torch.no_grad():
                 push = sgmd_push(x_0, teacher(x_t, t, NO_PROMPT), fake_x_0, SCHEDULE.sigma(t), arm.sgmd)
             (pulled,) = torch.autograd.grad(fake_x_0, x_t, push)
             return append_dims(SCHEDULE.alpha(t), x_0) * pulled
         with torch.no_grad():
-            pairs = list(zip(noisy, times, strict=True))
-            teacher_x_0, fake_x_0 = (
-                torch.stack([network(x_t, t, NO_PROMPT) for x_t, t in pairs]) for network in (teacher, fake_score)
-            )
+            teacher_x_0, fake_x_0 = (network(x_t, t, NO_PROMPT) for network in (teacher, fake_score))
         if arm.correction == "residual":
             fake_x_0 = without_group_residual(x_0, fake_x_0, self.group_ids)
-        direction = distribution_matching(x_0, teacher_x_0, fake_x_0, self.group_ids, arm.scale, arm.group)
+        direction = distribution_matching(x_0, teacher_x_0, fake_x_0, self.group_ids, arm.scale)
         if arm.correction == "projection":
             direction = projected(direction, x_0, fake_x_0)
-        return direction.mean(0)
+        return direction
 
     def update(self) -> None:
         """One update of the policy, after those of the fake score."""

@@ -23,7 +23,6 @@ def test_accumulated_batches_equal_one_batch(lora: bool, normalization: str, bas
     settings = {
         "lora": lora,
         "dm_normalization": normalization,
-        "num_renoise": 2,
         "max_steps": 2,
         "fake_score_warmup_steps": 0,
     }
