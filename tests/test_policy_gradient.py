@@ -79,7 +79,7 @@ def test_the_ratio_on_unchanged_weights_is_exactly_1(lora: bool, settings: dict,
     for one in experiences:
         x_0 = trainer.replay_step(one.rollout, one.step).detach()
         seen = one.directions["box"].recorded.at(x_0)
-        assert torch.equal(seen.log_ratio, torch.zeros(1, 4))
+        assert torch.equal(seen.log_ratio, torch.zeros(4))
         assert torch.equal(seen.values, one.directions["box"].values)
         assert seen.values.abs().max() > 0
 
@@ -95,7 +95,7 @@ def test_flow_models_have_a_ratio_too(sampler: str, eta: float | None, base: Pat
     for one in experiences:
         signal = one.directions["box"].recorded
         seen = signal.at(trainer.replay_step(one.rollout, one.step).detach())
-        assert torch.equal(seen.log_ratio, torch.zeros(1, 4))
+        assert torch.equal(seen.log_ratio, torch.zeros(4))
         assert one.directions["box"].values.abs().max() > 0
         # The direction is the score of the drawn step, whatever the sampler.
         step, states = one.rollout.transitions[one.step], one.rollout.states

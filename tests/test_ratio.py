@@ -143,9 +143,9 @@ def test_the_direction_descends_the_textbook_loss(level: str, b: float) -> None:
     )
     seen = record.at(now)
     torch.testing.assert_close(seen.values, 0.5 * values)
-    torch.testing.assert_close(seen.log_ratio, targets[None], rtol=0, atol=1e-6)
-    torch.testing.assert_close(seen.weight, rho.detach()[None])
-    assert torch.equal(seen.clipped, stopped[None])
+    torch.testing.assert_close(seen.log_ratio, targets, rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen.weight, rho.detach())
+    assert torch.equal(seen.clipped, stopped)
 
 
 def test_a_direction_is_complete_where_it_was_recorded() -> None:
