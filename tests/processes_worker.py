@@ -4,20 +4,24 @@ Each process leaves what it has in ``FOLDER/<rank>.pt``. The tests import this f
 process, or compare.
 """
 
+import logging
+import math
 import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import TrainerCallback
 
 from rdm_rl import RDMTrainer
 from rdm_rl.networks.sharding import gather, holds_shards, local
-from rdm_rl.records import Rollout
+from rdm_rl.records import Experience, LossOutput, Rollout
 from rdm_rl.rewards.images import ImageDecoder
 from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
 from tests.helpers import CHECKPOINTING, brightness, log_numbers, made_once, one_rollout, tiny_trainer, trained_weights
@@ -152,7 +156,39 @@ def with_cache_on_one_process(trainer: RDMTrainer, rollout: Rollout, folder: Pat
     return images
 
 
-JOBS = {"processes": processes, "sharding": sharding}
+class FaultyOnOne(RDMTrainer):
+    """The second process has a direction, and after it a loss, that is not finite."""
+
+    def compute_directions(self, *seen: Any) -> dict[str, Any]:
+        directions = super().compute_directions(*seen)
+        if os.environ["RANK"] == "1" and self.state.global_step == 0:
+            directions["left_right"] = replace(directions["left_right"], values=directions["left_right"].values / 0)
+        return directions
+
+    def compute_policy_loss(self, experience: Experience) -> LossOutput:
+        output = super().compute_policy_loss(experience)
+        wrong = os.environ["RANK"] == "1" and self.state.global_step == 1
+        return replace(output, loss=output.loss * math.nan) if wrong else output
+
+
+def faults(base: str, other: str, folder: Path) -> dict[str, Any]:
+    """Updates that one process alone cannot make; each keeps what it says."""
+    said: list[str] = []
+    logging.getLogger("rdm_rl.trainers.student_run").addFilter(lambda record: said.append(record.getMessage()) or True)
+    trainer = gndmr(base, folder / "run", kind=FaultyOnOne, max_steps=3, save_strategy="no")
+    skipped, before = [], trained_weights(trainer)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            after = trained_weights(trainer)
+            skipped.append(all(torch.equal(after[name], before[name]) for name in before if name.startswith("policy")))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    return {**state_of(trainer), "skipped": skipped, "said": said}
+
+
+JOBS = {"processes": processes, "faults": faults, "sharding": sharding}
 
 
 def two_processes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:

@@ -108,6 +108,16 @@ def test_but_not_with_another_number_of_samples(base: Path, two: Any, tmp_path: 
         gndmr(str(base), tmp_path).train(two[1] / "run" / "checkpoint-1")
 
 
+def test_all_leave_out_an_update_that_one_cannot_make(launched: Path) -> None:
+    first, second = results(launched, "faults")
+    assert first["skipped"] == second["skipped"] == [True, True, False]
+    assert same(first["weights"], second["weights"])
+    assert len(first["said"]) == 2
+    assert "the direction of the reward 'left_right'" in first["said"][0]
+    assert "its loss is nan" in first["said"][1]
+    assert not second["said"], "one process speaks for all"
+
+
 def test_a_failure_on_one_process_ends_the_others(launched: Path) -> None:
     errors = (launched / "errors.txt").read_text(encoding="utf-8")
     assert "The reward 'fragile' failed" in errors

@@ -180,7 +180,7 @@ class TrainingLoop(ABC):
         sums = self.sum_over_processes(torch.tensor(losses, dtype=torch.float64))
         losses = (sums / self.accelerator.num_processes).tolist()
         every = max(1, int(self.state.logging_steps or 1))
-        for update in range(every - 1, len(losses), every):
+        for update in (number for number in range(every - 1, len(losses), every) if math.isfinite(losses[number])):
             self.state.log_history.append({name: losses[update], "step": 0, "phase_step": update + 1})
 
     @property
@@ -237,6 +237,12 @@ class TrainingLoop(ABC):
     def on_any_process(self, condition: bool) -> bool:
         """Whether a condition holds on any process; all must ask."""
         return bool(self.sum_over_processes(torch.tensor(float(condition))) > 0)
+
+    def first_cause(self, cause: str) -> str:
+        """The first process's cause that is not empty, on all of them; all must ask."""
+        if self.accelerator.num_processes > 1 and self.on_any_process(bool(cause)):
+            return str(next(filter(None, gather_object([cause]))))
+        return cause
 
     def sum_over_processes(self, sums: Tensor) -> Tensor:
         """The sum of a tensor over the processes, on the CPU."""

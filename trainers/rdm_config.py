@@ -16,6 +16,7 @@ from rdm_rl.renoise import DistributionMatchingSettings
 from rdm_rl.rewards.calling import RewardCallSettings
 from rdm_rl.settings import Count, Folder, Size, check, convert, did_you_mean
 from rdm_rl.trainers import processes
+from rdm_rl.trainers.faults import FaultSettings
 from rdm_rl.trainers.inherited import HONOURED
 from rdm_rl.trainers.optimization import AverageSettings, FakeScoreSettings, check_schedule
 from rdm_rl.trainers.sanity import SanitySettings
@@ -101,6 +102,7 @@ SETTLED: dict[str, tuple[Any, ...]] = {
 @dataclass
 class RDMConfig(  # In reverse, as a dataclass orders its fields.
     MemorySettings,
+    FaultSettings,
     SanitySettings,
     WarmStartSettings,
     PolicyGradientSettings,

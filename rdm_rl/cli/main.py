@@ -55,7 +55,7 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from rdm_rl.rewards.protocol import RewardError
 
     # The hub's and diffusers' errors of loading are OSErrors; a reward may need a package that is not installed.
-    return ValueError, OSError, ModuleNotFoundError, RewardError
+    return ValueError, OSError, ModuleNotFoundError, RewardError, FloatingPointError
 
 
 def _command(words: list[str]) -> int | None:
