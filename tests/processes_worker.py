@@ -7,6 +7,7 @@ process, or compare.
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -24,6 +25,7 @@ from rdm_rl.networks.sharding import gather, holds_shards, local
 from rdm_rl.records import Experience, LossOutput, Rollout
 from rdm_rl.rewards.images import ImageDecoder
 from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
+from rdm_rl.trainers.signals import TrainingStopped
 from tests.helpers import CHECKPOINTING, brightness, log_numbers, made_once, one_rollout, tiny_trainer, trained_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,7 +190,23 @@ def faults(base: str, other: str, folder: Path) -> dict[str, Any]:
     return {**state_of(trainer), "skipped": skipped, "said": said}
 
 
-JOBS = {"processes": processes, "faults": faults, "sharding": sharding}
+def signalled(base: str, other: str, folder: Path) -> dict[str, Any]:
+    """A run of which one process alone gets a signal."""
+
+    class Sender(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = gndmr(base, folder / "run", given={"callbacks": [Sender()]}, max_steps=4, save_strategy="no")
+    try:
+        trainer.train()
+    except TrainingStopped as stopped:
+        return {"status": stopped.code, "steps": trainer.state.global_step, "message": str(stopped)}
+    raise RuntimeError("it was not stopped")
+
+
+JOBS = {"processes": processes, "faults": faults, "signalled": signalled, "sharding": sharding}
 
 
 def two_processes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:

@@ -13,6 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from torch import Tensor
 
 from rdm_rl import RDMConfig
+from rdm_rl.trainers.checkpointing import checkpoint_damage, checkpoints
 from rdm_rl.trainers.processes import check_processes, processes_asked_for
 from tests.helpers import same
 from tests.processes_worker import ROOT, gndmr, results, state_of, two_processes
@@ -116,6 +117,15 @@ def test_all_leave_out_an_update_that_one_cannot_make(launched: Path) -> None:
     assert "the direction of the reward 'left_right'" in first["said"][0]
     assert "its loss is nan" in first["said"][1]
     assert not second["said"], "one process speaks for all"
+
+
+def test_all_save_and_end_on_a_signal_that_one_gets(launched: Path) -> None:
+    first, second = results(launched, "signalled")
+    assert first == second
+    assert (first["status"], first["steps"]) == (143, 2)
+    (saved,) = checkpoints(launched / "signalled" / "run")
+    assert saved.name == "checkpoint-2"
+    assert not checkpoint_damage(saved)
 
 
 def test_a_failure_on_one_process_ends_the_others(launched: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -76,4 +77,9 @@ class FaultSettings:
         3,
         "Successive updates that are left out because a loss, gradient, direction or sample is not finite; one more "
         "ends the run. With `num_iterations`, successive rollouts.",
+    )
+    stop_signals: list[Literal["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]] = setting(
+        lambda: ["SIGTERM", "SIGINT"],
+        "Signals on which a run finishes its update, saves a checkpoint and ends with 128 + their number (143, 130); "
+        "add `SIGUSR1` where Slurm sends it early (`--signal=USR1@300`).",
     )

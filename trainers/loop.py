@@ -24,6 +24,7 @@ from rdm_rl.trainers.callbacks import make_callback_handler, make_state, make_tr
 from rdm_rl.trainers.processes import check_processes
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.setup import precision
+from rdm_rl.trainers.signals import StopSignals, TrainingStopped
 
 Answer = TypeVar("Answer")
 
@@ -47,6 +48,7 @@ class TrainingLoop(ABC):
         check_processes(self.accelerator.num_processes)
         if args.shard:
             check_sharding(self.accelerator.num_processes)
+        self.signals = StopSignals(args.stop_signals, speaks=self.accelerator.is_main_process)
         self._num_prompts = num_prompts
         self._save_due = False
         self._window = MetricWindow()
@@ -88,11 +90,16 @@ class TrainingLoop(ABC):
         """Save everything that a resumed run needs."""
 
     def run_updates(self, evaluate_first: bool) -> None:
-        """Make updates until ``max_steps``, or until a callback stops the run.
+        """Make updates until ``max_steps``, or until a callback or a signal stops the run.
 
         Args:
             evaluate_first: Evaluate before the first update.
+
+        Raises:
+            TrainingStopped: If a signal did, after a checkpoint was written.
         """
+        signal = 0
+        self.signals.begin_updates()
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if evaluate_first:
             self._evaluate_and_log()
@@ -107,8 +114,15 @@ class TrainingLoop(ABC):
             self.state.epoch = self.prompts_per_step / self._num_prompts * self.state.global_step
             self.state.epoch /= self.args.num_iterations
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            # All save together. The number is small, and the host has just waited for the gradient's norm anyway.
+            signal = signal or int(self.largest_over_processes(self.signals.number))
+            if signal:
+                self.control.should_save = self.control.should_training_stop = True
             self._act_on_control()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        if signal:
+            self.signals.heed()
+            raise TrainingStopped(signal)
 
     def _act_on_control(self) -> None:
         """Log, evaluate and save where the callbacks have asked for it."""
@@ -243,6 +257,14 @@ class TrainingLoop(ABC):
         if self.accelerator.num_processes > 1 and self.on_any_process(bool(cause)):
             return str(next(filter(None, gather_object([cause]))))
         return cause
+
+    def largest_over_processes(self, number: float) -> float:
+        """The largest of a number over the processes; all must ask."""
+        if self.accelerator.num_processes > 1:
+            numbers = torch.tensor(float(number), device=self.device)
+            torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+            return numbers.item()
+        return number
 
     def sum_over_processes(self, sums: Tensor) -> Tensor:
         """The sum of a tensor over the processes, on the CPU."""

@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
+from signal import Signals
 from typing import Any, get_args
 from zlib import crc32
 
@@ -37,6 +39,7 @@ from rdm_rl.trainers.reward_context import make_reward_context
 from rdm_rl.trainers.reward_settings import check_reward_settings, choose_weighting, warn_of_reward_settings
 from rdm_rl.trainers.sanity import check_run
 from rdm_rl.trainers.setup import check_models, load_networks
+from rdm_rl.trainers.signals import TrainingStopped
 from rdm_rl.trainers.student_run import StudentRun
 from rdm_rl.weighting import (
     DirectionStatistics,
@@ -186,10 +189,23 @@ class RDMTrainer(StudentRun):
             RuntimeError: If this trainer has trained before; a warm start would undo what it learnt.
             FileNotFoundError: If there is no such checkpoint, or no complete one.
             ValueError: If the checkpoint that was named is damaged, or was made with settings that must not change.
+            FloatingPointError: If too many updates in succession were left out because numbers were not finite.
+            TrainingStopped: If one of ``stop_signals`` came, after the update was finished and a checkpoint written. It
+                is a ``SystemExit``: uncaught, it ends the process with 128 + the signal's number.
         """
         if self.optimizers:
             raise RuntimeError("This trainer has already trained. Make a new one, and resume from a checkpoint there.")
-        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        try:
+            with self.signals:
+                self._train(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        except TrainingStopped as stopped:
+            raise TrainingStopped(stopped.number, self._say_how_to_go_on(stopped.number)) from None
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return self.state.log_history[-1] if self.state.log_history else {}
+
+    def _train(self, resume: str | Path | bool | None) -> None:
+        """All phases of the run."""
         checkpoint, changed = self._checkpoint_to_resume(resume) if resume else (None, [])
         self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
@@ -211,9 +227,17 @@ class RDMTrainer(StudentRun):
             self.warm_up_fake_score()
 
         self.run_updates(evaluate_first=self.args.eval_on_start and not resume)
-        if self.args.push_to_hub:
-            self.push_to_hub()
-        return self.state.log_history[-1] if self.state.log_history else {}
+
+    def _say_how_to_go_on(self, number: int) -> str:
+        """What a run that a signal ended leaves, printed by one process."""
+        name, steps, saved = Signals(number).name, self.state.global_step, self._last_checkpoint
+        advice = "nothing was saved: start again"
+        if saved is not None:
+            advice = f"go on from {saved} with --resume_from_checkpoint true, or train(resume_from_checkpoint=True)"
+        message = f"Ended by {name} after {steps} updates; {advice}"
+        if self.accelerator.is_main_process:
+            print(message, file=sys.stderr)
+        return message
 
     def _checkpoint_to_resume(self, wish: str | Path | bool) -> tuple[Path, list[Change]]:
         """The checkpoint that is meant, on all processes, and what has changed since it was written."""
