@@ -1,6 +1,7 @@
 """Numbers that are not finite: the update is left out, the cause is named, and nothing good is lost."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from rdm_rl import RDMTrainer
 from rdm_rl.records import LossOutput
-from rdm_rl.trainers.checkpointing import checkpoint_damage
+from rdm_rl.trainers.checkpointing import checkpoint_damage, checkpoints
 from rdm_rl.trainers.optimization import RoleOptimizer
 from tests.helpers import QUICK, brightness, quick_trainer, same, trained_weights
 
@@ -166,3 +168,35 @@ def test_an_overflow_of_half_precision_is_left_to_the_loss_scale() -> None:
     role.backward(weight.sum(), 1.0)
     assert math.isfinite(role.step())
     assert not same(weight.detach(), torch.ones(2))
+
+
+# ----- memory and disk -----
+
+
+def test_what_memory_is_saved_with_is_said(base: Path, tmp_path: Path) -> None:
+    class Greedy(RDMTrainer):
+        def compute_policy_loss(self, experience) -> LossOutput:
+            if self.state.global_step == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().compute_policy_loss(experience)
+
+    trainer = quick_trainer(base, tmp_path, ["rdm"], kind=Greedy, **RUN, save_strategy="steps", save_steps=1)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.train()
+    (note,) = caught.value.__notes__
+    assert "checkpoint-1. Set activation_checkpointing=True" in note
+    assert "`rdm-rl plan`" in note
+
+
+def test_a_folder_that_is_removed_is_made_again_and_said(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Remove(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                shutil.rmtree(tmp_path / "run")
+
+    settings = {**RUN, "save_strategy": "steps", "save_steps": 1}
+    quick_trainer(base, tmp_path / "run", ["rdm"], given={"callbacks": [Remove()]}, **settings).train()
+    assert "checkpoint-1 is gone" in caplog.text
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3"]
