@@ -86,7 +86,7 @@ def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        trainer = gndmr(base, folder / "run")
+        trainer = gndmr(base, folder / "run", ddp_timeout=150)
     parameters = trainer.networks.parameters("policy")
     first = parameters[0].detach().clone()
     parameters[0].data.add_(rank)  # As if the processes had drawn other weights.
@@ -100,6 +100,7 @@ def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
         "sample_ids": [id for batch in batches for id in batch.sample_ids],
         "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
         "world": trainer.accelerator.num_processes,
+        "timeout": torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
         "warnings": [str(one.message) for one in seen],
         "main": trainer.accelerator.is_main_process,
     }

@@ -89,6 +89,11 @@ def test_torchrun_gets_no_warning(two: Any) -> None:
     assert not [text for process in two[0] for text in process["warnings"] if "processes" in text]
 
 
+def test_processes_wait_as_long_as_is_set(two: Any) -> None:
+    """Where they meet first, all later runs of a process meet, too."""
+    assert [process["timeout"] for process in two[0]] == [150.0, 150.0]
+
+
 def test_one_process_saves(two: Any) -> None:
     folder = two[1] / "run"
     assert (folder / "pytorch_lora_weights.safetensors").is_file()
@@ -132,6 +137,7 @@ def test_a_failure_on_one_process_ends_the_others(launched: Path) -> None:
     errors = (launched / "errors.txt").read_text(encoding="utf-8")
     assert "The reward 'fragile' failed" in errors
     assert "the reward's server is gone" in errors
+    assert "RuntimeError: Process 1 of 2 failed: RewardError: The reward 'fragile' failed" in errors, "of the other one"
     seconds = (launched / "ended").stat().st_mtime - (launched / "failing").stat().st_mtime
     assert seconds < 200  # Waiting for a process that is gone takes 30 minutes.
 

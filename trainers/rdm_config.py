@@ -159,6 +159,8 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
             setattr(self, launched, True)
         for refuse in _REFUSALS:
             refuse(self)
+        if self.use_cpu:
+            processes.join_on_cpu(self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
         check_schedule(self)
         if self.renoise_distribution == "annealed_beta" and self.renoise_anneal_steps is None:

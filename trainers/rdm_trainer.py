@@ -32,6 +32,7 @@ from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
 from rdm_rl.trainers.checkpointing import find_checkpoint, read_settings, set_aside
 from rdm_rl.trainers.faults import directions_cause, samples_cause
 from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer
+from rdm_rl.trainers.processes import shared_failures
 from rdm_rl.trainers.prompts import PromptSource, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.resuming import Change, check_settings
@@ -195,11 +196,20 @@ class RDMTrainer(StudentRun):
         """
         if self.optimizers:
             raise RuntimeError("This trainer has already trained. Make a new one, and resume from a checkpoint there.")
+        process = self.accelerator
         try:
-            with self.signals:
+            with self.signals, shared_failures(process.process_index, process.num_processes):
                 self._train(resume_from_checkpoint or self.args.resume_from_checkpoint)
         except TrainingStopped as stopped:
             raise TrainingStopped(stopped.number, self._say_how_to_go_on(stopped.number)) from None
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            saved = f"The last checkpoint is {self._last_checkpoint}. " if self._last_checkpoint else ""
+            error.add_note(
+                f"{saved}Set activation_checkpointing=True, a smaller per_device_train_batch_size with as many more "
+                "gradient_accumulation_steps, decode_batch_size=1, or offload; `rdm-rl plan` says what a run takes "
+                "and what each of these saves."
+            )
+            raise
         if self.args.push_to_hub:
             self.push_to_hub()
         return self.state.log_history[-1] if self.state.log_history else {}

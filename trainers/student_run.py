@@ -427,6 +427,7 @@ class StudentRun(TrainingLoop):
 
         Raises:
             ValueError: If weights are not finite; the checkpoints before stay.
+            OSError: If it cannot be written; the checkpoints before stay.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         tensors: dict[str, Mapping[str, Tensor]] = {role: self.networks.state_dict(role) for role in self.optimizers}
@@ -440,11 +441,16 @@ class StudentRun(TrainingLoop):
         tensors, state = gather(
             (tensors, self.whole_state()), keep=writes
         )  # Sharded weights take all processes to put together.
-        if writes:
+
+        def write() -> None:
+            before = self._last_checkpoint
+            if before is not None and not before.exists():
+                logger.warning("%s is gone: somebody removed it or its folder, and what was in it is lost.", before)
             settings = self.args.to_json_string()
             write_checkpoint(folder, tensors, state, settings, self.state, self.run_facts(), self._run)
             rotate_checkpoints(folder, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+
+        self.on_first_process(write)  # If it fails, it fails on all.
         self._last_checkpoint = folder
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
