@@ -1,5 +1,6 @@
 """The machinery around an update: processes, callbacks, trackers, log and upload, as transformers has it."""
 
+import logging
 import math
 import sys
 import time
@@ -21,11 +22,13 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 
 from rdm_rl.networks.sharding import check_sharding, is_sharded
 from rdm_rl.trainers.callbacks import make_callback_handler, make_state, make_trackers
+from rdm_rl.trainers.health import signs
 from rdm_rl.trainers.processes import check_processes
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.setup import precision
 from rdm_rl.trainers.signals import StopSignals, TrainingStopped
 
+logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
@@ -52,6 +55,7 @@ class TrainingLoop(ABC):
         self._num_prompts = num_prompts
         self._save_due = False
         self._window = MetricWindow()
+        self._warned_of = set[str]()
 
     def start_callbacks(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], model: nn.Module) -> None:
         """Make the callback handler and the trainer state that callbacks see.
@@ -182,6 +186,11 @@ class TrainingLoop(ABC):
         if self.state.epoch is not None:
             logs = {**logs, "epoch": float(self.state.epoch)}
         self.state.log_history.append({**logs, "step": self.state.global_step})
+        if self.accelerator.is_main_process:
+            for name, text in signs(self.state.log_history).items():
+                if name not in self._warned_of:
+                    logger.warning("After %d updates %s.", self.state.global_step, text)
+                    self._warned_of.add(name)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def record_phase(self, name: str, losses: Sequence[float]) -> None:
