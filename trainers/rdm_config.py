@@ -1,5 +1,6 @@
 """The settings of a run: ``RDMConfig``, a ``TrainingArguments`` with the fields of the method."""
 
+import re
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -241,6 +242,10 @@ def _refuse_run(args: RDMConfig) -> None:
             f"lr_scheduler_type={schedule!r} follows an evaluation loss, and a run has none. Use 'constant' or "
             "'linear', say."
         )
+    if args.hub_model_id and not re.fullmatch(
+        r"[\w.-]+(/[\w.-]+)?", args.hub_model_id
+    ):  # It goes into the card's code.
+        raise ValueError(f"hub_model_id={args.hub_model_id!r} is no name of the hub. Write owner/name.")
     if args.push_to_hub and not args.hub_model_id:
         raise ValueError("push_to_hub=True needs hub_model_id='owner/name'.")
     if args.per_device_train_batch_size % args.num_generations:
