@@ -137,8 +137,12 @@ class StudentRun(TrainingLoop):
         norm = optimizer.step()
         if math.isfinite(norm):
             self._skipped[role] = 0
-        elif self.on_any_process(wrong) or not optimizer.scale_is_falling:
-            self.skip_update(role, update_cause(losses, prompts, norm), phase)
+            return norm
+        wrong_anywhere = self.on_any_process(wrong)
+        if wrong_anywhere or not optimizer.scale_is_falling:
+            # Where some losses are at fault, only their processes know why.
+            cause = "" if wrong_anywhere and not wrong else update_cause(losses, prompts, norm)
+            self.skip_update(role, cause, phase)
         return norm
 
     def skip_update(self, role: Role, cause: str, phase: str = "training") -> None:
