@@ -213,7 +213,8 @@ class Direction:
     r"""Where one reward, or all of them together, want each sample's :math:`\hat x_0` to move.
 
     Args:
-        values: A vector field over :math:`\hat x_0`, shape (N, C, H, W).
+        values: A vector field over :math:`\hat x_0`, shape (N, C, H, W). A trainer makes no update of what is not
+            finite.
         applicable: Whether there is an opinion on the sample, shape (N,), bool. Where it is False the direction counts
             as absent, whatever ``values`` holds.
         rewards: The reward itself for the log, shape (N,), NaN where it has no value, or None.
@@ -222,7 +223,7 @@ class Direction:
             ``values`` is its value at the recorded prediction.
 
     Raises:
-        ValueError: If the shapes differ, or an applicable direction is not finite.
+        ValueError: If the shapes differ.
     """
 
     values: Tensor
@@ -232,18 +233,11 @@ class Direction:
     recorded: RecordedSignal | None = None
 
     def __post_init__(self) -> None:
-        """Check the shapes and that the direction is finite."""
+        """Check the shapes."""
         if self.applicable.dtype != torch.bool or self.applicable.shape != self.values.shape[:1]:
             raise ValueError(
                 f"applicable must be bool of shape ({len(self.values)},); got {self.applicable.dtype} "
                 f"{tuple(self.applicable.shape)}."
-            )
-        finite = self.values.flatten(1).isfinite().all(1)
-        if not bool((finite | ~self.applicable).all()):
-            rows = (~finite & self.applicable).nonzero().flatten().tolist()
-            raise ValueError(
-                f"The direction of sample(s) {rows[:8]} is not finite. Non-finite values are a fault, never 'not "
-                "applicable': look for a network output or a reward gradient that overflowed (fp16?)."
             )
 
     @classmethod

@@ -195,6 +195,17 @@ def _finite_or_inf(values: Tensor) -> Tensor:
     return torch.where(values.isfinite(), values, torch.inf)
 
 
+def shorten_prompts(prompts: Sequence[str]) -> str:
+    """Prompts for a message: each once, at most four, and of a long one its beginning.
+
+    Example:
+        >>> shorten_prompts(["a cat", "a cat", "a dog"])
+        "'a cat', 'a dog'"
+    """
+    distinct = list(dict.fromkeys(prompts))
+    return ", ".join(repr(prompt[:80]) for prompt in distinct[:4]) + (", ..." if len(distinct) > 4 else "")
+
+
 class PlainReward:
     """A plain reward and how it is called.
 
@@ -392,12 +403,22 @@ class PlainReward:
         ):
             if bool((wrong & known).any()):
                 places = (wrong & known).nonzero().flatten().tolist()
+                self._check_inputs(inputs[places], [batch.prompts[place] for place in places])
                 faults += self.fault([batch.prompts[place] for place in places], error)
                 known = known & ~wrong
         slopes = torch.where(known.view(-1, *[1] * (inputs.ndim - 1)), slopes, 0.0)
         return RewardOutput(
             values=values.masked_fill(~known, torch.nan), gradient=slopes if gradient else None, faults=faults
         )
+
+    def _check_inputs(self, inputs: Tensor, prompts: Sequence[str]) -> None:
+        """Raise if a reward has no finite answer to what was not finite: that is not its fault, and no sample's."""
+        if not bool(inputs.isfinite().all()):
+            source = "The decoder overflowed: set reward_decoder, or fp16=False" if self.inputs == "images" else ""
+            raise FloatingPointError(
+                f"The {self.inputs} that the reward {self.name!r} was asked about are not finite for the prompt(s) "
+                f"{shorten_prompts(prompts)}, so it cannot judge them. {source or 'Look at what made them'}."
+            )
 
     def fault(self, prompts: Sequence[str], error: Exception) -> int:
         """Stop the run with a :class:`RewardError`, or skip samples: their number.
@@ -406,9 +427,9 @@ class PlainReward:
             prompts: The prompts of the samples on which the reward failed.
             error: How.
         """
-        distinct = list(dict.fromkeys(prompts))
-        shown = ", ".join(repr(prompt[:80]) for prompt in distinct[:4]) + (", ..." if len(distinct) > 4 else "")
-        what = f"The reward {self.name!r} failed on {len(prompts)} sample(s) of the prompt(s) {shown}"
+        what = (
+            f"The reward {self.name!r} failed on {len(prompts)} sample(s) of the prompt(s) {shorten_prompts(prompts)}"
+        )
         reason = f"{type(error).__name__}: {error}"
         if self.on_error == "skip":
             logger.warning("%s: %s. They count as not applicable (on_reward_error='skip').", what, reason)

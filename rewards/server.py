@@ -37,6 +37,12 @@ ResponseFormat = Literal["json_object", "json_schema"]
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _SHOWN = 300  # characters of an answer that an error message shows
+_LARGEST_BODY = 4 * 2**20  # bytes: a million values, or the longest answer of a judge
+_PIECE = 8  # so many characters of a secret in a row are not shown either
+# One character of a text, plain or in an escape of JSON, Python, an address or HTML.
+_CHARACTER = re.compile(
+    r"(?:\\u([0-9a-f]{4})|(?:\\x|%)([0-9a-f]{2})|&#x([0-9a-f]{1,6});|&#(\d{1,7});|\\?(.))", re.IGNORECASE | re.DOTALL
+)
 _CLIENTS: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx2.AsyncClient] = WeakKeyDictionary()
 
 INSTRUCTION = """\
@@ -92,13 +98,14 @@ class Connection:
 
     Connection errors, time-outs and the statuses 408, 429 and 5xx are tried again after ``backoff``, twice that, four
     times that and so on, never more than ``max_wait``. A ``Retry-After`` of the server lengthens the wait up to
-    ``max_wait``. Redirects are not followed, because a POST may turn into a GET and a token may end at another host.
+    ``max_wait``. Redirects are not followed, because a POST may turn into a GET and a token may end at another host. An
+    answer must not be compressed, as the request says, and is read no further than 4 MiB.
 
     Args:
         url: Where to post, ``http://`` or ``https://``. The usual proxy variables of the environment apply.
         headers: Further headers. ``${NAME}`` in a value stands for that environment variable, read at each request:
             ``{"Authorization": "Bearer ${REWARD_TOKEN}"}``. What was read is never logged, and is blotted out of error
-            messages.
+            messages, in any spelling and also in part; so is a value of 8 or more characters that stands here itself.
         timeout: Longest wait for the connection, and for the server to send anything, in seconds.
         retries: How often a request is tried again.
         backoff: Wait before the first retry, in seconds.
@@ -184,18 +191,22 @@ class Connection:
         self, body: bytes, headers: dict[str, str], secrets: Sequence[str], read: Callable[[Any], Answer]
     ) -> Answer:
         try:
-            response = await _client().post(self.url, content=body, headers=headers, timeout=self.timeout)
+            async with _client().stream(
+                "POST", self.url, content=body, headers=headers, timeout=self.timeout
+            ) as response:
+                answer = await _read_body(response)
         except httpx2.RequestError as error:
             kind = _Passing if isinstance(error, httpx2.TransportError) else RewardServerError
             why = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise kind(_without(secrets, f"{self.shown_url} gave no answer ({why}).")) from error
         # Secrets go before the text is cut, or the cut could leave a part of one.
-        text = _without(secrets, response.content.decode("utf-8", "replace"))
+        text = _without(secrets, answer[: 100 * _SHOWN].decode("utf-8", "replace"))
         beginning = f"The body begins: {text[:_SHOWN]!r}." if text else "The body is empty."
         failure = f"{self.shown_url} answered with status {response.status_code}"
         if response.is_success:
             try:
-                return read(_decoded(response.content, "the body"))
+                _check_body(answer, response.headers.get("Content-Encoding", "identity"))
+                return read(_decoded(answer, "the body"))
             except BadAnswer as error:
                 raise RewardServerError(_without(secrets, f"{failure}, but {error}. {beginning}")) from None
         if response.is_redirect:
@@ -225,11 +236,13 @@ class Connection:
             return value
 
         headers = {name: _VARIABLE.sub(value_of, value) for name, value in self.headers.items()}
+        secrets += [value for value in self.headers.values() if len(value) >= _PIECE and not _VARIABLE.search(value)]
         for name, value in headers.items():
             # The client would complain too, but with the value in its message.
             if not value.isascii() or not value.isprintable() or value != value.strip():
                 raise ValueError(f"The header {name} has a character that cannot be sent, such as a line break.")
-        return {"Content-Type": "application/json", "Accept": "application/json", **headers}, secrets
+        plain = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        return {**plain, **headers}, secrets
 
 
 def _client() -> httpx2.AsyncClient:
@@ -253,10 +266,52 @@ def _hide_queries(record: logging.LogRecord) -> bool:
 logging.getLogger("httpx2").addFilter(_hide_queries)
 
 
+async def _read_body(response: httpx2.Response) -> bytes:
+    """The bytes of an answer as they come, no more of them than one chunk beyond the largest."""
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > _LARGEST_BODY:
+            break
+    return bytes(body)
+
+
+def _check_body(body: bytes, encoding: str) -> None:
+    if len(body) > _LARGEST_BODY:
+        raise BadAnswer(f"the body is longer than {_LARGEST_BODY} bytes")
+    if encoding.lower() != "identity":  # A few bytes may stand for gigabytes.
+        raise BadAnswer(f"the body is compressed ({encoding}), which the request did not accept")
+
+
 def _without(secrets: Sequence[str], text: str) -> str:
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return text
+    """A text without secrets, and without pieces of them, whatever case and escapes they are written in.
+
+    Example:
+        >>> _without(["sk-0123456789"], "SK-0123456789 and sk-012345... and %73k-0123456789")
+        '*** and ***... and ***'
+    """
+    characters = [*_CHARACTER.finditer(text)]
+    plain = "".join(_unescaped(match).lower()[:1] for match in characters)
+    hidden = set[int]()
+    for secret in map(str.lower, secrets):
+        size = min(_PIECE, len(secret))
+        pieces = {secret[start : start + size] for start in range(len(secret) - size + 1)}
+        for start in range(len(plain) - size + 1):
+            if plain[start : start + size] in pieces:
+                hidden.update(range(start, start + size))
+    shown = (
+        match[0] if place not in hidden else "" if place - 1 in hidden else "***"
+        for place, match in enumerate(characters)
+    )
+    return "".join(shown)
+
+
+def _unescaped(character: re.Match[str]) -> str:
+    *hexadecimal, decimal, plain = character.groups()
+    if plain is not None:
+        return str(plain)
+    code = int(decimal) if decimal else int(next(filter(None, hexadecimal)), 16)
+    return chr(code) if 0 < code < 0x110000 else "?"
 
 
 def _decoded(text: str | bytes, name: str) -> Any:

@@ -4,22 +4,28 @@ Each process leaves what it has in ``FOLDER/<rank>.pt``. The tests import this f
 process, or compare.
 """
 
+import logging
+import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import TrainerCallback
 
 from rdm_rl import RDMTrainer
 from rdm_rl.networks.sharding import gather, holds_shards, local
-from rdm_rl.records import Rollout
+from rdm_rl.records import Experience, LossOutput, Rollout
 from rdm_rl.rewards.images import ImageDecoder
 from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
+from rdm_rl.trainers.signals import TrainingStopped
 from tests.helpers import CHECKPOINTING, brightness, log_numbers, made_once, one_rollout, tiny_trainer, trained_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +86,7 @@ def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        trainer = gndmr(base, folder / "run")
+        trainer = gndmr(base, folder / "run", ddp_timeout=150)
     parameters = trainer.networks.parameters("policy")
     first = parameters[0].detach().clone()
     parameters[0].data.add_(rank)  # As if the processes had drawn other weights.
@@ -94,6 +100,7 @@ def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
         "sample_ids": [id for batch in batches for id in batch.sample_ids],
         "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
         "world": trainer.accelerator.num_processes,
+        "timeout": torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
         "warnings": [str(one.message) for one in seen],
         "main": trainer.accelerator.is_main_process,
     }
@@ -152,7 +159,55 @@ def with_cache_on_one_process(trainer: RDMTrainer, rollout: Rollout, folder: Pat
     return images
 
 
-JOBS = {"processes": processes, "sharding": sharding}
+class FaultyOnOne(RDMTrainer):
+    """The second process has a direction, and after it a loss, that is not finite."""
+
+    def compute_directions(self, *seen: Any) -> dict[str, Any]:
+        directions = super().compute_directions(*seen)
+        if os.environ["RANK"] == "1" and self.state.global_step == 0:
+            directions["left_right"] = replace(directions["left_right"], values=directions["left_right"].values / 0)
+        return directions
+
+    def compute_policy_loss(self, experience: Experience) -> LossOutput:
+        output = super().compute_policy_loss(experience)
+        wrong = os.environ["RANK"] == "1" and self.state.global_step == 1
+        return replace(output, loss=output.loss * math.nan) if wrong else output
+
+
+def faults(base: str, other: str, folder: Path) -> dict[str, Any]:
+    """Updates that one process alone cannot make; each keeps what it says."""
+    said: list[str] = []
+    logging.getLogger("rdm_rl.trainers.student_run").addFilter(lambda record: said.append(record.getMessage()) or True)
+    trainer = gndmr(base, folder / "run", kind=FaultyOnOne, max_steps=3, save_strategy="no")
+    skipped, before = [], trained_weights(trainer)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            after = trained_weights(trainer)
+            skipped.append(all(torch.equal(after[name], before[name]) for name in before if name.startswith("policy")))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    return {**state_of(trainer), "skipped": skipped, "said": said}
+
+
+def signalled(base: str, other: str, folder: Path) -> dict[str, Any]:
+    """A run of which one process alone gets a signal."""
+
+    class Sender(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = gndmr(base, folder / "run", given={"callbacks": [Sender()]}, max_steps=4, save_strategy="no")
+    try:
+        trainer.train()
+    except TrainingStopped as stopped:
+        return {"status": stopped.code, "steps": trainer.state.global_step, "message": str(stopped)}
+    raise RuntimeError("it was not stopped")
+
+
+JOBS = {"processes": processes, "faults": faults, "signalled": signalled, "sharding": sharding}
 
 
 def two_processes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:

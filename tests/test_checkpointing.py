@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
@@ -18,7 +19,6 @@ from rdm_rl.cli.main import main
 from rdm_rl.manifest import MANIFEST, read_manifest, write_manifest
 from rdm_rl.records import Direction
 from rdm_rl.settings import groups
-from rdm_rl.trainers import checkpointing
 from rdm_rl.trainers.checkpointing import (
     checkpoint_damage,
     checkpoints,
@@ -282,9 +282,18 @@ def test_the_last_good_one_is_never_deleted(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("write_manifest", OSError(28, "No space left on device")),
+        ("save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+        ("torch.save", RuntimeError("No space left on device: unexpected pos 802944 vs 802832")),
+    ],
+    ids=["manifest", "weights", "optimizers"],
+)
 @pytest.mark.parametrize("step", [2, 3], ids=["of the same step", "of the next"])
 def test_what_cannot_be_finished_leaves_what_was_there(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "checkpoint-2")
     before = read_manifest(tmp_path / "checkpoint-2")
@@ -292,10 +301,11 @@ def test_what_cannot_be_finished_leaves_what_was_there(
     (tmp_path / ".checkpoint-7.partial").mkdir()
 
     def fail(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
+        raise error
 
-    monkeypatch.setattr(checkpointing, "write_manifest", fail)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(f"rdm_rl.trainers.checkpointing.{place}", fail)
+    whole = "checkpoint-2' is whole: resume from it"
+    with pytest.raises(OSError, match=rf"checkpoint-{step}' cannot be written: .*No space.* GiB are free.*{whole}"):
         write(tmp_path / f"checkpoint-{step}", step, run="another")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert read_manifest(tmp_path / "checkpoint-2") == before

@@ -13,6 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from torch import Tensor
 
 from rdm_rl import RDMConfig
+from rdm_rl.trainers.checkpointing import checkpoint_damage, checkpoints
 from rdm_rl.trainers.processes import check_processes, processes_asked_for
 from tests.helpers import same
 from tests.processes_worker import ROOT, gndmr, results, state_of, two_processes
@@ -88,6 +89,11 @@ def test_torchrun_gets_no_warning(two: Any) -> None:
     assert not [text for process in two[0] for text in process["warnings"] if "processes" in text]
 
 
+def test_processes_wait_as_long_as_is_set(two: Any) -> None:
+    """Where they meet first, all later runs of a process meet, too."""
+    assert [process["timeout"] for process in two[0]] == [150.0, 150.0]
+
+
 def test_one_process_saves(two: Any) -> None:
     folder = two[1] / "run"
     assert (folder / "pytorch_lora_weights.safetensors").is_file()
@@ -108,10 +114,30 @@ def test_but_not_with_another_number_of_samples(base: Path, two: Any, tmp_path: 
         gndmr(str(base), tmp_path).train(two[1] / "run" / "checkpoint-1")
 
 
+def test_all_leave_out_an_update_that_one_cannot_make(launched: Path) -> None:
+    first, second = results(launched, "faults")
+    assert first["skipped"] == second["skipped"] == [True, True, False]
+    assert same(first["weights"], second["weights"])
+    assert len(first["said"]) == 2
+    assert "the direction of the reward 'left_right'" in first["said"][0]
+    assert "its loss is nan" in first["said"][1]
+    assert not second["said"], "one process speaks for all"
+
+
+def test_all_save_and_end_on_a_signal_that_one_gets(launched: Path) -> None:
+    first, second = results(launched, "signalled")
+    assert first == second
+    assert (first["status"], first["steps"]) == (143, 2)
+    (saved,) = checkpoints(launched / "signalled" / "run")
+    assert saved.name == "checkpoint-2"
+    assert not checkpoint_damage(saved)
+
+
 def test_a_failure_on_one_process_ends_the_others(launched: Path) -> None:
     errors = (launched / "errors.txt").read_text(encoding="utf-8")
     assert "The reward 'fragile' failed" in errors
     assert "the reward's server is gone" in errors
+    assert "RuntimeError: Process 1 of 2 failed: RewardError: The reward 'fragile' failed" in errors, "of the other one"
     seconds = (launched / "ended").stat().st_mtime - (launched / "failing").stat().st_mtime
     assert seconds < 200  # Waiting for a process that is gone takes 30 minutes.
 

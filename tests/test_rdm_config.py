@@ -152,6 +152,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"save_strategy": "best"}, "save_strategy='best'"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau'"),
     ({"push_to_hub": True}, "hub_model_id"),
+    ({"hub_model_id": "owner/name\n---\nlicense: mit"}, "is no name of the hub"),
 ]
 
 

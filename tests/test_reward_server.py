@@ -2,13 +2,16 @@
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import logging
 import pickle
+import re
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -298,6 +301,32 @@ def test_as_many_requests_in_flight_as_allowed_and_no_more() -> None:
         assert server.connections == 3
 
 
+BOMB = gzip.compress(b" " * 2**26)  # 64 kB that stand for 64 MB.
+LARGE = b'{"rewards": [1.0]' + b" " * 5 * 2**20 + b"}"
+
+
+@pytest.mark.parametrize(
+    ("reply", "complaint"),
+    [
+        (Reply(LARGE), "the body is longer than 4194304 bytes"),
+        (Reply(LARGE, status=400), "status 400"),
+        (Reply(BOMB, headers={"Content-Encoding": "gzip"}), r"the body is compressed \(gzip\)"),
+        (Reply(BOMB, status=400, headers={"Content-Encoding": "gzip"}), "status 400"),
+    ],
+    ids=["large", "large error", "bomb", "bomb in an error"],
+)
+def test_a_body_is_bounded_before_it_is_decoded(reply: Reply, complaint: str) -> None:
+    with serve(lambda request: reply) as server:
+        tracemalloc.start()
+        message = failure_of(reward_of(server, retries=0))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert server.requests[0].headers["Accept-Encoding"] == "identity"
+    assert re.search(complaint, message)
+    assert len(message) < 2000
+    assert peak < 40 * 2**20
+
+
 # ----- headers, tokens and proxies -----
 
 
@@ -326,6 +355,31 @@ def test_a_token_at_the_cut_is_not_shown_in_part(monkeypatch: pytest.MonkeyPatch
     with serve(answering(b"x" * 290 + TOKEN.encode(), status=400)) as server:
         message = failure_of(reward_of(server, headers={"X-Key": "${REWARD_TOKEN}"}))
     assert "x***" in message and "very" not in message
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "upper case": str.upper,
+    "cut off": lambda token: token[:9] + "...",
+    "its end": lambda token: "..." + token[-9:],
+    "JSON": lambda token: "".join(f"\\u{ord(letter):04x}" for letter in token),
+    "Python": lambda token: "".join(f"\\x{ord(letter):02X}" for letter in token),
+    "address": lambda token: "".join(f"%{ord(letter):02x}" for letter in token),
+    "HTML": lambda token: "".join(f"&#{ord(letter)};" for letter in token),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("value", ["${REWARD_TOKEN}", TOKEN], ids=["variable", "literal"])
+def test_a_token_is_not_shown_in_another_spelling(
+    value: str, spelling: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("REWARD_TOKEN", TOKEN)
+    echoed = SPELLINGS[spelling](TOKEN)
+    with serve(answering(f"bad key: {echoed}!".encode(), status=503)) as server:
+        message = failure_of(reward_of(server, retries=1, headers={"X-Key": value}))
+    assert "bad key: " in message and "***" in message
+    letters = echoed.strip(".")
+    assert letters not in message + caplog.text and repr(letters)[1:-1] not in message + caplog.text
 
 
 def test_a_token_must_be_set_and_sendable(monkeypatch: pytest.MonkeyPatch) -> None:

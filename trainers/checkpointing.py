@@ -202,12 +202,13 @@ def write_checkpoint(
 
     Raises:
         ValueError: If weights are not finite. Nothing is written then.
+        OSError: If the disk is full, say. What was there stays.
     """
     _check_finite(folder, tensors, trainer_state.global_step)
-    for leftover in folder.parent.glob(".checkpoint-*.*"):  # Of a process that was killed.
-        shutil.rmtree(leftover)
     draft, replaced = _hidden(folder, "partial"), _hidden(folder, "deleted")
     try:
+        for leftover in folder.parent.glob(".checkpoint-*.*"):  # Of a process that was killed.
+            shutil.rmtree(leftover)
         for name, content in tensors.items():
             weights = {key: value.detach().cpu().contiguous() for key, value in content.items()}
             with written_whole(draft / f"{name}.safetensors") as file:
@@ -226,11 +227,25 @@ def write_checkpoint(
             folder.rename(replaced)
         draft.rename(folder)
         sync(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # The libraries have errors of their own for a full disk.
+        size = sum(value.nbytes for content in tensors.values() for value in content.values())
+        raise OSError(_unwritten(folder, size, str(error).splitlines()[0])) from error
     finally:
-        if draft.exists():  # The disk is full, say.
-            shutil.rmtree(draft)
+        shutil.rmtree(draft, ignore_errors=True)  # It is there if the disk is full, say.
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def _unwritten(folder: Path, size: int, reason: str) -> str:
+    """Why a checkpoint with weights of so many bytes was not written, and what to do about it."""
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    before = [path for path in checkpoints(folder.parent) if not checkpoint_damage(path, contents=False)]
+    kept = f"{str(before[-1])!r} is whole: resume from it" if before else "There is no earlier one: start again"
+    return (
+        f"{str(folder)!r} cannot be written: {reason}. Its weights take {size / 2**30:.3g} GiB, and the state of the "
+        f"optimisers up to twice as much; {shutil.disk_usage(place).free / 2**30:.3g} GiB are free in {str(place)!r}. "
+        f"{kept}, after making room there, or with another output_dir, a lower save_total_limit or a lower rank."
+    )
 
 
 def _check_finite(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:

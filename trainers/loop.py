@@ -1,5 +1,6 @@
 """The machinery around an update: processes, callbacks, trackers, log and upload, as transformers has it."""
 
+import logging
 import math
 import sys
 import time
@@ -21,10 +22,13 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 
 from rdm_rl.networks.sharding import check_sharding, is_sharded
 from rdm_rl.trainers.callbacks import make_callback_handler, make_state, make_trackers
+from rdm_rl.trainers.health import signs
 from rdm_rl.trainers.processes import check_processes
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.setup import precision
+from rdm_rl.trainers.signals import StopSignals, TrainingStopped
 
+logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
@@ -47,9 +51,11 @@ class TrainingLoop(ABC):
         check_processes(self.accelerator.num_processes)
         if args.shard:
             check_sharding(self.accelerator.num_processes)
+        self.signals = StopSignals(args.stop_signals, speaks=self.accelerator.is_main_process)
         self._num_prompts = num_prompts
         self._save_due = False
         self._window = MetricWindow()
+        self._warned_of = set[str]()
 
     def start_callbacks(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], model: nn.Module) -> None:
         """Make the callback handler and the trainer state that callbacks see.
@@ -88,11 +94,16 @@ class TrainingLoop(ABC):
         """Save everything that a resumed run needs."""
 
     def run_updates(self, evaluate_first: bool) -> None:
-        """Make updates until ``max_steps``, or until a callback stops the run.
+        """Make updates until ``max_steps``, or until a callback or a signal stops the run.
 
         Args:
             evaluate_first: Evaluate before the first update.
+
+        Raises:
+            TrainingStopped: If a signal did, after a checkpoint was written.
         """
+        signal = 0
+        self.signals.begin_updates()
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if evaluate_first:
             self._evaluate_and_log()
@@ -107,8 +118,15 @@ class TrainingLoop(ABC):
             self.state.epoch = self.prompts_per_step / self._num_prompts * self.state.global_step
             self.state.epoch /= self.args.num_iterations
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            # All save together. The number is small, and the host has just waited for the gradient's norm anyway.
+            signal = signal or int(self.largest_over_processes(self.signals.number))
+            if signal:
+                self.control.should_save = self.control.should_training_stop = True
             self._act_on_control()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        if signal:
+            self.signals.heed()
+            raise TrainingStopped(signal)
 
     def _act_on_control(self) -> None:
         """Log, evaluate and save where the callbacks have asked for it."""
@@ -168,6 +186,11 @@ class TrainingLoop(ABC):
         if self.state.epoch is not None:
             logs = {**logs, "epoch": float(self.state.epoch)}
         self.state.log_history.append({**logs, "step": self.state.global_step})
+        if self.accelerator.is_main_process:
+            for name, text in signs(self.state.log_history).items():
+                if name not in self._warned_of:
+                    logger.warning("After %d updates %s.", self.state.global_step, text)
+                    self._warned_of.add(name)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def record_phase(self, name: str, losses: Sequence[float]) -> None:
@@ -180,7 +203,7 @@ class TrainingLoop(ABC):
         sums = self.sum_over_processes(torch.tensor(losses, dtype=torch.float64))
         losses = (sums / self.accelerator.num_processes).tolist()
         every = max(1, int(self.state.logging_steps or 1))
-        for update in range(every - 1, len(losses), every):
+        for update in (number for number in range(every - 1, len(losses), every) if math.isfinite(losses[number])):
             self.state.log_history.append({name: losses[update], "step": 0, "phase_step": update + 1})
 
     @property
@@ -237,6 +260,20 @@ class TrainingLoop(ABC):
     def on_any_process(self, condition: bool) -> bool:
         """Whether a condition holds on any process; all must ask."""
         return bool(self.sum_over_processes(torch.tensor(float(condition))) > 0)
+
+    def first_cause(self, cause: str) -> str:
+        """The first process's cause that is not empty, on all of them; all must ask."""
+        if self.accelerator.num_processes > 1 and self.on_any_process(bool(cause)):
+            return str(next(filter(None, gather_object([cause]))))
+        return cause
+
+    def largest_over_processes(self, number: float) -> float:
+        """The largest of a number over the processes; all must ask."""
+        if self.accelerator.num_processes > 1:
+            numbers = torch.tensor(float(number), device=self.device)
+            torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+            return numbers.item()
+        return number
 
     def sum_over_processes(self, sums: Tensor) -> Tensor:
         """The sum of a tensor over the processes, on the CPU."""

@@ -1,5 +1,7 @@
 """The optimiser of one role (accumulate, reduce, clip, step, schedule), and the average of the policy."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,21 +48,36 @@ class RoleOptimizer:
         """Accumulate the gradient of a micro-batch's loss, times its share of the batch."""
         self.scaler.scale(loss * share).backward()
 
+    def spoil(self) -> None:
+        """Make the gradient NaN: :meth:`step` then makes no update on any process, as gradients are averaged first."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                local(parameter.grad).fill_(torch.nan)
+
     def step(self) -> float:
-        """Make one update with what was accumulated.
+        """Make one update with what was accumulated, or none if the gradient is not finite; the schedule goes on.
 
         Returns:
-            The gradient norm before clipping.
+            The gradient norm before clipping: the same on every process, as the gradient is.
         """
         self.reduce(self.parameters)
         self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or float("inf")
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        self.scaler.step(self.optimizer)
+        # The one number that the host waits for: it is logged, and says for all processes alike whether to go on.
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit)).item()
+        if math.isfinite(norm):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
+        with warnings.catch_warnings():  # Of a schedule that goes on before the first update was made.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
+
+    @property
+    def scale_is_falling(self) -> bool:
+        """Whether a gradient that overflowed may be the loss scale's fault (fp16), which then halves."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
 
     @property
     def learning_rate(self) -> float:

@@ -1,13 +1,17 @@
-"""What a run was started with: whether there are as many processes as were asked for, and no foreign sharding."""
+"""The processes of a run: whether they are as many as were asked for, how long they wait, and why one has ended."""
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
+import torch.distributed
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed import distributed_c10d
 
 _FOREIGN = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -65,6 +69,57 @@ def check_processes(count: int) -> None:
             "and that accelerate's configuration says distributed_type: MULTI_GPU.",
             stacklevel=2,
         )
+
+
+def join_on_cpu(backend: str | None, seconds: float) -> None:
+    """Join the processes of a launch on CPUs, which then wait for each other no longer than so many seconds.
+
+    On GPUs transformers does the same; on CPUs it leaves out the time, and processes would wait half an hour.
+
+    Args:
+        backend: The backend; None for gloo.
+        seconds: The longest wait.
+    """
+    launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend or "gloo", timeout=timedelta(seconds=seconds))
+
+
+@contextmanager
+def shared_failures(rank: int, count: int) -> Iterator[None]:
+    """A context in which a process that others break off from says why they did, where that is known.
+
+    Args:
+        rank: This process.
+        count: How many there are.
+
+    Raises:
+        RuntimeError: If another process ended; its error, where it left one.
+    """
+    if count < 2:
+        yield
+        return
+    store = distributed_c10d.PrefixStore("rdm_rl", distributed_c10d._get_default_store())
+    try:
+        yield
+    except BaseException as error:
+        # gloo's errors are of no kind of their own.
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            with suppress(RuntimeError):  # The process that kept the store may be gone; this error is raised anyway.
+                store.set("failure", f"Process {rank} of {count} failed: {type(error).__name__}: {error}")
+            raise
+        raise RuntimeError(_failure_in(store)) from error
+
+
+def _failure_in(store: distributed_c10d.Store) -> str:
+    """What the process that failed first has left."""
+    with suppress(RuntimeError):
+        if store.check(["failure"]):
+            return str(store.get("failure").decode())
+    return (
+        "Another process ended or hung, and left no word: it was killed (out of memory, say), or did not come within "
+        "ddp_timeout. Its own output may say more. Resume from the last checkpoint."
+    )
 
 
 def processes_asked_for() -> int | None:

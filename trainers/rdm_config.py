@@ -1,5 +1,6 @@
 """The settings of a run: ``RDMConfig``, a ``TrainingArguments`` with the fields of the method."""
 
+import re
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -16,6 +17,7 @@ from rdm_rl.renoise import DistributionMatchingSettings
 from rdm_rl.rewards.calling import RewardCallSettings
 from rdm_rl.settings import Count, Folder, Size, check, convert
 from rdm_rl.trainers import processes
+from rdm_rl.trainers.faults import FaultSettings
 from rdm_rl.trainers.inherited import HONOURED
 from rdm_rl.trainers.methods import method_settings
 from rdm_rl.trainers.optimization import AverageSettings, FakeScoreSettings, check_schedule
@@ -38,6 +40,7 @@ SETTLED: dict[str, tuple[Any, ...]] = {
 @dataclass
 class RDMConfig(  # In reverse, as a dataclass orders its fields.
     MemorySettings,
+    FaultSettings,
     SanitySettings,
     WarmStartSettings,
     PolicyGradientSettings,
@@ -94,6 +97,8 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
             setattr(self, launched, True)
         for refuse in _REFUSALS:
             refuse(self)
+        if self.use_cpu:
+            processes.join_on_cpu(self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
         check_schedule(self)
         if self.renoise_distribution == "annealed_beta" and self.renoise_anneal_steps is None:
@@ -174,6 +179,10 @@ def _refuse_run(args: RDMConfig) -> None:
             f"lr_scheduler_type={schedule!r} follows an evaluation loss, and a run has none. Use 'constant' or "
             "'linear', say."
         )
+    if args.hub_model_id and not re.fullmatch(
+        r"[\w.-]+(/[\w.-]+)?", args.hub_model_id
+    ):  # It goes into the card's code.
+        raise ValueError(f"hub_model_id={args.hub_model_id!r} is no name of the hub. Write owner/name.")
     if args.push_to_hub and not args.hub_model_id:
         raise ValueError("push_to_hub=True needs hub_model_id='owner/name'.")
     if args.per_device_train_batch_size % args.num_generations:

@@ -1,11 +1,14 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
 import json
+import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
+from signal import Signals
 from typing import Any, get_args
 from zlib import crc32
 
@@ -27,7 +30,9 @@ from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
 from rdm_rl.trainers.checkpointing import find_checkpoint, read_settings, set_aside
+from rdm_rl.trainers.faults import directions_cause, samples_cause
 from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer
+from rdm_rl.trainers.processes import shared_failures
 from rdm_rl.trainers.prompts import PromptSource, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.resuming import Change, check_settings
@@ -35,6 +40,7 @@ from rdm_rl.trainers.reward_context import make_reward_context
 from rdm_rl.trainers.reward_settings import check_reward_settings, choose_weighting, warn_of_reward_settings
 from rdm_rl.trainers.sanity import check_run
 from rdm_rl.trainers.setup import check_models, load_networks
+from rdm_rl.trainers.signals import TrainingStopped
 from rdm_rl.trainers.student_run import StudentRun
 from rdm_rl.weighting import (
     DirectionStatistics,
@@ -165,6 +171,8 @@ class RDMTrainer(StudentRun):
         self.reference: PolicyAverage | None = None
         self.experiences: list[Experience] = []
         self._is_fresh = True  # No update has been made on the rollout yet.
+        self._spoilt = ""  # Why none can be.
+        self._skipped = defaultdict(int)
         self._last_rollout: Rollout | None = None
 
     # ----- the run -----
@@ -182,10 +190,32 @@ class RDMTrainer(StudentRun):
             RuntimeError: If this trainer has trained before; a warm start would undo what it learnt.
             FileNotFoundError: If there is no such checkpoint, or no complete one.
             ValueError: If the checkpoint that was named is damaged, or was made with settings that must not change.
+            FloatingPointError: If too many updates in succession were left out because numbers were not finite.
+            TrainingStopped: If one of ``stop_signals`` came, after the update was finished and a checkpoint written. It
+                is a ``SystemExit``: uncaught, it ends the process with 128 + the signal's number.
         """
         if self.optimizers:
             raise RuntimeError("This trainer has already trained. Make a new one, and resume from a checkpoint there.")
-        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        process = self.accelerator
+        try:
+            with self.signals, shared_failures(process.process_index, process.num_processes):
+                self._train(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        except TrainingStopped as stopped:
+            raise TrainingStopped(stopped.number, self._say_how_to_go_on(stopped.number)) from None
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            saved = f"The last checkpoint is {self._last_checkpoint}. " if self._last_checkpoint else ""
+            error.add_note(
+                f"{saved}Set activation_checkpointing=True, a smaller per_device_train_batch_size with as many more "
+                "gradient_accumulation_steps, decode_batch_size=1, or offload; `rdm-rl plan` says what a run takes "
+                "and what each of these saves."
+            )
+            raise
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return self.state.log_history[-1] if self.state.log_history else {}
+
+    def _train(self, resume: str | Path | bool | None) -> None:
+        """All phases of the run."""
         checkpoint, changed = self._checkpoint_to_resume(resume) if resume else (None, [])
         self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
@@ -207,9 +237,17 @@ class RDMTrainer(StudentRun):
             self.warm_up_fake_score()
 
         self.run_updates(evaluate_first=self.args.eval_on_start and not resume)
-        if self.args.push_to_hub:
-            self.push_to_hub()
-        return self.state.log_history[-1] if self.state.log_history else {}
+
+    def _say_how_to_go_on(self, number: int) -> str:
+        """What a run that a signal ended leaves, printed by one process."""
+        name, steps, saved = Signals(number).name, self.state.global_step, self._last_checkpoint
+        advice = "nothing was saved: start again"
+        if saved is not None:
+            advice = f"go on from {saved} with --resume_from_checkpoint true, or train(resume_from_checkpoint=True)"
+        message = f"Ended by {name} after {steps} updates; {advice}"
+        if self.accelerator.is_main_process:
+            print(message, file=sys.stderr)
+        return message
 
     def _checkpoint_to_resume(self, wish: str | Path | bool) -> tuple[Path, list[Change]]:
         """The checkpoint that is meant, on all processes, and what has changed since it was written."""
@@ -240,10 +278,16 @@ class RDMTrainer(StudentRun):
         """
         number, iteration = divmod(self.state.global_step, self.args.num_iterations)
         metrics: dict[str, float] = {}
-        if iteration == 0 or not self.experiences:
+        if iteration == 0 or not (self.experiences or self._spoilt):
             rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(number)]
-            metrics |= self._update_fake_score_on(rollouts, number)
-            metrics |= self._make_experiences(rollouts, number)
+            # Of samples that are not finite, nobody learns, and no reward is asked: it would be blamed for them.
+            self.experiences, self._spoilt = [], self.first_cause(samples_cause(rollouts))
+            if not self._spoilt:
+                metrics |= self._update_fake_score_on(rollouts, number)
+                metrics |= self._make_experiences(rollouts, number)
+        if self._spoilt:
+            self.skip_update("policy", self._spoilt)
+            return metrics
         return metrics | self._update_policy()
 
     def _update_fake_score_on(self, rollouts: Sequence[Rollout], number: int) -> dict[str, float]:
@@ -272,6 +316,10 @@ class RDMTrainer(StudentRun):
         self._is_fresh = True
         directions = [experience.directions for experience in self.experiences]
         statistics = measure_directions(statistics, directions, self.sum_over_processes)
+        # They are of all processes, which so agree at no cost; a running mean would keep what is not finite for ever.
+        if not all(math.isfinite(seen.rms or 0.0) for seen in statistics.rewards.values()):
+            self._spoilt = self.first_cause(directions_cause(self.experiences)) or "a direction is too large"
+            return {}
         self.weighting.update(statistics, self.state.global_step)
         metrics = _means(_reward_numbers(*both) for both in zip(judgements, directions, strict=True))
         return metrics | reward_metrics(statistics, self.weighting)
@@ -576,26 +624,31 @@ class RDMTrainer(StudentRun):
 
     def _update_fake_score(self, rollouts: Sequence[Rollout], stream: str, update: int) -> dict[str, float]:
         losses = (self._fake_score_loss(rollout, stream, update) for rollout in rollouts)
-        return self._update("fake_score", losses, len(rollouts))
+        return self._update("fake_score", losses, rollouts)
 
     def _update_policy(self) -> dict[str, float]:
         self.networks.release_teacher()
         losses = (self.compute_policy_loss(experience) for experience in self.experiences)
-        metrics = self._update("policy", losses, len(self.experiences))
+        metrics = self._update("policy", losses, [experience.rollout for experience in self.experiences])
         self._is_fresh = False
-        if self.average is not None:
-            self.average.step()
         return metrics
 
-    def _update(self, role: Role, outputs: Iterable[LossOutput], count: int) -> dict[str, float]:
-        """One update of a role with the mean of so many losses, each freed before the next is computed."""
-        optimizer, numbers = self.optimizers[role], []
+    def _update(self, role: Role, outputs: Iterable[LossOutput], rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """One update of a role with the mean of the losses, one of each rollout, each freed before the next is made."""
+        optimizer, numbers, losses = self.optimizers[role], [], []
         for output in outputs:
-            optimizer.backward(output.loss, 1 / count)
-            seen = {"loss": output.loss.item(), **output.metrics}
+            optimizer.backward(output.loss, 1 / len(rollouts))
+            losses.append(output.loss.item())
+            seen = {"loss": losses[-1], **output.metrics}
             numbers.append({key if "/" in key else f"{role}/{key}": value for key, value in seen.items()})
         rate = optimizer.learning_rate  # That of this update: the step below sets the next one's.
-        return {**_means(numbers), f"{role}/grad_norm": optimizer.step(), f"{role}/learning_rate": rate}
+        norm = self.make_update(role, optimizer, losses, [rollout.batch.prompts for rollout in rollouts])
+        metrics = {**_means(numbers), f"{role}/grad_norm": norm, f"{role}/learning_rate": rate}
+        if not math.isfinite(norm):
+            return {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if role == "policy" and self.average is not None:
+            self.average.step()
+        return metrics
 
     @torch.no_grad()
     def _fake_score_health(self, fresh: Rollout) -> dict[str, float]:
@@ -632,7 +685,7 @@ class RDMTrainer(StudentRun):
         for update in bar:
             if update % count == 0:  # As in training: so many updates on each rollout.
                 rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update // count, "warmup")]
-            losses.append(self._update_fake_score(rollouts, "fake_score", update)["fake_score/loss"])
+            losses.append(self._update_fake_score(rollouts, "fake_score", update).get("fake_score/loss", math.nan))
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
         self.record_phase("fake_score_warmup/loss", losses)
 

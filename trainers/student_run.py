@@ -1,6 +1,8 @@
 """What a run does with its student beside the updates: optimisers, the warm start, samples and files."""
 
 import json
+import logging
+import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ from rdm_rl.rewards.kinds import TrainingReward
 from rdm_rl.student import public_name, save_student
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.checkpointing import read_checkpoint, rotate_checkpoints, write_checkpoint
+from rdm_rl.trainers.faults import update_cause, weights_cause
 from rdm_rl.trainers.loop import TrainingLoop
 from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer, make_optimizer, make_scheduler
 from rdm_rl.trainers.prompts import PromptSource
@@ -32,6 +35,7 @@ from rdm_rl.trainers.setup import LoadedModels, teacher_key
 from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import RunningMean, Weighting
 
+logger = logging.getLogger(__name__)
 EVALUATION_SEED = 12345
 _ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
@@ -58,6 +62,7 @@ class StudentRun(TrainingLoop):
     _fingerprints: Mapping[str, str]
     _optimizer_factories: tuple[OptimizerFactory | None, OptimizerFactory | None]
     _run: str
+    _skipped: dict[Role, int]
     _last_checkpoint: Path | None
     _last_rollout: Rollout | None
 
@@ -103,6 +108,71 @@ class StudentRun(TrainingLoop):
             reduce=self.reduce_gradients,
         )
 
+    def make_update(
+        self,
+        role: Role,
+        optimizer: RoleOptimizer,
+        losses: Sequence[float],
+        prompts: Sequence[Sequence[str]],
+        phase: str = "training",
+    ) -> float:
+        """Update a role with the accumulated gradient, or leave the update out if a number is not finite.
+
+        Args:
+            role: The role.
+            optimizer: Has the gradient.
+            losses: The losses that it is of, on this process.
+            prompts: The prompts of each.
+            phase: What the update belongs to.
+
+        Returns:
+            The gradient norm before clipping; the update was made if it is finite, which all processes agree on.
+
+        Raises:
+            FloatingPointError: If too many successive ones were left out, or the weights themselves are not finite.
+        """
+        wrong = not all(map(math.isfinite, losses))
+        if wrong:
+            optimizer.spoil()
+        norm = optimizer.step()
+        if math.isfinite(norm):
+            self._skipped[role] = 0
+            return norm
+        wrong_anywhere = self.on_any_process(wrong)
+        if wrong_anywhere or not optimizer.scale_is_falling:
+            # Where some losses are at fault, only their processes know why.
+            cause = "" if wrong_anywhere and not wrong else update_cause(losses, prompts, norm)
+            self.skip_update(role, cause, phase)
+        return norm
+
+    def skip_update(self, role: Role, cause: str, phase: str = "training") -> None:
+        """Count an update that is not made and say why; the same on every process.
+
+        Args:
+            role: Whose update it is.
+            cause: What went wrong on this process; empty if nothing did.
+            phase: What the update belongs to.
+
+        Raises:
+            FloatingPointError: If that was one too many, or the weights themselves are not finite.
+        """
+        self._skipped[role] += 1
+        count, limit = self._skipped[role], self.args.max_skipped_updates
+        limit *= self.args.num_iterations if role == "policy" else 1
+        weights = {each: self.networks.named_parameters(each) for each in self.optimizers}
+        cause, damage = self.first_cause(cause), self.first_cause(weights_cause(weights))
+        what = f"The {role} is not updated in {phase}, at update {self.state.global_step + 1}: {cause}"
+        if damage or count > limit:
+            saved = self._last_checkpoint
+            raise FloatingPointError(
+                f"{what}. {damage or f'That makes {count} in succession'}. "
+                f"{'Start again' if saved is None else f'Resume from {str(saved)!r}'} with a lower learning_rate or "
+                "fake_score_learning_rate, max_grad_norm above 0, or bf16 instead of fp16; if these prompts alone are "
+                "at fault, leave them out or raise max_skipped_updates."
+            )
+        if self.accelerator.is_main_process:
+            logger.warning("%s. %d in succession; after %d the run stops (max_skipped_updates).", what, count, limit)
+
     def cache_prompts(self) -> None:
         """Encode every prompt that the run will see, if ``prompt_cache_dir`` is set: each process its share."""
         if self.family.prompt_cache is None:
@@ -133,6 +203,7 @@ class StudentRun(TrainingLoop):
             self.networks.predictor("policy", self.args.guidance_scale),
             pairs,
             optimizer,
+            step=lambda loss, texts: self.make_update("policy", optimizer, [loss], [texts], "the warm start"),
             encode=self.family.encode,
             steps=args.warm_start_steps,
             batch_size=args.per_device_train_batch_size,
@@ -286,8 +357,17 @@ class StudentRun(TrainingLoop):
 
         Args:
             output_dir: Where to; None for ``args.output_dir``.
+
+        Raises:
+            FloatingPointError: If weights are not finite. Nothing is written then.
         """
         with self.averaged_policy():
+            damage = self.first_cause(weights_cause({"policy": self.networks.named_parameters("policy")}))
+            if damage:
+                raise FloatingPointError(
+                    f"{damage}, so it is not saved as a student. Resume from the last good checkpoint with a lower "
+                    f"learning_rate (`rdm-rl checkpoint {self.args.output_dir}` lists them), or start again."
+                )
             save_student(
                 Path(output_dir or self.args.output_dir),
                 self.networks,
@@ -351,6 +431,7 @@ class StudentRun(TrainingLoop):
 
         Raises:
             ValueError: If weights are not finite; the checkpoints before stay.
+            OSError: If it cannot be written; the checkpoints before stay.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         tensors: dict[str, Mapping[str, Tensor]] = {role: self.networks.state_dict(role) for role in self.optimizers}
@@ -364,11 +445,16 @@ class StudentRun(TrainingLoop):
         tensors, state = gather(
             (tensors, self.whole_state()), keep=writes
         )  # Sharded weights take all processes to put together.
-        if writes:
+
+        def write() -> None:
+            before = self._last_checkpoint
+            if before is not None and not before.exists():
+                logger.warning("%s is gone: somebody removed it or its folder, and what was in it is lost.", before)
             settings = self.args.to_json_string()
             write_checkpoint(folder, tensors, state, settings, self.state, self.run_facts(), self._run)
             rotate_checkpoints(folder, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+
+        self.on_first_process(write)  # If it fails, it fails on all.
         self._last_checkpoint = folder
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder

@@ -132,6 +132,7 @@ def regress(
     pairs_by_size: Sequence[OdePairs],
     optimizer: RoleOptimizer,
     *,
+    step: Callable[[float, Sequence[str]], object],
     encode: Callable[[Sequence[str]], Conditioning],
     steps: int,
     batch_size: int,
@@ -144,7 +145,8 @@ def regress(
     Args:
         policy: The student.
         pairs_by_size: What to learn, for each resolution; one is drawn for each update.
-        optimizer: Updates the student.
+        optimizer: Has the student's gradients.
+        step: Updates the student with them, given the loss and the prompts.
         encode: Encodes prompts.
         steps: Updates.
         batch_size: Pairs in an update, drawn with replacement.
@@ -161,12 +163,13 @@ def regress(
         pairs = pairs_by_size[drawn_index(len(pairs_by_size), seed[0], "warm_start/resolution", update)]
         generator = seeded_generator(seed[0], "warm_start/batch", update, seed[1])
         rows = torch.randint(len(pairs.states), (batch_size,), generator=generator)
-        conditioning = encode([pairs.prompts[row] for row in rows.tolist()])
+        prompts = [pairs.prompts[row] for row in rows.tolist()]
+        conditioning = encode(prompts)
         x_0 = policy(pairs.states[rows].to(device), pairs.times[rows].to(device), conditioning)
         loss = (x_0 - pairs.solutions[rows].to(device)).abs().mean()
         optimizer.backward(loss, 1.0)
-        optimizer.step()
         losses.append(loss.item())
+        step(losses[-1], prompts)
         bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
     return losses
 

@@ -16,8 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command: the words after ``rdm-rl``, or those of the process.
 
     Returns:
-        The exit status: 0; 1 if ``checkpoint`` found damage; 2 for a mistake in what was asked, which is explained in
-        one line.
+        The exit status: 0; 1 if ``checkpoint`` found damage; 2 for a mistake in what was asked, or a run that cannot go
+        on, which is explained in one line. A signal that ends ``train`` raises ``SystemExit`` with 128 + its number.
     """
     # Both announce what is no news here: that torchvision is missing, and that an adapter has no text-encoder part.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -55,7 +55,7 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from rdm_rl.rewards.protocol import RewardError
 
     # The hub's and diffusers' errors of loading are OSErrors; a reward may need a package that is not installed.
-    return ValueError, OSError, ModuleNotFoundError, RewardError
+    return ValueError, OSError, ModuleNotFoundError, RewardError, FloatingPointError
 
 
 def _command(words: list[str]) -> int | None:
