@@ -9,22 +9,21 @@ import platform
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from io import BytesIO
 from math import isfinite, isnan, nan
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
+from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 import rdm_rl
-from rdm_rl.evaluation.metrics import FLOAT_FIELDS, SamplerMetrics, Summary, summarize
+from rdm_rl.evaluation.metrics import FLOAT_FIELDS, SamplerMetrics, summarize
 from rdm_rl.evaluation.pictures import (
     DARK,
     LIGHT,
@@ -36,7 +35,7 @@ from rdm_rl.evaluation.pictures import (
     tiled,
     training_curves,
 )
-from rdm_rl.evaluation.tables import html_table, markdown_table
+from rdm_rl.evaluation.tables import ARROWS, markdown_table, table_cells
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
@@ -316,132 +315,33 @@ def html_report(report: Report) -> str:
         >>> "<script>" in html_report(Report(rows=[row]))
         False
     """
-    template = Template(files("rdm_rl.evaluation").joinpath("report_template.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(report.title),
-        summary=f'<p class="lead">{escape(report.summary)}</p>',
-        cards=_cards(headlines(report.rows)),
-        samples=_samples(report),
-        warnings="".join(f'<p class="warning">{escape(text)}</p>' for text in cautions(report.rows)),
-        table=html_table(report.rows),
-        table_note=escape(table_note(report.rows)),
-        counts=_digit_counts(summarize(report.rows)),
-        curves=_curves(report.histories),
-        network=escape(report.network),
-        reproduce=_reproduce(report),
+    text = files("rdm_rl.evaluation").joinpath("report_template.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    summaries = summarize(report.rows)
+    return page.from_string(text).render(
+        report=report,
+        headlines=headlines(report.rows),
+        # At their own size: the browser enlarges them.
+        pictures={
+            name: _data_uri(tiled(images[None] if images.ndim == 4 else images, gap=1))
+            for name, images in report.pictures.items()
+        },
+        cautions=cautions(report.rows),
+        summaries=summaries,
+        columns=table_cells(summaries),
+        arrows=ARROWS,
+        table_note=table_note(report.rows),
+        counted=[summary.mean for summary in summaries if sum(summary.mean.digit_counts)],
+        panels=[_drawn(panel, report.histories) for panel in present_panels(report.histories)],
+        timed=isfinite(report.seconds),
+        versions=library_versions(),
     )
 
 
-def _cards(headings: Sequence[Headline]) -> str:
-    """The headlines side by side."""
-    cards = []
-    for headline in headings:
-        figures = "".join(
-            f"<div><dt>{escape(text)}</dt><dd>{escape(figure)}</dd></div>" for figure, text in headline.figures
-        )
-        cards.append(f'<section class="card"><h3>{escape(headline.name)}</h3><dl>{figures}</dl></section>')
-    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
-
-
-def _samples(report: Report) -> str:
-    """One strip of images for each sampler. They are stored at their own size and enlarged by the browser."""
-    if not report.pictures:
-        return "<p>No pictures were passed to this report.</p>"
-    labels = [str(label) for label in report.picture_labels]
-    # Text, not pixels: captions stay readable on a small screen.
-    strips = [
-        f'<div class="digits" style="grid-template-columns: repeat({len(labels)}, 1fr)" aria-hidden="true">'
-        + "".join(f"<span>{escape(label)}</span>" for label in labels)
-        + "</div>"
-    ]
-    for name, images in report.pictures.items():
-        source = _data_uri(tiled(images[None] if images.ndim == 4 else images, gap=1))
-        alternative = escape(f"{name}: images of {', '.join(labels)}")
-        strips.append(
-            f'<figure class="sampler"><figcaption>{escape(name)}</figcaption>'
-            f'<img src="{source}" alt="{alternative}"></figure>'
-        )
-    note = "Each column was asked for what stands above it (any: an empty prompt). The images are the first ones."
-    return "\n".join([f"<p>{note}</p>", *strips])
-
-
-def _digit_counts(summaries: Sequence[Summary]) -> str:
-    """A bar chart of the digits that network C sees, for each sampler."""
-    charts = [
-        _count_chart(summary.mean.name, summary.mean.digit_counts)
-        for summary in summaries
-        if sum(summary.mean.digit_counts)
-    ]
-    if not charts:
-        return ""
-    return (
-        "<details><summary>Which digits are drawn</summary>\n<p>How often a recogniser sees each digit in a sampler's "
-        "images. The dashed line is an even share. If the prompts ask for each digit equally often, a short bar is a "
-        f'digit that the sampler avoids or draws illegibly.</p>\n<div class="counts">{"".join(charts)}</div></details>'
-    )
-
-
-def _count_chart(name: str, counts: Sequence[int]) -> str:
-    """One bar chart as inline SVG."""
-    unit = 30 / max(counts)
-    bars = "".join(
-        f'<rect x="{10 * digit + 1.5}" y="{32 - count * unit:.2f}" width="7" height="{count * unit:.2f}"/>'
-        f'<text x="{10 * digit + 5}" y="39">{digit}</text>'
-        for digit, count in enumerate(counts)
-    )
-    even = 32 - sum(counts) / len(counts) * unit
-    line = f'<line x1="0" x2="{10 * len(counts)}" y1="{even:.2f}" y2="{even:.2f}"/>'
-    label = escape(f"{name}: {', '.join(map(str, counts))} images of the digits 0 to {len(counts) - 1}")
-    chart = f'<svg viewBox="0 0 {10 * len(counts)} 41" role="img" aria-label="{label}">{bars}{line}</svg>'
-    return f"<figure>{chart}<figcaption>{escape(name)}</figcaption></figure>"
-
-
-def _curves(histories: Mapping[str, History]) -> str:
-    """The panels of the training log, each with how to read it."""
-    panels = present_panels(histories)
-    if not panels:
-        return "<p>No training log was passed to this report.</p>"
-    first = "".join(_panel(panel, histories) for panel in panels if panel.primary)
-    rest = "".join(_panel(panel, histories) for panel in panels if not panel.primary)
-    note = "Thin lines are the log, thick ones a running mean. Each phase counts its own steps."
-    more = f'<details><summary>Further curves</summary>\n<div class="panels">{rest}</div></details>' if rest else ""
-    return f'<p>{note}</p>\n<div class="panels">{first}</div>\n{more}'
-
-
-def _panel(panel: Panel, histories: Mapping[str, History]) -> str:
-    """One plot in both colour schemes, and its explanation."""
+def _drawn(panel: Panel, histories: Mapping[str, History]) -> dict[str, Any]:
+    """One plot in both colour schemes, and what the page says of it."""
     light, dark = (_data_uri(curves_figure([panel], histories, theme=theme)) for theme in (LIGHT, DARK))
-    return (
-        f'<figure><picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{light}" alt="{escape(panel.title)}"></picture>'
-        f"<figcaption>{escape(panel.reading)}</figcaption></figure>\n"
-    )
-
-
-def _reproduce(report: Report) -> str:
-    """Command, seeds, settings and versions."""
-    parts = []
-    if report.command:
-        parts.append(f"<pre><code>{escape(report.command)}</code></pre>")
-    if isfinite(report.seconds):
-        parts.append(f"<p>Training and evaluation took {report.seconds / 60:.1f} minutes on the machine below.</p>")
-    if report.seeds:
-        parts.append(f"<h3>Seeds</h3>{_pairs(report.seeds)}")
-    parts.append(f"<h3>Versions</h3>{_pairs(library_versions())}")
-    if report.settings:
-        parts.append(f"<details><summary>All settings</summary>{_pairs(report.settings)}</details>")
-    parts.append('<p class="soft">The same numbers, for programs: <code>metrics.json</code> beside this file.</p>')
-    return "\n".join(parts)
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    """Names and values as a table; groups of settings become tables within it."""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(key))}</th>'
-        f"<td>{_pairs(value) if isinstance(value, Mapping) else escape(str(value))}</td></tr>"
-        for key, value in values.items()
-    )
-    return f'<table class="pairs"><tbody>{rows}</tbody></table>'
+    return {"title": panel.title, "reading": panel.reading, "primary": panel.primary, "light": light, "dark": dark}
 
 
 def _data_uri(picture: Image.Image | Figure) -> str:

@@ -1,11 +1,10 @@
-"""Tables of measurements, as plain text, Markdown and HTML: one list of columns behind all three.
+"""Tables of measurements, as plain text and Markdown, and the cells of any other: one list of columns behind all.
 
 ``rows`` are measurements; those of the same name are averaged.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from math import isnan
 from typing import Literal
 
@@ -187,39 +186,3 @@ def _markdown_cell(cell: Cell) -> str:
     """One number in Markdown."""
     text = f"**{cell.text}**" if cell.best else cell.text or "-"
     return f"{text} ± {cell.spread}" if cell.spread else text
-
-
-def html_table(rows: Iterable[SamplerMetrics]) -> str:
-    """An HTML table; the best value of a column is set in ``<strong>``.
-
-    Example:
-        >>> "<strong>" in html_table([SamplerMetrics(name="<a>", num_images=9, recall=0.25)])
-        False
-    """
-    summaries = summarize(rows)
-    columns = table_cells(summaries)
-    head = "".join(
-        f'<th scope="col">{escape(column.title)}<span class="better">{_html_better(column.better)}</span></th>'
-        for column, _ in columns
-    )
-    body = "".join(
-        f'<tr class="{summary.mean.kind}"><th scope="row">{escape(summary.mean.name)}</th>'
-        + "".join(f"<td>{_html_cell(cells[index])}</td>" for _, cells in columns)
-        + "</tr>\n"
-        for index, summary in enumerate(summaries)
-    )
-    return f'<table>\n<thead><tr><th scope="col">sampler</th>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>'
-
-
-def _html_better(better: Better) -> str:
-    """The arrow of a column, and its meaning for those who do not see it."""
-    if not better:
-        return "&nbsp;"
-    meaning = "best near 1" if better == "near 1" else f"{better} is better"
-    return f'<span title="{meaning}" aria-label="{meaning}">{ARROWS[better]}</span>'
-
-
-def _html_cell(cell: Cell) -> str:
-    """One number in HTML."""
-    text = f"<strong>{cell.text}</strong>" if cell.best else cell.text or "-"
-    return f'{text}<span class="spread">± {cell.spread}</span>' if cell.spread else text
