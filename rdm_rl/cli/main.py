@@ -258,7 +258,7 @@ def _methods(options: argparse.Namespace) -> None:
 def _env(options: argparse.Namespace) -> None:
     import torch
 
-    from rdm_rl.evaluation.report import library_versions
+    from rdm_rl.evaluation.page import library_versions
 
     for name, version in library_versions().items():
         print(f"{name:16} {version}")

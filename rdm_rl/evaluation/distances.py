@@ -51,7 +51,8 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 def _root(covariance: Tensor) -> Tensor:
     """A square root of a covariance, shape (F, F)."""
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    root: Tensor = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    return root
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:

@@ -1,44 +1,24 @@
 """The report of the demo: one folder that a stranger can open, and a program can read.
 
-``report.html`` needs nothing but itself: pictures are inlined, there is no script, and its content security policy
-forbids any request. ``report.md``, ``metrics.json``, ``samples.png`` and ``curves.png`` hold the same for others.
+``report.html`` needs nothing but itself; ``report.md``, ``metrics.json``, ``samples.png`` and ``curves.png`` hold the
+same for others.
 """
 
 import json
-import platform
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
-from io import BytesIO
 from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import Any
 
-import torch
-from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-import rdm_rl
-from rdm_rl.evaluation.metrics import FLOAT_FIELDS, SamplerMetrics, summarize
-from rdm_rl.evaluation.pictures import (
-    DARK,
-    LIGHT,
-    History,
-    Panel,
-    curves_figure,
-    image_grid,
-    present_panels,
-    tiled,
-    training_curves,
-)
-from rdm_rl.evaluation.tables import ARROWS, markdown_table, table_cells
+from rdm_rl.demo.metrics import COLUMNS, FLOAT_FIELDS, SamplerMetrics, summarize, table_rows
+from rdm_rl.evaluation.page import data_uri, drawn_panels, library_versions, plain, render
+from rdm_rl.evaluation.pictures import History, image_grid, tiled, training_curves
+from rdm_rl.evaluation.tables import markdown_table, table_cells
 
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 DEFAULT_SUMMARY = (
     "A teacher, a tiny text-to-image diffusion model of handwritten digits, needs many denoising steps for an image. "
     "Students with the same architecture were trained to draw from the same distribution in a few steps: each update "
@@ -117,23 +97,6 @@ def write_report(folder: Path | str, report: Report) -> Path:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def library_versions() -> dict[str, str]:
-    """The versions of Python, of this library and of those it computes with, and the kind of machine.
-
-    Example:
-        >>> library_versions()["rdm_rl"] == rdm_rl.__version__
-        True
-    """
-    versions = {"python": platform.python_version(), "rdm_rl": rdm_rl.__version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return versions | {"system": f"{platform.system()} {platform.machine()}", "cuda_device": accelerator}
-
-
 def metrics_json(report: Report) -> str:
     """The numbers of a report as strict JSON: what is not finite becomes null.
 
@@ -153,18 +116,7 @@ def metrics_json(report: Report) -> str:
         "command": report.command,
         "seconds": report.seconds,
     }
-    return json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """A value in terms of JSON."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    return json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_rows(file: Path | str) -> list[SamplerMetrics]:
@@ -290,7 +242,7 @@ def markdown_report(report: Report, *, has_curves: bool = True) -> str:
     if report.pictures:
         parts.append("![Images of every sampler for the same prompts](samples.png)")
     parts += [f"**{text}**" for text in cautions(report.rows)]
-    parts += [markdown_table(report.rows), table_note(report.rows)]
+    parts += [markdown_table(COLUMNS, table_rows(summarize(report.rows))), table_note(report.rows)]
     parts.append(
         "Distances are Fréchet distances in the features of a small network that knows only digits: compare rows of "
         "this table, never with an Inception FID. `report.html` explains every number and curve."
@@ -315,40 +267,24 @@ def html_report(report: Report) -> str:
         >>> "<script>" in html_report(Report(rows=[row]))
         False
     """
-    text = files("rdm_rl.evaluation").joinpath("report_template.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     summaries = summarize(report.rows)
-    return page.from_string(text).render(
+    rows = table_rows(summaries)
+    return render(
+        "rdm_rl.demo",
+        "report.html",
+        title=report.title,
         report=report,
         headlines=headlines(report.rows),
         # At their own size: the browser enlarges them.
         pictures={
-            name: _data_uri(tiled(images[None] if images.ndim == 4 else images, gap=1))
+            name: data_uri(tiled(images[None] if images.ndim == 4 else images, gap=1))
             for name, images in report.pictures.items()
         },
         cautions=cautions(report.rows),
-        summaries=summaries,
-        columns=table_cells(summaries),
-        arrows=ARROWS,
+        rows=rows,
+        columns=table_cells(COLUMNS, rows),
         table_note=table_note(report.rows),
         counted=[summary.mean for summary in summaries if sum(summary.mean.digit_counts)],
-        panels=[_drawn(panel, report.histories) for panel in present_panels(report.histories)],
+        panels=drawn_panels(report.histories),
         timed=isfinite(report.seconds),
-        versions=library_versions(),
     )
-
-
-def _drawn(panel: Panel, histories: Mapping[str, History]) -> dict[str, Any]:
-    """One plot in both colour schemes, and what the page says of it."""
-    light, dark = (_data_uri(curves_figure([panel], histories, theme=theme)) for theme in (LIGHT, DARK))
-    return {"title": panel.title, "reading": panel.reading, "primary": panel.primary, "light": light, "dark": dark}
-
-
-def _data_uri(picture: Image.Image | Figure) -> str:
-    """A picture as the address of itself."""
-    buffer = BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png", dpi=150)
-    else:
-        picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode("ascii")
