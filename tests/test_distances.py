@@ -17,6 +17,7 @@ from rdm_rl.evaluation.distances import (
     kernel_distance,
     manifold_metrics,
     paired_distance,
+    set_distances,
 )
 from rdm_rl.evaluation.intervals import by_halves, mean_by_prompt, paired_difference
 
@@ -193,6 +194,17 @@ def test_one_image_of_a_prompt_has_no_diversity() -> None:
         diversity(torch.zeros(3, 1, 2))
 
 
+def test_all_distances_at_once_are_those_of_the_single_functions() -> None:
+    x, y, rows = gaussian(40), gaussian(30, seed=1) + 0.5, torch.arange(0, 40, 2)
+    measured = set_distances(x.float(), y.float())(rows)
+    expected = {
+        "frechet": frechet_distance(x[rows], y),
+        "kernel": kernel_distance(x[rows], y),
+        **vars(manifold_metrics(x[rows], y)),
+    }
+    assert measured == pytest.approx(expected, rel=1e-4)
+
+
 # Intervals
 
 
@@ -201,10 +213,11 @@ def test_intervals_of_a_mean_are_as_long_as_theory_says_and_hold_the_truth(kind:
     lengths, hits = [], 0
     for seed in range(40):
         values = gaussian(60, 2, seed=seed)
+        flat = values.flatten()
         if kind == "bootstrap":
             estimate = mean_by_prompt(values)
         else:
-            estimate = by_halves(lambda rows: {"mean": float(rows.mean())}, values[..., None])["mean"]
+            estimate = by_halves(lambda numbers, flat=flat: {"mean": float(flat[numbers].mean())}, (60, 2))["mean"]
         assert estimate.value == pytest.approx(float(values.mean()))
         lengths.append(estimate.half_width)
         hits += estimate.low < 0 < estimate.high
@@ -228,4 +241,4 @@ def test_what_has_no_value_is_left_out_and_few_prompts_have_no_interval() -> Non
     assert math.isnan(estimate.low)
     assert not estimate.excludes_zero
     assert math.isnan(mean_by_prompt(torch.full((5, 1), nan)).value)
-    assert math.isnan(by_halves(lambda rows: {"n": len(rows)}, torch.zeros(7, 1, 1))["n"].high)
+    assert math.isnan(by_halves(lambda numbers: {"n": len(numbers)}, (7, 1))["n"].high)

@@ -4,6 +4,7 @@ Nothing here knows where the features come from: pass those of a recogniser, of 
 A Fréchet distance is only comparable between sets of the same size seen by the same feature network.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,19 +80,18 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     """
     _check_sets(features, reference)
     first, second = features.double(), reference.double()
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    return float(_mean_of_pairs(kernel(first, first)) + _mean_of_pairs(kernel(second, second))) - 2 * float(
-        kernel(first, second).mean()
-    )
+    return _discrepancy(_kernel(first, first), _kernel(second, second), _kernel(first, second))
 
 
-def _mean_of_pairs(values: Tensor) -> Tensor:
-    """The mean of a square matrix, shape (N, N), without its diagonal."""
-    count = len(values)
-    return (values.sum() - values.trace()) / (count * (count - 1))
+def _kernel(first: Tensor, second: Tensor) -> Tensor:
+    """The polynomial kernel of all pairs, shape (N, M)."""
+    return (first @ second.T / first.shape[1] + 1) ** 3
+
+
+def _discrepancy(first: Tensor, second: Tensor, between: Tensor) -> float:
+    """The squared discrepancy from the kernels within both sets and between them."""
+    within = [(values.sum() - values.trace()) / (len(values) * (len(values) - 1)) for values in (first, second)]
+    return float(within[0] + within[1] - 2 * between.mean())
 
 
 def _check_sets(features: Tensor, reference: Tensor) -> None:
@@ -186,14 +186,55 @@ def manifold_metrics(features: Tensor, reference: Tensor, *, k: int = 3) -> Mani
     if min(len(features), len(reference)) <= k:
         raise ValueError(f"k={k} needs more than {k} samples in each set; got {len(features)} and {len(reference)}.")
     samples, real = features.double(), reference.double()
-    # The k-th neighbour of a point within its own set: index k, because index 0 is the point itself.
-    real_radius = _distances(real, real).kthvalue(k + 1).values
-    sample_radius = _distances(samples, samples).kthvalue(k + 1).values
-    distances = _distances(samples, real)
-    inside_real = distances <= real_radius
+    return _overlap(_distances(samples, samples), _distances(samples, real), _radius(_distances(real, real), k), k)
+
+
+def _radius(distances: Tensor, k: int) -> Tensor:
+    """The distance of each point's k-th neighbour in its own set, shape (N,): index k, as 0 is the point itself."""
+    return distances.kthvalue(k + 1).values
+
+
+def _overlap(within: Tensor, between: Tensor, real_radius: Tensor, k: int) -> ManifoldMetrics:
+    """The metrics from distances within the samples, shape (N, N), and between samples and reference, (N, M)."""
+    inside_real = between <= real_radius
     return ManifoldMetrics(
         precision=float(inside_real.any(1).double().mean()),
-        recall=float((distances <= sample_radius[:, None]).any(0).double().mean()),
+        recall=float((between <= _radius(within, k)[:, None]).any(0).double().mean()),
         density=float(inside_real.double().sum(1).mean() / k),
         coverage=float(inside_real.any(0).double().mean()),
     )
+
+
+def set_distances(features: Tensor, reference: Tensor, *, k: int = 3) -> Callable[[Tensor], dict[str, float]]:
+    """All that this module says of two sets, as a function of which samples are looked at.
+
+    What subsets share is computed once: the distances between all samples.
+
+    Args:
+        features: Features of the samples, shape (N, F).
+        reference: Features of the reference images, shape (M, F).
+        k: Which neighbour sets the radius of a ball.
+
+    Returns:
+        A function from rows, int64, to the values of ``frechet``, ``kernel``, ``precision``, ``recall``, ``density``
+        and ``coverage``.
+
+    Example:
+        >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+        >>> measure = set_distances(x, x + 1.0)
+        >>> round(measure(torch.arange(60))["frechet"], 6), measure(torch.arange(30))["precision"] <= 1
+        (2.0, True)
+    """
+    samples, real = features.double(), reference.double()
+    within, between = _distances(samples, samples), _distances(samples, real)
+    kernels = _kernel(samples, samples), _kernel(real, real), _kernel(samples, real)
+    radius = _radius(_distances(real, real), k)
+
+    def measure(rows: Tensor) -> dict[str, float]:
+        return {
+            "frechet": frechet_distance(samples[rows], real),
+            "kernel": _discrepancy(kernels[0][rows][:, rows], kernels[1], kernels[2][rows]),
+            **vars(_overlap(within[rows][:, rows], between[rows], radius, k)),
+        }
+
+    return measure

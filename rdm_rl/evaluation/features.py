@@ -13,8 +13,6 @@ from rdm_rl.families.hub import one_line_errors
 from rdm_rl.rewards.preprocessing import Preprocessing
 from rdm_rl.student import public_name
 
-# Two views: DINOv2, trained on images alone, and CLIP, trained on images and their captions.
-DEFAULT_FEATURES = ("facebook/dinov2-large", "openai/clip-vit-large-patch14")
 # Their class token is what their authors compare images by; some of these classes pool by a layer of random weights.
 _CLASS_TOKEN = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
 

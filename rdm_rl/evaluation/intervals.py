@@ -14,7 +14,7 @@ from torch import Tensor
 from rdm_rl.randomness import seeded_generator
 
 RESAMPLES = 1000
-HALVES = 40
+HALVES = 25
 _FEWEST_PROMPTS = 4
 
 
@@ -84,7 +84,7 @@ def paired_difference(values: Tensor, reference: Tensor) -> Estimate:
     return mean_by_prompt(values.double() - reference.double())
 
 
-def by_halves(statistic: Callable[[Tensor], Mapping[str, float]], features: Tensor) -> dict[str, Estimate]:
+def by_halves(statistic: Callable[[Tensor], Mapping[str, float]], shape: tuple[int, int]) -> dict[str, Estimate]:
     """What a set of images is worth, with an interval from random halves of the prompts.
 
     A bootstrap would draw an image twice, and its nearest neighbour would be itself. Halves, drawn without repetition,
@@ -92,25 +92,26 @@ def by_halves(statistic: Callable[[Tensor], Mapping[str, float]], features: Tens
     deviations to both sides. It is about the choice of prompts and noises; what the set is compared with stays.
 
     References:
-        | A General Theory for Jackknife Variance Estimation (Shao and Wu, 1989), section 3
+        | A General Theory for Jackknife Variance Estimation (Shao and Wu, 1989)
 
     Args:
-        statistic: Measures features of shape (N, F): numbers by name.
-        features: Features of S images of each of P prompts, shape (P, S, F).
+        statistic: Measures some of the images, given by their numbers, int64: values by name.
+        shape: Prompts P, and images S of each; the images of a prompt follow each other.
 
     Returns:
-        The numbers for all images.
+        The values for all images.
 
     Example:
-        >>> by_halves(lambda features: {"mean": float(features.mean())}, torch.ones(8, 2, 3))["mean"]
+        >>> by_halves(lambda numbers: {"mean": float(torch.ones(16)[numbers].mean())}, (8, 2))["mean"]
         Estimate(value=1.0, low=1.0, high=1.0)
     """
-    whole = statistic(features.flatten(0, 1))
-    prompts = len(features)
+    prompts = shape[0]
+    numbers = torch.arange(prompts * shape[1]).view(shape)
+    whole = statistic(numbers.flatten())
     if prompts < 2 * _FEWEST_PROMPTS:  # A half must have neighbours, too.
         return {name: Estimate(value) for name, value in whole.items()}
     generator = seeded_generator(0, "evaluation/halves")
     chosen = [torch.randperm(prompts, generator=generator)[: prompts // 2] for _ in range(HALVES)]
-    halves = [statistic(features[rows].flatten(0, 1)) for rows in chosen]
+    halves = [statistic(numbers[rows].flatten()) for rows in chosen]
     errors = {name: 1.96 * float(torch.tensor([half[name] for half in halves]).double().std()) for name in whole}
     return {name: Estimate(value, value - errors[name], value + errors[name]) for name, value in whole.items()}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -46,14 +46,14 @@ def drawn_panels(histories: Mapping[str, History]) -> list[dict[str, Any]]:
     return panels
 
 
-def data_uri(picture: Image.Image | Figure) -> str:
+def data_uri(picture: Image.Image | Figure, form: Literal["png", "jpeg"] = "png") -> str:
     """A picture as the address of itself."""
     buffer = BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png", dpi=150)
+        picture.savefig(buffer, format=form, dpi=150)
     else:
-        picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode("ascii")
+        picture.save(buffer, format=form, optimize=True)
+    return f"data:image/{form};base64," + b64encode(buffer.getvalue()).decode("ascii")
 
 
 def library_versions() -> dict[str, str]:

@@ -42,12 +42,14 @@ class Row:
         kind: What it is: a row of the kind ``data``, real images, does not compete for the best value.
         values: Numbers by the keys of columns; NaN for what was not measured, as for a missing one.
         spreads: How uncertain they are, shown after ±; NaN is not shown.
+        marked: Keys of values that get a dagger and do not compete for the best either.
     """
 
     name: str
     kind: str = "student"
     values: Mapping[str, float]
     spreads: Mapping[str, float] = field(default_factory=dict)
+    marked: Collection[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +90,20 @@ def _column_cells(column: Column, values: Sequence[float], rows: Sequence[Row]) 
     }
     order = orders.get(column.better)
     texts = ["" if isnan(value) else f"{value:.{column.decimals}f}" for value in values]
-    competing = {text for text, row in zip(texts, rows, strict=True) if text and row.kind != "data"}
+    competes = [
+        bool(text) and row.kind != "data" and column.key not in row.marked
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    competing = {text for text, does in zip(texts, competes, strict=True) if does}
     best = min(map(float, competing), key=order) if order and len(competing) > 1 else None
     cells = []
-    for text, row in zip(texts, rows, strict=True):
+    for text, row, does in zip(texts, rows, competes, strict=True):
         spread = row.spreads.get(column.key, nan) * column.factor
         cells.append(
             Cell(
-                text=text,
+                text=text + "†" * (bool(text) and column.key in row.marked),
                 spread="" if isnan(spread) else f"{spread:.{column.decimals}f}",
-                best=bool(text) and row.kind != "data" and best is not None and float(text) == best,
+                best=does and best is not None and float(text) == best,
             )
         )
     return cells
