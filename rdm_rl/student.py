@@ -258,6 +258,11 @@ def model_config_of(folder: str | Path) -> str | None:
     return _base_facts(folder).get("model_config")
 
 
+def call_of(folder: str | Path) -> dict[str, Any]:
+    """The arguments beside the prompt that a saved student is drawn with; none if its folder does not say."""
+    return _read_facts(Path(folder) / _USE_FILE)
+
+
 def rewards_of(folder: str | Path) -> tuple[str, ...]:
     """Names of the rewards that a saved student was trained on; none if its folder does not say."""
     listed = str(training_facts(folder).get("rewards", "")).partition(", combined by ")[0]
@@ -313,8 +318,9 @@ def load_student(
     else:
         raise FileNotFoundError(f"{str(folder)!r} holds neither {DIFFUSERS_LORA} nor model_index.json.")
     pipeline.set_progress_bar_config(disable=True)
-    if (folder / _USE_FILE).is_file():
-        return SavedStudent(pipeline, json.loads((folder / _USE_FILE).read_text(encoding="utf-8")))
+    call = call_of(folder)
+    if call:
+        return SavedStudent(pipeline, call)
     if "original_inference_steps" not in pipeline.scheduler.config:
         raise ValueError(f"{str(folder)!r} holds no student: nothing in it says how many steps it takes.")
     steps = int(pipeline.scheduler.config.original_inference_steps)

@@ -70,3 +70,11 @@ def save_transformer(folder, kind="dinov2"):
         sharpen(model(config(**sizes, image_size=28, patch_size=7))).save_pretrained(folder)
     save_settings(folder, {"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
     return folder
+
+
+def brightness(images, prompts):
+    """A differentiable reward of images: how bright they are."""
+    return images.mean((1, 2, 3))
+
+
+brightness.differentiable = True

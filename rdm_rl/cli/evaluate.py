@@ -22,7 +22,7 @@ from rdm_rl.evaluation.results import read_results
 from rdm_rl.families.adapters import DIFFUSERS_LORA
 from rdm_rl.families.loading import load_family
 from rdm_rl.rewards.registry import load_rewards
-from rdm_rl.student import SavedStudent, base_of, load_student, model_config_of, rewards_of, training_facts
+from rdm_rl.student import SavedStudent, base_of, call_of, load_student, model_config_of, rewards_of, training_facts
 from rdm_rl.trainers.prompt_files import read_prompts
 
 
@@ -93,7 +93,7 @@ def compare_command(options: argparse.Namespace, command: str) -> None:
 
 
 def _named(words: str, all_words: Sequence[str]) -> tuple[str, Path]:
-    """A name and a path from ``name=path``; a path alone is called by as much of its end as tells it from the others."""
+    """A name and a path from ``name=path``; a path alone is called by as much of its end as no other has."""
     name, equals, path = words.partition("=")
     if equals:
         return name, Path(path)
@@ -142,9 +142,8 @@ def _load_teacher(base: str, student: Path | None, options: argparse.Namespace) 
     if guidance is None:
         guidance = facts.get("teacher_guidance_scale", family.teacher_guidance_scale)
     call = {"num_inference_steps": options.teacher_steps, "guidance_scale": guidance}
-    use = {} if student is None else student / "student.json"
-    if isinstance(use, Path) and use.is_file():
-        call |= {side: size for side, size in json.loads(use.read_text()).items() if side in ("height", "width")}
+    size = {} if student is None else call_of(student)
+    call |= {side: size[side] for side in ("height", "width") if side in size}
     return SavedStudent(family.pipeline, call)
 
 

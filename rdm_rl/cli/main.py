@@ -1,4 +1,4 @@
-"""The command line: ``rdm-rl demo``, ``train``, ``plan``, ``sample``, ``export``, ``checkpoint``, ``evaluate``, ..."""
+"""The command line: ``rdm-rl demo``, ``train``, ``plan``, ``sample``, ``export``, ``evaluate``, ``compare``, ..."""
 
 import argparse
 import os

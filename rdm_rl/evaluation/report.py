@@ -90,9 +90,7 @@ def tables(results: Results) -> list[Table]:
     made = [_table(results, "Cost and rewards", _rewards_note(results), _costs(), rewards)]
     groups = [*dict.fromkeys((parts[0], parts[2]) for name in names if len(parts := name.split("/", 2)) == 3)]
     for network, against in groups:
-        floor_note = (
-            "The row of the reference is a draw of it against another: the floor. " if _has_floor(results) else ""
-        )
+        floor_note = "The reference's row is a draw of it against another: the floor. " if _has_floor(results) else ""
         made.append(
             _table(
                 results,
@@ -106,8 +104,8 @@ def tables(results: Results) -> list[Table]:
     if paired:
         note = (
             "Paired: how far each image is from the reference's for the same prompt and noise; for the reference "
-            "itself, from its image for another noise. Pixels: root mean square, black 0 and white 1. Features: one minus the "
-            "cosine. Diversity: one minus the cosine of two images of one prompt; a model should be near the reference."
+            "itself, from its image for another noise. Pixels: root mean square, black 0 and white 1. Features: one "
+            "minus the cosine. Diversity: one minus the cosine of two images of one prompt; near the reference is best."
         )
         made.append(_table(results, "Image by image", note, (), paired))
     if any(row.differences for row in results.rows):
