@@ -15,7 +15,7 @@ from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.evaluation.compare import compare
 from rdm_rl.evaluation.evaluate import Settings, evaluate
 from rdm_rl.evaluation.features import Features, load_features
-from rdm_rl.evaluation.images import ImageFolder, Model
+from rdm_rl.evaluation.images import ImageFolder, Model, open_folder
 from rdm_rl.evaluation.pictures import History
 from rdm_rl.evaluation.report import format_results, write_report
 from rdm_rl.evaluation.results import read_results
@@ -112,7 +112,9 @@ def _source(name: str, path: Path, options: argparse.Namespace) -> Model | Image
     if not path.is_dir():
         raise FileNotFoundError(f"{str(path)!r} is no folder. Give a student that save_model wrote, or images.")
     if not _is_student(path):
-        return ImageFolder(name=name, folder=path)
+        images = ImageFolder(name=name, folder=path)
+        open_folder(images, 0)  # A folder without images is refused before anything is loaded.
+        return images
     return Model(name=name, load=partial(_load_student, path, options), trained_on=rewards_of(path))
 
 

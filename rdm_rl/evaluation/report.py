@@ -137,7 +137,8 @@ def _table(
             rows.append(
                 Row(
                     name=result.name,
-                    kind="teacher" if result.kind == "reference" else "student",
+                    # Its distances are a floor, and do not compete.
+                    kind="student" if result.kind != "reference" else "teacher" if first else "data",
                     values=values,
                     spreads={name: estimate.half_width for name, estimate in known.items()},
                     marked=[f"reward/{name}" for name in result.trained_on],
