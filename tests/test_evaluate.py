@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rdm_rl.evaluation.evaluate import Settings, evaluate
 from rdm_rl.evaluation.features import Features
 from rdm_rl.evaluation.images import ImageFolder, Model, requests
 from rdm_rl.evaluation.results import read_results
+from rdm_rl.evaluation.run import Settings, evaluate
 from rdm_rl.pixels import to_pil
 from rdm_rl.student import SavedStudent
 from tests.helpers import tiny_sd

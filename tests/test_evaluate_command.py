@@ -9,8 +9,10 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rdm_rl.cli.main import main
 from rdm_rl.evaluation.results import read_results
@@ -82,7 +84,7 @@ def test_results_and_pages_hold_what_was_asked(written: Path, work: Path) -> Non
     teacher, faithful, bright = results.rows
     assert [row.num_inference_steps for row in results.rows] == [3, 2, 1]
     assert teacher.network_evaluations == 3, "the students' record says that guidance was 1"
-    assert (faithful.trained_on, bright.trained_on) == (("rdm",), ("brightness",))
+    assert (faithful.trained_on, bright.trained_on) == (["rdm"], ["brightness"])
     expected = {
         f"{network}/{metric}/teacher" for network in ("dino", "clip") for metric in ("frechet", "kernel", "recall")
     }
@@ -146,6 +148,7 @@ def test_two_evaluations_are_compared_prompt_by_prompt(
         (["evaluate", "{work}/dino", "--prompt", "a", "--teacher", "none"], "holds no images"),
         (["evaluate", "{work}/faithful", "--prompt", "a"], "give its --model"),
         (["evaluate", "{work}/base", "--prompt", "a"], "give its --teacher"),
+        (["evaluate", "{work}/base", "--teacher", "none"], "give --prompts"),
         (["compare", "{work}"], "has no results.json"),
         (["compare", "a={work}/evaluation"], "at least two"),
         (["compare", "a={work}/evaluation", "b={work}/evaluation", "--baseline", "c"], "none of a: teacher"),
@@ -223,10 +226,8 @@ def test_the_page_fits_its_window_in_both_schemes(width: int, scheme: str, writt
     ]
     options += ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     subprocess.run([str(CHROMIUM), *options, (written / "report.html").as_uri()], check=True, timeout=120)
-    from PIL import Image
-
     with Image.open(picture) as image:
-        pixels = torch.from_numpy(__import__("numpy").array(image.convert("L"))).double()
+        pixels = torch.from_numpy(np.array(image.convert("L"))).double()
     background, ink = pixels.median(), pixels.max() if scheme == "dark" else pixels.min()
     assert (background < 64) == (scheme == "dark")
     assert abs(float(ink - background)) > 120, "text stands out"

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
+from rdm_rl.cli.main import base_model
 from rdm_rl.cli.train import make_rewards
-from rdm_rl.demo.data import TEACHER_FOLDER
-from rdm_rl.evaluation.compare import compare
-from rdm_rl.evaluation.evaluate import Settings, evaluate
+from rdm_rl.evaluation.comparison import compare
 from rdm_rl.evaluation.features import Features, load_features
 from rdm_rl.evaluation.images import ImageFolder, Model, open_folder
 from rdm_rl.evaluation.pictures import History
 from rdm_rl.evaluation.report import format_results, write_report
 from rdm_rl.evaluation.results import read_results
+from rdm_rl.evaluation.run import Settings, evaluate
 from rdm_rl.families.adapters import DIFFUSERS_LORA
 from rdm_rl.families.loading import load_family
 from rdm_rl.rewards.registry import load_rewards
@@ -42,10 +42,11 @@ def evaluate_command(options: argparse.Namespace, command: str) -> None:
         raise ValueError("Two students have one name: call them name=path.")
     models = [_source(name, path, options) for name, path in sources.items()]
     students = {name: path for name, path in sources.items() if _is_student(path)}
-    base = options.teacher or next((_base(path, options) for path in students.values() if base_of(path)), None)
-    if base not in (None, "none"):
-        folder = next(iter(students.values()), None)
-        models.insert(0, Model(name="teacher", load=partial(_load_teacher, base, folder, options)))
+    adapters = [path for path in students.values() if base_of(path)]
+    teacher = options.teacher or (adapters and (options.model or base_model(adapters[0]))) or "none"
+    if teacher != "none":
+        first = next(iter(students.values()), None)
+        models.insert(0, Model(name="teacher", load=partial(_load_teacher, teacher, first, options)))
     elif options.teacher is None and options.reference is None:
         raise ValueError(
             "None of the students says which model it was distilled from: give its --teacher, or another --reference, "
@@ -53,6 +54,8 @@ def evaluate_command(options: argparse.Namespace, command: str) -> None:
         )
     rows = [{"prompt": prompt} for prompt in options.prompt or ()]
     rows += [dict(row) for row in read_prompts(options.prompts)] if options.prompts else []
+    if not rows:
+        raise ValueError("There is nothing to draw: give --prompts FILE, or --prompt TEXT.")
     rewards = load_rewards(make_rewards(options.rewards, options.reward_options)) if options.rewards else {}
     results, pictures = evaluate(
         models,
@@ -62,7 +65,7 @@ def evaluate_command(options: argparse.Namespace, command: str) -> None:
             device=options.device,
             batch_size=options.batch_size,
         ),
-        reference=options.reference or ("teacher" if base not in (None, "none") else None),
+        reference=options.reference or ("teacher" if teacher != "none" else None),
         features=[_features(source, options) for source in options.features],
         rewards=rewards,
         real_images=options.real_images,
@@ -118,18 +121,8 @@ def _source(name: str, path: Path, options: argparse.Namespace) -> Model | Image
     return Model(name=name, load=partial(_load_student, path, options), trained_on=rewards_of(path))
 
 
-def _base(path: Path, options: argparse.Namespace) -> str:
-    """The model that an adapter belongs to."""
-    base = options.model or base_of(path)
-    if base == "digits":
-        return str(TEACHER_FOLDER)
-    if base is None or (not Path(base).exists() and base.count("/") != 1):
-        raise ValueError(f"The student {str(path)!r} is an adapter of a model called {base!r}: give its --model.")
-    return str(base)
-
-
 def _load_student(path: Path, options: argparse.Namespace) -> SavedStudent:
-    base = _base(path, options) if (path / DIFFUSERS_LORA).is_file() else ""
+    base = (options.model or base_model(path)) if (path / DIFFUSERS_LORA).is_file() else ""
     config = options.model_config or model_config_of(path)
     return load_student(path, base, getattr(torch, options.dtype), config)
 

@@ -206,7 +206,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     dtype: torch.dtype = getattr(torch, options.dtype)
     config = options.model_config or model_config_of(options.student)
-    student = load_student(options.student, options.model or _base_of(options.student), dtype, config)
+    student = load_student(options.student, options.model or base_model(options.student), dtype, config)
     student.pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
@@ -226,7 +226,7 @@ def _export(options: argparse.Namespace) -> None:
     from rdm_rl.student import base_of, model_config_of
 
     source = Path(options.student)
-    model = options.model or (_base_of(source) if base_of(source) else None)
+    model = options.model or (base_model(source) if base_of(source) else None)
     name = source.resolve().name.removesuffix(".safetensors")
     output = options.output or Path(f"{name}-{options.format}.safetensors")
     config = options.model_config or model_config_of(source)
@@ -240,7 +240,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
     return print_states(options.folder)
 
 
-def _base_of(student: Path) -> str:
+def base_model(student: Path) -> str:
     """The model that a student belongs to, as far as its folder says so."""
     from rdm_rl.demo.data import TEACHER_FOLDER
     from rdm_rl.student import base_of

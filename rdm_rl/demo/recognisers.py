@@ -99,7 +99,7 @@ def recognised_digits(images: Tensor) -> Tensor:
 
 
 FEATURES = Features("digits B", partial(digit_features, "B"))
-"""The features that results are reported in, for :func:`rdm_rl.evaluation.evaluate.evaluate`."""
+"""The features that results are reported in, for :func:`rdm_rl.evaluation.evaluate`."""
 
 
 def digit_accuracy(images: Tensor, labels: Tensor) -> float:

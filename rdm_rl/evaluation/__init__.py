@@ -26,15 +26,15 @@ __all__ = [
 
 # A new public name goes into `__all__` and into both branches: type checkers read the first, Python runs the second.
 if TYPE_CHECKING:
-    from rdm_rl.evaluation.compare import compare
+    from rdm_rl.evaluation.comparison import compare
     from rdm_rl.evaluation.distances import ManifoldMetrics, frechet_distance, kernel_distance, manifold_metrics
-    from rdm_rl.evaluation.evaluate import Settings, evaluate
     from rdm_rl.evaluation.features import Features, load_features
     from rdm_rl.evaluation.images import ImageFolder, Model
     from rdm_rl.evaluation.intervals import Estimate
     from rdm_rl.evaluation.pictures import image_grid, training_curves
     from rdm_rl.evaluation.report import write_report
     from rdm_rl.evaluation.results import read_results
+    from rdm_rl.evaluation.run import Settings, evaluate
     from rdm_rl.evaluation.tables import format_table
 else:
     __getattr__, __dir__ = lazy_names(
@@ -45,9 +45,9 @@ else:
             "ImageFolder": "rdm_rl.evaluation.images",
             "ManifoldMetrics": "rdm_rl.evaluation.distances",
             "Model": "rdm_rl.evaluation.images",
-            "Settings": "rdm_rl.evaluation.evaluate",
-            "compare": "rdm_rl.evaluation.compare",
-            "evaluate": "rdm_rl.evaluation.evaluate",
+            "Settings": "rdm_rl.evaluation.run",
+            "compare": "rdm_rl.evaluation.comparison",
+            "evaluate": "rdm_rl.evaluation.run",
             "format_table": "rdm_rl.evaluation.tables",
             "frechet_distance": "rdm_rl.evaluation.distances",
             "image_grid": "rdm_rl.evaluation.pictures",

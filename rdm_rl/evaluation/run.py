@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,33 +93,24 @@ def evaluate(
     asked = requests(texts, seeds)
     columns = {name: [row[name] for row in rows for _ in seeds] for name in rows[0] if name != "prompt"}
     sets = {model.name: _open(model, asked, settings) for model in models}
-    shape = (len(rows), len(seeds))
-
-    compared, again = None if reference is None else sets[reference], None
-    if compared is not None:
-        source = next(model for model in models if model.name == reference)
-        if isinstance(source, Model):
-            again = _open(source, requests(texts, seeds, "reference"), settings)
-    seen = {}
-    for name, images in sets.items():
-        partner = again if name == reference else compared
-        seen[name] = _look(images, asked, columns, partner, features, judges, settings, len(seeds))
-
-    against: dict[str, dict[str, Tensor]] = {}
-    if again is not None:
-        against[str(reference)] = _look(again, asked, columns, None, features, {}, settings, 1).features
-    elif reference is not None:
-        against[reference] = seen[reference].features
+    source = next((model for model in models if model.name == reference), None)
+    again = _open(source, requests(texts, seeds, "reference"), settings) if isinstance(source, Model) else None
+    look = partial(_look, asked=asked, columns=columns, features=features, settings=settings, per_prompt=len(seeds))
+    seen = {
+        name: look(images, partner=again if name == reference else sets.get(str(reference)), judges=judges)
+        for name, images in sets.items()
+    }
+    base = seen.get(str(reference))
+    against = {str(reference): base if again is None else look(again, partner=None, judges={})}
     if real_images is not None:
         real = open_folder(ImageFolder(name="real images", folder=real_images), len(asked))
-        against["real images"] = _look(real, asked, columns, None, features, {}, settings, 1).features
-    partners = against.get(str(reference), {}) if again is not None else {}
+        against[real.name] = look(real, partner=None, judges={})
     results = []
     for name, looked in seen.items():
-        of_partner = partners if name == reference else {} if reference is None else seen[reference].features
-        # A folder is at no distance from itself.
-        sets_of = {other: found for other, found in against.items() if again is not None or other != name}
-        results.append(_result(looked, sets_of, of_partner, shape, seen.get(str(reference)), name == reference))
+        # A folder is at no distance from itself: only models can be asked again.
+        others = {other: known for other, known in against.items() if known is not None and known is not looked}
+        pair = others.get(name) if name == reference else base
+        results.append(_result(looked, (len(rows), len(seeds)), pair, others, is_reference=name == reference))
     shown = {
         name: [images.read(number) for number in range(0, min(images.count, PICTURES * len(seeds)), len(seeds))]
         for name, images in sets.items()
@@ -179,6 +171,7 @@ def _open(model: Model | ImageFolder, asked: Sequence[Request], settings: Settin
 
 def _look(
     images: ImageSet,
+    *,
     asked: Sequence[Request],
     columns: Mapping[str, Sequence[Any]],
     partner: ImageSet | None,
@@ -251,35 +244,32 @@ def _rows(
 
 
 def _result(
-    looked: _Seen,
-    against: Mapping[str, Mapping[str, Tensor]],
-    partner: Mapping[str, Tensor],
-    shape: tuple[int, int],
-    reference: _Seen | None,
-    is_reference: bool,
+    looked: _Seen, shape: tuple[int, int], pair: _Seen | None, against: Mapping[str, _Seen], *, is_reference: bool
 ) -> Result:
-    """The numbers of one set of images."""
+    """The numbers of one set of images.
+
+    Args:
+        looked: What was seen of it.
+        shape: How many prompts, and seeds of each, were asked.
+        pair: What was seen of the images that its own are compared with one by one.
+        against: What was seen of the sets that it is compared with as a whole, by name.
+        is_reference: Whether the others are compared with it.
+    """
     images = looked.images
-    by_image = dict(looked.values)
+    pair = pair if pair is not None and images.answers and pair.images.answers else None
+    values = dict(looked.values)
     estimates: dict[str, Estimate] = {}
     for name, features in looked.features.items():
-        if images.answers:
-            if name in partner and len(partner[name]) == len(features):
-                by_image[f"{name}/paired"] = paired_distance(features, partner[name])
-            if shape[1] > 1:
-                estimates[f"{name}/diversity"] = mean_by_prompt(diversity(features.view(*shape, -1)))
+        if pair is not None:
+            values[f"{name}/paired"] = paired_distance(features, pair.features[name])
+        if images.answers and shape[1] > 1:
+            estimates[f"{name}/diversity"] = mean_by_prompt(diversity(features.view(*shape, -1)))
         for other, known in against.items():
-            if min(len(features), len(known[name])) > NEIGHBOURS:
-                measure = set_distances(features, known[name], k=NEIGHBOURS)
+            if min(images.count, known.images.count) > NEIGHBOURS:
+                measure = set_distances(features, known.features[name], k=NEIGHBOURS)
                 measured = by_halves(measure, shape if images.answers else (images.count, 1))
                 estimates |= {f"{name}/{metric}/{other}": estimate for metric, estimate in measured.items()}
-    tables = {name: value.view(shape) for name, value in by_image.items()}
-    estimates |= {name: mean_by_prompt(table) for name, table in tables.items()}
-    differences = {
-        name: paired_difference(table, reference.values[name].view(shape))
-        for name, table in tables.items()
-        if name.startswith("reward/") and reference is not None and not is_reference and name in reference.values
-    }
+    by_image = {name: value.view(shape) for name, value in values.items()}
     return Result(
         name=images.name,
         kind="reference" if is_reference else "student",
@@ -288,7 +278,11 @@ def _result(
         network_evaluations=images.network_evaluations,
         seconds_per_image=images.seconds_per_image,
         trained_on=tuple(images.trained_on),
-        values=estimates,
-        differences=differences,
-        by_image={name: table.tolist() for name, table in tables.items()},
+        values={**estimates, **{name: mean_by_prompt(table) for name, table in by_image.items()}},
+        differences={
+            name: paired_difference(table, pair.values[name].view(shape))
+            for name, table in by_image.items()
+            if pair is not None and not is_reference and name.startswith("reward/") and name in pair.values
+        },
+        by_image={name: table.tolist() for name, table in by_image.items()},
     )
