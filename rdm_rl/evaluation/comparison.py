@@ -16,7 +16,7 @@ def compare(runs: Mapping[str, Results], baseline: str | None = None) -> Results
 
     Rewards and paired distances are averaged again over what is shared. Distances between sets are kept if all runs
     have the same prompts and seeds, and left out otherwise: they depend on which images are in the set. A row that runs
-    have alike, such as that of one teacher, is shown once.
+    have alike, such as that of one teacher, is shown once, with all that any of them measured.
 
     Args:
         runs: Evaluations by the name that they get in front of their rows.
@@ -36,7 +36,10 @@ def compare(runs: Mapping[str, Results], baseline: str | None = None) -> Results
     if len(runs) < 2:
         raise ValueError("A comparison needs at least two evaluations: give two folders that `rdm-rl evaluate` wrote.")
     first = next(iter(runs.values()))
-    numbered = {name: occurrences(results.prompts) for name, results in runs.items()}
+    numbered = {
+        name: {prompt: place for place, prompt in enumerate(occurrences(results.prompts))}
+        for name, results in runs.items()
+    }
     prompts = [prompt for prompt in occurrences(first.prompts) if all(prompt in known for known in numbered.values())]
     seeds = [seed for seed in first.seeds if all(seed in results.seeds for results in runs.values())]
     if not prompts or not seeds:
@@ -45,11 +48,16 @@ def compare(runs: Mapping[str, Results], baseline: str | None = None) -> Results
     alike = alike and all(list(results.seeds) == list(first.seeds) for results in runs.values())
     rows: dict[str, Result] = {}
     for run, results in runs.items():
-        places = [numbered[run].index(prompt) for prompt in prompts], [results.seeds.index(seed) for seed in seeds]
+        places = [numbered[run][prompt] for prompt in prompts], [results.seeds.index(seed) for seed in seeds]
         for row in results.rows:
             shared = _shared(row, *places, keep_sets=alike)
-            if not any(other.name == row.name and _same(other, shared) for other in rows.values()):
+            alias = next((name for name, other in rows.items() if _same(other, shared)), None)
+            if alias is None:
                 rows[f"{run}: {row.name}"] = shared
+            else:  # One of them may have been measured by more.
+                other = rows[alias]
+                values, by_image = {**shared.values, **other.values}, {**shared.by_image, **other.by_image}
+                rows[alias] = replace(other, values=values, by_image=by_image)
     base = baseline or next((name for name, row in rows.items() if row.kind == "reference"), next(iter(rows)))
     if base not in rows:
         raise ValueError(f"baseline={base!r} is none of {', '.join(rows)}.")
@@ -92,8 +100,8 @@ def _shared(row: Result, prompts: list[int], seeds: list[int], *, keep_sets: boo
 
 
 def _same(first: Result, second: Result) -> bool:
-    """Whether two rows were measured on the same images: all that was measured of both is equal."""
+    """Whether two rows of one name were measured on the same images: all that was measured of both is equal."""
     names = first.by_image.keys() & second.by_image.keys()
     # Without a value is alike, too.
     pairs = [[torch.tensor(row.by_image[name]).nan_to_num(torch.inf) for row in (first, second)] for name in names]
-    return bool(names) and all(torch.equal(*pair) for pair in pairs)
+    return first.name == second.name and bool(names) and all(torch.equal(*pair) for pair in pairs)
