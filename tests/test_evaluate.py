@@ -230,6 +230,8 @@ def reads_target(images: Tensor, prompts: list[str], target: list[float]) -> lis
         ({"seeds": (1, 1)}, "Two seeds are equal"),
         ({"names": ("a", "a")}, "Two models are equal"),
         ({"reference": "c"}, "none of a, b"),
+        ({"features": [COLORS, COLORS]}, "Two features are equal"),
+        ({"features": [Features("a/b", COLORS)]}, "without a slash"),
         ({"rewards": {"wants": wants_teacher}}, "set reference"),
         ({"rewards": {"reads": reads_target}}, "reads target"),
     ],

@@ -66,7 +66,6 @@ class ImageSet:
 
     Args:
         name: What they are called in tables.
-        kind: ``drawn`` by a model, or ``files`` of a folder.
         read: Gives an image by its number, shape (3, H, W), float32 in [0, 1].
         count: How many there are.
         answers: Whether they are the answers to the prompts that were asked, in order.
@@ -78,7 +77,6 @@ class ImageSet:
     """
 
     name: str
-    kind: str
     read: Callable[[int], Tensor]
     count: int
     answers: bool = True
@@ -154,7 +152,6 @@ def open_folder(source: ImageFolder, asked: int) -> ImageSet:
         )
     return ImageSet(
         name=source.name,
-        kind="files",
         read=lambda number: read_image(files[number]),
         count=len(files),
         answers=len(files) == asked,
@@ -220,7 +217,6 @@ def draw(
 
     return ImageSet(
         name=model.name,
-        kind="drawn",
         read=read,
         count=len(asked),
         trained_on=model.trained_on,

@@ -88,7 +88,7 @@ def evaluate(
     """
     start = time.perf_counter()
     rows = [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
-    judges = _check(models, rows, seeds, reference, rewards or {})
+    judges = _check(models, rows, seeds, reference, rewards or {}, [network.name for network in features])
     texts = [row["prompt"] for row in rows]
     asked = requests(texts, seeds)
     columns = {name: [row[name] for row in rows for _ in seeds] for name in rows[0] if name != "prompt"}
@@ -133,16 +133,19 @@ def _check(
     seeds: Sequence[int],
     reference: str | None,
     rewards: Mapping[str, Callable[..., Any]],
+    networks: Sequence[str],
 ) -> dict[str, PlainReward]:
     """The rewards, ready to be called, if everything that was asked for can be measured."""
     names = [model.name for model in models]
     if not rows or not seeds or not names:
         raise ValueError("There is nothing to evaluate: give at least one model or folder, one prompt and one seed.")
-    for what, values in (("models", names), ("seeds", list(seeds))):
+    for what, values in (("models", names), ("seeds", list(seeds)), ("features", networks)):
         if len({*values}) < len(values):
             raise ValueError(f"Two {what} are equal: {', '.join(map(str, values))}. Name each once.")
     if reference is not None and reference not in names:
         raise ValueError(f"reference={reference!r} is none of {', '.join(names)}.")
+    if any("/" in name for name in networks):
+        raise ValueError(f"The names of features ({', '.join(networks)}) are parts of longer ones: without a slash.")
     judges = {}
     for name, reward in rewards.items():
         if isinstance(reward, DirectionReward) or getattr(reward, "inputs", "images") == "latents":
