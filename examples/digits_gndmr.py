@@ -22,9 +22,9 @@ from transformers import ProgressCallback
 
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.demo.data import TEACHER_FOLDER
+from rdm_rl.demo.metrics import format_rows
+from rdm_rl.demo.report import Report, write_report
 from rdm_rl.demo.run import TEACHER_STEPS, Evaluation, load_teacher, training_prompts
-from rdm_rl.evaluation import format_table, write_report
-from rdm_rl.evaluation.report import Report
 from rdm_rl.rewards import get_reward
 from rdm_rl.rewards.calling import read_answer
 from rdm_rl.trainers.callbacks import QuietProgressCallback
@@ -117,7 +117,7 @@ def main(words: Sequence[str] | None = None) -> None:
         title=f"Digits in one step, with the reward {options.reward}",
     )
     file = write_report(options.output_dir, report)
-    print(format_table(rows))
+    print(format_rows(rows))
     for name, draw in draws.items():
         means = mean_rewards(draw.images, evaluation.prompts)
         print(f"{name}: {', '.join(f'{reward} {mean:.3f}' for reward, mean in means.items())}")

@@ -51,7 +51,7 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], **facts: str) -> Non
     """Write tensors whole or not at all, with some facts and a checksum that :func:`load_tensors` compares."""
     plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
     with written_whole(file) as partial:
-        save_file(plain, partial, {**facts, "checksum": _checksum(plain)})
+        save_file(plain, partial, {**facts, "checksum": tensors_checksum(plain)})
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -65,12 +65,13 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors, facts = {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{str(file)!r} is damaged: {error}. Delete it, and it is made again.") from error
-    if facts.pop("checksum", None) != _checksum(tensors):
+    if facts.pop("checksum", None) != tensors_checksum(tensors):
         raise ValueError(f"{str(file)!r} has changed since it was written. Delete it, and it is made again.")
     return tensors, facts
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of tensors on the CPU, with their names, types and shapes: 32 hexadecimal digits."""
     digest = xxh3_128()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())

@@ -1,5 +1,8 @@
-"""Images as 8-bit pictures."""
+"""Images as 8-bit pictures, and such pictures as images."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -44,3 +47,10 @@ def to_pil(images: Tensor) -> list[Image.Image]:
         (128, 128, 128)
     """
     return [Image.fromarray(pixels) for pixels in to_pixels(images).numpy()]
+
+
+def read_image(file: Path) -> Tensor:
+    """An image file, shape (3, H, W), float32 in [0, 1]."""
+    with Image.open(file) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

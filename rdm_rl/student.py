@@ -52,6 +52,7 @@ KOHYA_LORA = "kohya_lora.safetensors"
 logger = logging.getLogger(__name__)
 _USE_FILE = "student.json"
 _BASE_FILE = "base.json"
+_FACTS_FILE = "training.json"
 _WHAT = {"DiTPipeline": "class_labels=[0]", "DDPMPipeline": "", "DDIMPipeline": ""}
 _GUIDANCE_INSIDE = """The guidance of the teacher is part of the
 student, so it is used with `guidance_scale=1.0`, and with the {steps} steps it was trained for."""
@@ -117,7 +118,7 @@ def save_student(
         networks: Whose policy, as it is.
         num_inference_steps: Steps K of the student.
         base: Name or path of the base model.
-        facts: What else the card says, a row each.
+        facts: What else the card says, a row each, and ``training.json``.
         single_file: What more there is to say of a base that is one file.
         name: The student's name on the hub; None if it has none. What has none is ``path/to/...`` in the card's code.
         sampler: The policy's sampler.
@@ -152,6 +153,7 @@ def save_student(
     student = name or f"path/to/the/student/{folder.name}"
     base_is_on_hub = base.count("/") == 1
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
+    (folder / _FACTS_FILE).write_text(json.dumps(facts, default=str), encoding="utf-8")
     if lora:
         config = {} if single_file is None else {"model_config": public_name(single_file.model_config)}
         (folder / _BASE_FILE).write_text(json.dumps({"base": base, **config}), encoding="utf-8")
@@ -191,7 +193,7 @@ def _files_of(folder: Path) -> list[Path]:
     """The files of a student, in a folder that may be a run's and hold much else."""
     index = folder / "model_index.json"
     parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else ["scheduler"]
-    names = (index.name, DIFFUSERS_LORA, KOHYA_LORA, _USE_FILE, _BASE_FILE, "README.md")
+    names = (index.name, DIFFUSERS_LORA, KOHYA_LORA, _USE_FILE, _BASE_FILE, _FACTS_FILE, "README.md")
     files = [folder / name for name in names]
     files += [file for part in parts if (folder / part).is_dir() for file in (folder / part).rglob("*")]
     return [file for file in files if file.is_file()]
@@ -256,9 +258,28 @@ def model_config_of(folder: str | Path) -> str | None:
     return _base_facts(folder).get("model_config")
 
 
+def call_of(folder: str | Path) -> dict[str, Any]:
+    """The arguments beside the prompt that a saved student is drawn with; none if its folder does not say."""
+    return _read_facts(Path(folder) / _USE_FILE)
+
+
+def rewards_of(folder: str | Path) -> tuple[str, ...]:
+    """Names of the rewards that a saved student was trained on; none if its folder does not say."""
+    listed = str(training_facts(folder).get("rewards", "")).partition(", combined by ")[0]
+    return tuple(name.partition(" (weight ")[0] for name in listed.split(", ") if name)
+
+
+def training_facts(folder: str | Path) -> dict[str, Any]:
+    """What the card of a saved student says of its training, by name."""
+    return _read_facts(Path(folder) / _FACTS_FILE)
+
+
 def _base_facts(folder: str | Path) -> dict[str, str]:
-    file = Path(folder) / _BASE_FILE
-    facts: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return _read_facts(Path(folder) / _BASE_FILE)
+
+
+def _read_facts(file: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return facts
 
 
@@ -297,8 +318,9 @@ def load_student(
     else:
         raise FileNotFoundError(f"{str(folder)!r} holds neither {DIFFUSERS_LORA} nor model_index.json.")
     pipeline.set_progress_bar_config(disable=True)
-    if (folder / _USE_FILE).is_file():
-        return SavedStudent(pipeline, json.loads((folder / _USE_FILE).read_text(encoding="utf-8")))
+    call = call_of(folder)
+    if call:
+        return SavedStudent(pipeline, call)
     if "original_inference_steps" not in pipeline.scheduler.config:
         raise ValueError(f"{str(folder)!r} holds no student: nothing in it says how many steps it takes.")
     steps = int(pipeline.scheduler.config.original_inference_steps)

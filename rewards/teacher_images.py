@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,8 +32,6 @@ from rdm_rl.rewards.images import ImageDecoder
 
 logger = logging.getLogger(__name__)
 
-# Only files of these names are ever removed: the folder may hold others.
-_FILES = "teacher-image-*.png"
 _STALE_AFTER_SECONDS = 3600
 # A full cache is emptied to this share of its limit, and the folder is looked at again after this process wrote what is
 # missing from it, or as much of the limit: not every new image starts a search.
@@ -41,6 +40,8 @@ _KEPT_SHARE = 0.9
 
 class TeacherCache:
     """Teacher images in a folder, one PNG file for each teacher, prompt and initial noise.
+
+    A subclass may keep images of anything else that a prompt and a seed determine.
 
     Any number of processes may use one folder, and be killed while they write. A file says for which teacher, prompt
     and seed it is and holds a checksum of its pixels. One that does not fit, or cannot be read, counts as missing: a
@@ -66,18 +67,24 @@ class TeacherCache:
         (True, tensor([255,   0,   0], dtype=torch.uint8))
     """
 
+    what: ClassVar[str] = "teacher image"
+    """What it keeps. Files are named by it, and none of another name is ever removed: the folder may hold others."""
+
+    setting: ClassVar[str] = "teacher_cache_dir"
+    """What the user set to the folder."""
+
     def __init__(self, folder: str | Path, key: str, size_limit: float | None = None) -> None:
         """Check that files can be written, and remove what is too old or too much."""
         self.folder, self.key, self.size_limit = Path(folder), key, size_limit
         self._warned = False
         try:
-            with written_whole(self.folder / "teacher-image-probe") as probe:
+            with written_whole(self.folder / f"{self._stem}-probe") as probe:
                 probe.touch()
-            _remove(self.folder / "teacher-image-probe")
+            _remove(self.folder / f"{self._stem}-probe")
         except OSError as error:
             raise OSError(
-                f"Teacher images cannot be kept in {str(folder)!r}: {error}. Set teacher_cache_dir to a folder that "
-                "this user may write to, or to None to keep none."
+                f"{self.what.capitalize()}s cannot be kept in {str(folder)!r}: {error}. Set {self.setting} to a folder "
+                "that this user may write to, or to None to keep none."
             ) from error
         self._make_room()
 
@@ -95,10 +102,10 @@ class TeacherCache:
         except FileNotFoundError:
             return None
         except Exception as error:  # Pillow has errors of many kinds for damaged files.
-            logger.warning("The teacher image %s cannot be read (%s). It is made again.", file, error)
+            logger.warning("The %s %s cannot be read (%s). It is made again.", self.what, file, error)
             return None
         if not right:
-            logger.warning("The file %s is not the teacher image that its name says. It is made again.", file)
+            logger.warning("The file %s is not the %s that its name says. It is made again.", file, self.what)
             return None
         with suppress(OSError):  # Another process may have removed it since, or own it.
             os.utime(file)
@@ -118,14 +125,20 @@ class TeacherCache:
                 self._room -= file.stat().st_size
         except OSError as error:
             if not self._warned:
-                logger.warning("Teacher images are not kept in %s: %s. This is said once.", self.folder, error)
+                logger.warning(
+                    "%ss are not kept in %s: %s. This is said once.", self.what.capitalize(), self.folder, error
+                )
             self._warned = True
         if self._room < 0:
             self._make_room()
 
+    @property
+    def _stem(self) -> str:
+        return self.what.replace(" ", "-")
+
     def _file(self, prompt: str, noise_seed: int) -> Path:
         name = fingerprint(None, key=self.key, prompt=prompt, noise_seed=noise_seed)
-        return self.folder / name[:2] / f"teacher-image-{name}.png"
+        return self.folder / name[:2] / f"{self._stem}-{name}.png"
 
     def _labels(self, prompt: str, noise_seed: int, pixels: Tensor) -> dict[str, str]:
         """The text that a file carries beside its picture."""
@@ -138,12 +151,12 @@ class TeacherCache:
 
     def _make_room(self) -> None:
         """Remove what killed writers left, and the images used longest ago if there are too many."""
-        for file in self.folder.glob(f"*/{_FILES}.*.partial"):
+        for file in self.folder.glob(f"*/{self._stem}-*.png.*.partial"):
             if _facts(file)[0] < (time.time() - _STALE_AFTER_SECONDS) * 1e9:
                 _remove(file)
         self._room = float("inf")
         if self.size_limit is not None:
-            pictures = sorted((*_facts(file), file) for file in self.folder.glob(f"*/{_FILES}"))
+            pictures = sorted((*_facts(file), file) for file in self.folder.glob(f"*/{self._stem}-*.png"))
             total = sum(size for _, size, _ in pictures)
             allowed = self.size_limit
             if total > allowed:  # The newest image stays if the limit allows for it at all.

@@ -14,8 +14,9 @@ from rdm_rl.demo.data import (
     mixed_prompts,
 )
 from rdm_rl.demo.recognisers import digit_accuracy, digit_features
+from rdm_rl.demo.report import read_rows
 from rdm_rl.demo.run import Evaluation, demo_config, load_teacher, run_demo, stock_schedulers, training_prompts
-from rdm_rl.evaluation import frechet_distance, read_rows
+from rdm_rl.evaluation import frechet_distance
 from rdm_rl.evaluation.pictures import PANELS
 
 

@@ -11,18 +11,10 @@ import torch
 from PIL import Image
 
 from rdm_rl.demo.data import load_digits
-from rdm_rl.demo.judge import judge
-from rdm_rl.evaluation import (
-    Report,
-    SamplerMetrics,
-    first_of_each,
-    format_table,
-    image_grid,
-    read_rows,
-    training_curves,
-    write_report,
-)
-from rdm_rl.evaluation.metrics import summarize
+from rdm_rl.demo.judge import first_of_each, judge
+from rdm_rl.demo.metrics import SamplerMetrics, format_rows, summarize
+from rdm_rl.demo.report import Report, cautions, headlines, html_report, metrics_json, read_rows, write_report
+from rdm_rl.evaluation import image_grid, training_curves
 from rdm_rl.evaluation.pictures import (
     DARK,
     LIGHT,
@@ -34,7 +26,6 @@ from rdm_rl.evaluation.pictures import (
     present_panels,
     tiled,
 )
-from rdm_rl.evaluation.report import cautions, headlines, html_report, metrics_json
 
 TRAIN, HELD_OUT = load_digits("train"), load_digits("held_out")
 COUNT = 400
@@ -186,7 +177,7 @@ def test_table_marks_the_best_and_lets_real_images_stand_aside() -> None:
         a_row("near", distance_to_data=2.0, density=1.3),
         a_row("far", distance_to_data=3.0, density=0.9),
     ]
-    table = format_table(rows)
+    table = format_rows(rows)
     assert "2.00*" in table
     assert "0.90*" in table
     assert "1.00*" not in table
@@ -196,7 +187,7 @@ def test_table_marks_the_best_and_lets_real_images_stand_aside() -> None:
 
 def test_values_that_print_alike_share_the_mark_unless_all_do() -> None:
     rows = [a_row("a", recall=0.501, precision=0.7), a_row("b", recall=0.502, precision=0.7), a_row("c", recall=0.4)]
-    table = format_table(rows)
+    table = format_rows(rows)
     assert table.count("0.50*") == 2
     assert "0.70*" not in table
 
@@ -204,9 +195,9 @@ def test_values_that_print_alike_share_the_mark_unless_all_do() -> None:
 def test_a_full_table_fits_a_terminal() -> None:
     full = {name: 0.123 for name in ("distance_to_teacher", "precision", "recall", "density", "coverage", "accuracy")}
     rows = [a_row(name, distance_to_data=123.45, **full) for name in ("real training digits", "b", "b", "b")]
-    assert max(map(len, format_table(rows).splitlines())) <= 120
-    assert "Means of up to 3 repetitions" in format_table(rows)
-    assert "±" in format_table(rows, max_width=300)
+    assert max(map(len, format_rows(rows).splitlines())) <= 120
+    assert "Means of up to 3 repetitions" in format_rows(rows)
+    assert "±" in format_rows(rows, max_width=300)
 
 
 # Pictures

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from rdm_rl.cli.main import main
-from rdm_rl.cli.rewards import read_image, reward_info, rewards_as_markdown
+from rdm_rl.cli.rewards import reward_info, rewards_as_markdown
 from rdm_rl.cli.train import make_rewards
+from rdm_rl.pixels import read_image
 from rdm_rl.rewards.registry import list_rewards, register_reward, unregister_reward
 
 PAGE = Path(__file__).parent.parent / "docs" / "rewards.md"

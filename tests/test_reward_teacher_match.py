@@ -1,6 +1,5 @@
 """Matches with the teacher's images: against values computed by hand, with tiny random models of the architectures."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,10 @@ from transformers import (
     ConvNextModel,
     ConvNextV2Config,
     ConvNextV2Model,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
     RegNetConfig,
     RegNetModel,
     ResNetConfig,
     ResNetForImageClassification,
-    ViTConfig,
-    ViTModel,
 )
 
 from rdm_rl.records import Conditioning, PromptBatch
@@ -41,19 +32,12 @@ from rdm_rl.rewards.teacher_match import (
     histogram,
 )
 from tests.helpers import QUICK, WITHOUT_RDM, changed, declare, one_rollout, quick_trainer, trained_weights
-from tests.tiny_rewards import save_clip, sharpen
+from tests.tiny_rewards import MEAN, STD, TRANSFORMERS, save_clip, save_settings, save_transformer
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PROMPTS = ["a red fox", "two cats", "a dog", ""]
 NETWORKS = ["clip", "dino", "dino class", "perceptual"]
 NAMES = [*NETWORKS, "mse", "histogram"]
 BEST = {"clip": 1.0, "dino": 1.0, "dino class": 1.0, "perceptual": 0.0, "mse": 0.0, "histogram": 0.0}
-TRANSFORMERS = {
-    "dinov2": (Dinov2Model, Dinov2Config),
-    "dinov2_with_registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig),
-    "dinov3_vit": (DINOv3ViTModel, DINOv3ViTConfig),
-    "vit": (ViTModel, ViTConfig),
-}
 CONVOLUTIONS = {
     "resnet": (ResNetForImageClassification, ResNetConfig, {"embedding_size": 16, "layer_type": "bottleneck"}),
     "regnet": (RegNetModel, RegNetConfig, {"embedding_size": 16, "groups_width": 8}),
@@ -70,22 +54,6 @@ def pairs(count: int = 4, height: int = 28, width: int = 28, dtype: torch.dtype 
     """Images of the student and of the teacher that have something in common, far from 0 and 1."""
     teacher = 0.3 + 0.4 * draw(count, 3, height, width, seed=1)
     return (teacher + 0.2 * (draw(count, 3, height, width, seed=2) - 0.5)).to(dtype), teacher.to(dtype)
-
-
-def save_settings(folder: Path, size: Any, **settings: Any) -> None:
-    settings |= {"size": size, "image_mean": MEAN, "image_std": STD, "resample": 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-
-
-def save_transformer(folder: Path, kind: str = "dinov2") -> Path:
-    """A tiny saved vision transformer with 16 patches; it reads the middle 28 of 32 pixels."""
-    model, config = TRANSFORMERS[kind]
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sharpen(model(config(**sizes, image_size=28, patch_size=7))).save_pretrained(folder)
-    save_settings(folder, {"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
-    return folder
 
 
 def save_convolutions(folder: Path, kind: str = "resnet") -> Path:

@@ -225,7 +225,7 @@ def test_a_student_in_a_runs_folder_is_its_own_files_alone(base: Path, tmp_path:
     (tmp_path / "notes.safetensors").touch()
     trainer.save_model()
     assert {*read_manifest(tmp_path)["files"]} == {
-        *("README.md", "student.json", "base.json", "scheduler/scheduler_config.json"),
+        *("README.md", "student.json", "base.json", "training.json", "scheduler/scheduler_config.json"),
         *("pytorch_lora_weights.safetensors", "kohya_lora.safetensors"),
     }
 

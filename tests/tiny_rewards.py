@@ -1,4 +1,6 @@
-"""Tiny saved CLIP and SigLIP models, for the rewards that are built on them."""
+"""Tiny saved CLIP and SigLIP models and vision transformers, for rewards and features that are built on them."""
+
+import json
 
 import torch
 import transformers
@@ -9,6 +11,15 @@ from tests.helpers import tiny_tokenizer
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 190}
 VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+# What the names of their classes begin with.
+TRANSFORMERS = {
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+    "dinov3_vit": "DINOv3ViT",
+    "vit": "ViT",
+}
 
 
 def sharpen(model):
@@ -42,3 +53,28 @@ def save_clip(folder, kind="clip", *, processor=True):
         tokenizer.save_pretrained(folder)
         images.save_pretrained(folder)
     return folder, model.eval(), tokenizer, images
+
+
+def save_settings(folder, size, **settings):
+    """How a model's images are prepared, as transformers saves it."""
+    settings |= {"size": size, "image_mean": MEAN, "image_std": STD, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def save_transformer(folder, kind="dinov2"):
+    """A tiny saved vision transformer with 16 patches; it reads the middle 28 of 32 pixels."""
+    model, config = (getattr(transformers, f"{TRANSFORMERS[kind]}{part}") for part in ("Model", "Config"))
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sharpen(model(config(**sizes, image_size=28, patch_size=7))).save_pretrained(folder)
+    save_settings(folder, {"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    return folder
+
+
+def brightness(images, prompts):
+    """A differentiable reward of images: how bright they are."""
+    return images.mean((1, 2, 3))
+
+
+brightness.differentiable = True

@@ -1,7 +1,8 @@
-"""The command line: ``rdm-rl demo``, ``train``, ``plan``, ``sample``, ``export``, ``checkpoint``, ``evaluate``, ..."""
+"""The command line: ``rdm-rl demo``, ``train``, ``plan``, ``sample``, ``export``, ``evaluate``, ``compare``, ..."""
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ def _command(words: list[str]) -> int | None:
         plan_command(words[1:])
     else:
         options = _parser().parse_args(words)
+        options.command = shlex.join(["rdm-rl", *words])
         status: int | None = options.run(options)
         return status
     return None
@@ -89,8 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="distil the embedded teacher and report how well it went")
-    demo.add_argument("--output_dir", type=Path, default=Path("demo-output"), help="where everything goes")
+    demo.add_argument("--output_dir", type=Path, help="where everything goes; default: demo-output")
     demo.add_argument("--seed", type=int, default=0, help="seed of training and evaluation")
+    judged = "judge this saved student of the embedded teacher instead of training any; repeat for more"
+    demo.add_argument("--student", type=Path, action="append", help=judged)
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0], help="with --student: one repetition for each")
     demo.set_defaults(run=_demo)
 
     commands.add_parser("train", help="distil a pipeline; `rdm-rl train --help` lists every setting", add_help=False)
@@ -122,11 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("folder", type=Path, help="a run's folder, a checkpoint, or what save_model wrote")
     checkpoint.set_defaults(run=_checkpoint)
 
-    evaluate = commands.add_parser("evaluate", help="judge saved students of the embedded teacher")
-    evaluate.add_argument("--student", type=Path, action="append", required=True, help="folder; repeat for more")
-    evaluate.add_argument("--seeds", type=int, nargs="+", default=[0], help="one repetition for each")
-    evaluate.add_argument("--output_dir", type=Path, help="also write a report here")
-    evaluate.set_defaults(run=_evaluate)
+    _add_evaluate(commands.add_parser("evaluate", help="compare students and images with their teacher, and report"))
+    compare = commands.add_parser("compare", help="put evaluations side by side, paired by prompt")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="folder that `evaluate` wrote, or name=folder")
+    compare.add_argument("--baseline", help="'RUN: ROW' that the others are compared with; default: the first teacher")
+    compare.add_argument("--output_dir", type=Path, help="also write a report here")
+    compare.set_defaults(run=_compare)
 
     _add_rewards(commands.add_parser("rewards", help="list the rewards, or try one on images"))
     methods = commands.add_parser("methods", help="list the methods and the settings that make them")
@@ -134,6 +140,33 @@ def _parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="print versions and devices, for a bug report")
     env.set_defaults(run=_env)
     return parser
+
+
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    what = "folder that save_model wrote, or of images; name=folder to name it"
+    evaluate.add_argument("students", nargs="+", metavar="STUDENT", help=what)
+    evaluate.add_argument("--prompts", help="file, folder or hub name, as --dataset of `rdm-rl train`")
+    evaluate.add_argument("--prompt", action="append", help="a prompt; repeat for more")
+    evaluate.add_argument("--num_prompts", type=int, help="use only the first so many")
+    evaluate.add_argument("--seeds", type=int, nargs="+", default=[0], help="an image of each prompt for each")
+    evaluate.add_argument("--model", help="base pipeline of LoRA students; default: what their folders name")
+    evaluate.add_argument("--model_config", help=_CONFIG_HELP)
+    evaluate.add_argument("--teacher", help="pipeline to compare with; default: the base of the students; or none")
+    evaluate.add_argument("--teacher_steps", type=int, default=50, help="steps of the teacher")
+    evaluate.add_argument("--teacher_guidance_scale", type=float, help="default: that of the first student's training")
+    evaluate.add_argument("--reference", help="name of another student or folder to compare with")
+    evaluate.add_argument("--real_images", type=Path, help="folder of real images to compare with, too")
+    networks = "image models of transformers, or module:attribute; default: DINOv2 and CLIP, both ViT-L/14"
+    default = ["facebook/dinov2-large", "openai/clip-vit-large-patch14"]
+    evaluate.add_argument("--features", nargs="*", default=default, help=networks)
+    evaluate.add_argument("--rewards", nargs="*", default=[], help="names, module:attribute or path.py:attribute")
+    evaluate.add_argument("--reward_options", help="options by reward, as JSON")
+    evaluate.add_argument("--output_dir", type=Path, default=Path("evaluation"), help="where the report goes")
+    evaluate.add_argument("--cache_dir", type=Path, help="where drawn images are kept; default: images in output_dir")
+    evaluate.add_argument("--batch_size", type=int, default=8, help="most images at a time")
+    evaluate.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    evaluate.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the models")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _add_rewards(rewards: argparse.ArgumentParser) -> None:
@@ -162,9 +195,12 @@ def _load_silently() -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     _load_silently()
-    from rdm_rl.demo.run import run_demo
+    from rdm_rl.demo.run import evaluate_students, run_demo
 
-    run_demo(options.output_dir, seed=options.seed)
+    if options.student:
+        evaluate_students(options.student, options.seeds, options.output_dir)
+    else:
+        run_demo(options.output_dir or "demo-output", seed=options.seed)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -174,7 +210,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     dtype: torch.dtype = getattr(torch, options.dtype)
     config = options.model_config or model_config_of(options.student)
-    student = load_student(options.student, options.model or _base_of(options.student), dtype, config)
+    student = load_student(options.student, options.model or base_model(options.student), dtype, config)
     student.pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
@@ -194,7 +230,7 @@ def _export(options: argparse.Namespace) -> None:
     from rdm_rl.student import base_of, model_config_of
 
     source = Path(options.student)
-    model = options.model or (_base_of(source) if base_of(source) else None)
+    model = options.model or (base_model(source) if base_of(source) else None)
     name = source.resolve().name.removesuffix(".safetensors")
     output = options.output or Path(f"{name}-{options.format}.safetensors")
     config = options.model_config or model_config_of(source)
@@ -208,7 +244,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
     return print_states(options.folder)
 
 
-def _base_of(student: Path) -> str:
+def base_model(student: Path) -> str:
     """The model that a student belongs to, as far as its folder says so."""
     from rdm_rl.demo.data import TEACHER_FOLDER
     from rdm_rl.student import base_of
@@ -223,9 +259,15 @@ def _base_of(student: Path) -> str:
 
 def _evaluate(options: argparse.Namespace) -> None:
     _load_silently()
-    from rdm_rl.demo.run import evaluate_students
+    from rdm_rl.cli.evaluate import evaluate_command
 
-    evaluate_students(options.student, options.seeds, options.output_dir)
+    evaluate_command(options, options.command)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from rdm_rl.cli.evaluate import compare_command
+
+    compare_command(options, options.command)
 
 
 def _list_rewards(options: argparse.Namespace) -> None:
@@ -262,7 +304,7 @@ def _methods(options: argparse.Namespace) -> None:
 def _env(options: argparse.Namespace) -> None:
     import torch
 
-    from rdm_rl.evaluation.report import library_versions
+    from rdm_rl.evaluation.page import library_versions
 
     for name, version in library_versions().items():
         print(f"{name:16} {version}")

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
+from rdm_rl.pixels import read_image
 from rdm_rl.records import Conditioning, PromptBatch
 from rdm_rl.rewards.calling import EXTRAS, PlainReward
 from rdm_rl.rewards.protocol import DirectionReward, RewardInfo
@@ -67,13 +65,6 @@ def print_rewards() -> None:
             print(f"{name:{width}}  {kind:9}  {info.description}")
         except ModuleNotFoundError as error:  # Of another package's reward; the others are still worth showing.
             print(f"{name:{width}}  {'?':9}  {error}")
-
-
-def read_image(file: Path) -> Tensor:
-    """An image file, shape (3, H, W), float32 in [0, 1]."""
-    with Image.open(file) as image:
-        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def try_reward(

@@ -8,7 +8,7 @@ results are reported on B and C. None of them is ever a reward. Network D, which
 Images are of shape (N, 3, 32, 32), in [0, 1], of any floating type and on any device; answers are on the CPU.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rdm_rl.demo.data import NETWORKS_FILE
+from rdm_rl.evaluation.features import Features
 
 WIDTHS = {"A": 16, "B": 20, "C": 24}
 
@@ -95,6 +96,10 @@ def recognised_digits(images: Tensor) -> Tensor:
     """
     logits: Tensor = load_network("C")(images.float().cpu())
     return logits.argmax(1)
+
+
+FEATURES = Features("digits B", partial(digit_features, "B"))
+"""The features that results are reported in, for :func:`rdm_rl.evaluation.evaluate`."""
 
 
 def digit_accuracy(images: Tensor, labels: Tensor) -> float:

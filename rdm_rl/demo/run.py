@@ -21,9 +21,8 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from rdm_rl.demo.data import TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
 from rdm_rl.demo.judge import judge
-from rdm_rl.evaluation.metrics import Kind, SamplerMetrics
-from rdm_rl.evaluation.report import Report, write_report
-from rdm_rl.evaluation.tables import format_table
+from rdm_rl.demo.metrics import Kind, SamplerMetrics, format_rows
+from rdm_rl.demo.report import Report, write_report
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.student import SavedStudent, load_student
 from rdm_rl.trainers.callbacks import QuietProgressCallback
@@ -302,7 +301,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, students: Sequence[int] =
         seconds=time.perf_counter() - start,
     )
     file = write_report(folder, report)
-    print(f"\n{format_table(rows)}\n\nThe students are the averaged (EMA) policies.")
+    print(f"\n{format_rows(rows)}\n\nThe students are the averaged (EMA) policies.")
     print(f"{report.seconds:.0f} s on {torch.get_num_threads()} threads. Open {file}")
     return file
 
@@ -331,4 +330,4 @@ def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir:
     if output_dir is not None:
         report = Report(rows=rows, pictures=pictures, picture_labels=captions, seeds={"repetitions": list(seeds)})
         write_report(output_dir, report)
-    print(format_table(rows))
+    print(format_rows(rows))

@@ -55,27 +55,6 @@ DARK = Theme(
 # --- Grids of samples -------------------------------------------------------------------------------------------------
 
 
-def first_of_each(images: Tensor, labels: Tensor, count: int = 2) -> Tensor:
-    """The first images of each digit, shape (count, 10, C, H, W): what a grid shows, without anybody choosing.
-
-    Args:
-        images: Images, shape (N, C, H, W).
-        labels: The digit that each shows or was asked to show, shape (N,), int64 in 0..9.
-        count: How many of each digit.
-
-    Raises:
-        ValueError: If a digit has fewer images than that.
-
-    Example:
-        >>> first_of_each(torch.zeros(40, 3, 8, 8), torch.arange(40) % 10, count=2).shape
-        torch.Size([2, 10, 3, 8, 8])
-    """
-    rows = [(labels.cpu() == digit).nonzero().flatten()[:count] for digit in range(10)]
-    if any(len(row) < count for row in rows):
-        raise ValueError(f"Every digit needs at least {count} images; got {[len(row) for row in rows]} for 0 to 9.")
-    return images.cpu()[torch.stack(rows, 1)]
-
-
 def tiled(images: Tensor, *, gap: int = 0) -> Image.Image:
     """Images side by side and row upon row, one image pixel to a pixel.
 
@@ -396,13 +375,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, History], theme: Th
     _scale_axis(axes, panel, everything)
     axes.set_title(panel.title, fontsize=10, color=theme.ink, loc="left", fontweight="bold")
     axes.set_xlabel("step", fontsize=8, color=theme.ink)
-    axes.set_facecolor(theme.background)
-    axes.grid(True, color=theme.faint, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=theme.ink, labelsize=8, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.faint)
+    _plain_axes(axes, theme)
     lines = len(axes.get_legend_handles_labels()[1])
     # Two lines leave room for a legend among them, more do not.
     place = {"loc": "best"} if lines < 3 else {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
@@ -410,6 +383,17 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, History], theme: Th
         axes.legend(
             fontsize=7.5, labelcolor=theme.ink, facecolor=theme.background, edgecolor="none", framealpha=0.75, **place
         )
+
+
+def _plain_axes(axes: Axes, theme: Theme) -> None:
+    """Axes without a frame, on a grid, in the colours of the theme."""
+    axes.set_facecolor(theme.background)
+    axes.grid(True, color=theme.faint, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=theme.ink, labelsize=8, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.faint)
 
 
 def _scale_axis(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
@@ -471,3 +455,62 @@ def training_curves(histories: Mapping[str, History] | History, path: Path | str
         return None
     curves_figure(panels, histories).savefig(path, format="png", dpi=110)
     return Path(path)
+
+
+# --- Two numbers against each other -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model in a plot of two numbers.
+
+    Args:
+        name: What stands beside it.
+        x: Horizontal place.
+        y: Vertical place.
+        x_error: Half the interval of ``x``; NaN for none.
+        y_error: Half the interval of ``y``; NaN for none.
+        hollow: Whether the dot is drawn as a ring.
+    """
+
+    name: str
+    x: float
+    y: float
+    x_error: float
+    y_error: float
+    hollow: bool = False
+
+
+def points_figure(points: Sequence[Point], *, x_label: str, y_label: str, theme: Theme = LIGHT) -> Figure:
+    """A figure of some models by two numbers, with their intervals.
+
+    Args:
+        points: The models.
+        x_label: What is to the right.
+        y_label: What is up.
+        theme: The colours.
+    """
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained", facecolor=theme.background)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, point in enumerate(points):
+        color = theme.lines[number % len(theme.lines)]
+        errors = [None if not isfinite(error) else [error] for error in (point.x_error, point.y_error)]
+        face = theme.background if point.hollow else color
+        axes.errorbar(
+            [point.x], [point.y], xerr=errors[0], yerr=errors[1], fmt="o", color=color, markerfacecolor=face, capsize=3
+        )
+        axes.annotate(
+            point.name,
+            (point.x, point.y),
+            (7, 7),
+            textcoords="offset points",
+            fontsize=9,
+            color=theme.ink,
+            clip_on=False,
+        )
+    axes.margins(0.2)
+    axes.set_xlabel(x_label, fontsize=9, color=theme.ink)
+    axes.set_ylabel(y_label, fontsize=9, color=theme.ink)
+    _plain_axes(axes, theme)
+    return figure

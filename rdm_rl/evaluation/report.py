@@ -1,454 +1,338 @@
-"""The report of the demo: one folder that a stranger can open, and a program can read.
+"""The report of an evaluation: ``report.html`` for people, ``report.md`` to be quoted, ``results.json`` for programs.
 
-``report.html`` needs nothing but itself: pictures are inlined, there is no script, and its content security policy
-forbids any request. ``report.md``, ``metrics.json``, ``samples.png`` and ``curves.png`` hold the same for others.
+The page needs nothing but itself. What it shows is in the results but for the pictures.
 """
 
-import json
-import platform
-from base64 import b64encode
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from html import escape
-from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
-from io import BytesIO
-from math import isfinite, isnan, nan
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, isfinite, isnan, log10, nan
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-import rdm_rl
-from rdm_rl.evaluation.metrics import FLOAT_FIELDS, SamplerMetrics, Summary, summarize
-from rdm_rl.evaluation.pictures import (
-    DARK,
-    LIGHT,
-    History,
-    Panel,
-    curves_figure,
-    image_grid,
-    present_panels,
-    tiled,
-    training_curves,
-)
-from rdm_rl.evaluation.tables import html_table, markdown_table
+from rdm_rl.evaluation.page import data_uri, drawn_panels, render
+from rdm_rl.evaluation.pictures import DARK, LIGHT, History, Point, image_grid, points_figure
+from rdm_rl.evaluation.results import RESULTS_FILE, Result, Results
+from rdm_rl.evaluation.tables import Better, Column, Row, format_table, markdown_table, table_cells
+from rdm_rl.pixels import to_pil
+from rdm_rl.rewards.preprocessing import resize
 
-SCHEMA_VERSION = 1
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
-DEFAULT_SUMMARY = (
-    "A teacher, a tiny text-to-image diffusion model of handwritten digits, needs many denoising steps for an image. "
-    "Students with the same architecture were trained to draw from the same distribution in a few steps: each update "
-    "moves the student's images where the teacher finds them more likely than a network that tracks the student does. "
-    "Then every sampler drew images for the same prompts, and recognisers that took no part in training compared them "
-    "with held-out real digits and with the teacher's own."
-)
+_LONGEST_SIDE = 320
+# Titles of what two sets are compared by, and which values are better.
+_SET_METRICS: dict[str, tuple[str, Better]] = {
+    "frechet": ("Fréchet distance", "lower"),
+    "kernel": ("kernel distance", "lower"),
+    "precision": ("precision", "higher"),
+    "recall": ("recall", "higher"),
+    "density": ("density", "near 1"),
+    "coverage": ("coverage", "higher"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """Everything that a report shows.
+class Table:
+    """One table of a report.
 
     Args:
-        rows: Measurements in the order of the table; rows of the same name are repetitions. Put real images first,
-            then the teacher, then the students.
-        pictures: For each caption, images of shape (M, 3, H, W) or (R, M, 3, H, W), in [0, 1], with the same M, H and
-            W. The report says that nobody chose them: pass the first ones, see :func:`first_of_each`.
-        picture_labels: A caption for each of the M columns.
-        histories: The trainer's log history for each run.
-        settings: The settings of the run, by group or directly; values that JSON lacks are written as text. Never
-            pass a token.
-        seeds: Every seed that was used, by its purpose.
-        command: The command that makes this report again.
-        title: The heading.
-        summary: What was done, in about three sentences.
-        network: The recogniser that gave the features.
-        seconds: How long everything took, or NaN.
-
-    Raises:
-        ValueError: If there is no measurement.
+        title: Its heading.
+        note: How to read it.
+        columns: Its columns.
+        rows: Its rows.
     """
 
-    rows: Sequence[SamplerMetrics]
-    pictures: Mapping[str, Tensor] = field(default_factory=dict)
-    picture_labels: Sequence[str] = tuple("0123456789")
-    histories: Mapping[str, History] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    seeds: Mapping[str, Any] = field(default_factory=dict)
-    command: str = ""
-    title: str = "Few-step digits by distribution matching as a reward"
-    summary: str = DEFAULT_SUMMARY
-    network: str = "B"
-    seconds: float = nan
-
-    def __post_init__(self) -> None:
-        """Check that there is something to report."""
-        if not self.rows:
-            raise ValueError("A report needs at least one row of measurements; pass what `judge` returns in `rows`.")
+    title: str
+    note: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
 
 
-def write_report(folder: Path | str, report: Report) -> Path:
-    """The path of ``report.html``, written with ``report.md``, ``metrics.json``, ``samples.png`` and ``curves.png``.
+def write_report(
+    folder: str | Path,
+    results: Results,
+    pictures: Mapping[str, Sequence[Tensor]] | None = None,
+    *,
+    histories: Mapping[str, History] | None = None,
+    command: str = "",
+) -> Path:
+    """The path of ``report.html``, written with ``report.md``, ``results.json`` and, if there are any, ``samples.png``.
 
-    The folder is made if it does not exist, and files of an earlier report are overwritten. The two pictures are only
-    written if there is something to show.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> row = SamplerMetrics(name="student, 4 steps", num_images=500, distance_to_data=6.5)
-        >>> write_report(mkdtemp(), Report(rows=[row])).name
-        'report.html'
+    Args:
+        folder: Where to; made if needed.
+        results: What was measured.
+        pictures: The first images of each model by its name, shape (3, H, W).
+        histories: Logs of the models' training, by name.
+        command: The command that makes this report again.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if report.pictures:
-        image_grid(report.pictures, report.picture_labels).save(folder / "samples.png")
-    curves = training_curves(report.histories, folder / "curves.png")
-    (folder / "metrics.json").write_text(metrics_json(report), encoding="utf-8")
-    (folder / "report.md").write_text(markdown_report(report, has_curves=curves is not None), encoding="utf-8")
+    small = {name: [_thumbnail(image) for image in images] for name, images in (pictures or {}).items()}
+    shapes = {image.shape for images in small.values() for image in images}
+    if len(shapes) == 1:
+        count = min(map(len, small.values()))
+        grid = {name: torch.stack(list(images)[:count]) for name, images in small.items()}
+        image_grid(grid, list(results.prompts[:count])).save(folder / "samples.png")
+    (folder / RESULTS_FILE).write_text(results.to_json(), encoding="utf-8")
+    (folder / "report.md").write_text(markdown_report(results, command, has_grid=len(shapes) == 1), encoding="utf-8")
     path = folder / "report.html"
-    path.write_text(html_report(report), encoding="utf-8")
+    path.write_text(html_report(results, small, histories or {}, command), encoding="utf-8")
     return path
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------------
+# --- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def library_versions() -> dict[str, str]:
-    """The versions of Python, of this library and of those it computes with, and the kind of machine.
-
-    Example:
-        >>> library_versions()["rdm_rl"] == rdm_rl.__version__
-        True
-    """
-    versions = {"python": platform.python_version(), "rdm_rl": rdm_rl.__version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return versions | {"system": f"{platform.system()} {platform.machine()}", "cuda_device": accelerator}
-
-
-def metrics_json(report: Report) -> str:
-    """The numbers of a report as strict JSON: what is not finite becomes null.
-
-    Example:
-        >>> row = SamplerMetrics(name="a", num_images=9, recall=0.5)
-        >>> json.loads(metrics_json(Report(rows=[row])))["rows"][0]["precision"] is None
-        True
-    """
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "title": report.title,
-        "network": report.network,
-        "rows": [asdict(row) for row in report.rows],
-        "settings": report.settings,
-        "seeds": report.seeds,
-        "versions": library_versions(),
-        "command": report.command,
-        "seconds": report.seconds,
-    }
-    return json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """A value in terms of JSON."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def read_rows(file: Path | str) -> list[SamplerMetrics]:
-    """The measurements in a ``metrics.json``, to compare reports or to put several into one table; null becomes NaN.
-
-    Raises:
-        ValueError: If the file was written for another version of the format.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> row = SamplerMetrics(name="a", num_images=9, recall=0.5)
-        >>> path = write_report(mkdtemp(), Report(rows=[row]))
-        >>> read_rows(path.with_name("metrics.json"))[0].recall
-        0.5
-    """
-    content = json.loads(Path(file).read_text(encoding="utf-8"))
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"{file} has schema_version {content.get('schema_version')!r}; this version of rdm_rl reads "
-            f"{SCHEMA_VERSION}. Write the report again, or read it with the version named in the file."
+def tables(results: Results) -> list[Table]:
+    """The tables of a report: rewards and cost, sets of images, pairs of images, and differences from the reference."""
+    names = [*dict.fromkeys(name for row in results.rows for name in row.values)]
+    rewards = [name for name in names if name.startswith("reward/")]
+    made = [_table(results, "Cost and rewards", _rewards_note(results), _costs(), rewards)]
+    groups = [*dict.fromkeys((parts[0], parts[2]) for name in names if len(parts := name.split("/", 2)) == 3)]
+    for network, against in groups:
+        floor_note = "The reference's row is a draw of it against another: the floor. " if _has_floor(results) else ""
+        made.append(
+            _table(
+                results,
+                f"The whole set against {against}, in features of {network}",
+                f"{floor_note}Values depend on the number of images: compare rows of this table only.",
+                (),
+                [f"{network}/{metric}/{against}" for metric in _SET_METRICS],
+            )
         )
-    rows: list[dict[str, Any]] = [
-        {key: nan if value is None and key in FLOAT_FIELDS else value for key, value in row.items()}
-        for row in content["rows"]
-    ]
-    return [SamplerMetrics(**{**row, "digit_counts": tuple(row["digit_counts"])}) for row in rows]
+    paired = [name for name in names if name.endswith(("/paired", "/diversity"))]
+    if paired:
+        note = (
+            "Paired: how far each image is from the reference's for the same prompt and noise; for the reference "
+            "itself, from its image for another noise. Pixels: root mean square, black 0 and white 1. Features: one "
+            "minus the cosine. Diversity: one minus the cosine of two images of one prompt; near the reference is best."
+        )
+        made.append(_table(results, "Image by image", note, (), paired))
+    if any(row.differences for row in results.rows):
+        note = f"Each image's reward minus that of {results.reference} for the same prompt and noise, on average."
+        made.append(_table(results, f"Rewards above {results.reference}", note, (), rewards, differences=True))
+    return made
 
 
-# --- What HTML and Markdown both say ----------------------------------------------------------------------------------
+def _table(
+    results: Results,
+    title: str,
+    note: str,
+    first: Iterable[Column],
+    names: Sequence[str],
+    *,
+    differences: bool = False,
+) -> Table:
+    """A table of what was measured under some names; its rows are those that have any of them."""
+    rows = []
+    for result in results.rows:
+        measured = result.differences if differences else result.values
+        known = {name: measured[name] for name in names if name in measured}
+        values = {name: estimate.value for name, estimate in known.items()}
+        if first:
+            costs = {"steps": result.num_inference_steps, "calls": result.network_evaluations}
+            values |= {name: nan if value is None else float(value) for name, value in costs.items()}
+            values["seconds"] = result.seconds_per_image
+        if values:
+            rows.append(
+                Row(
+                    name=result.name,
+                    # Its distances are a floor, and do not compete.
+                    kind="student" if result.kind != "reference" else "teacher" if first else "data",
+                    values=values,
+                    spreads={name: estimate.half_width for name, estimate in known.items()},
+                    marked=[f"reward/{name}" for name in result.trained_on],
+                )
+            )
+    columns = [_column(name, [row.values.get(name, nan) for row in rows], ranked=not differences) for name in names]
+    return Table(title=title, note=note, columns=[*first, *columns], rows=rows)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Headline:
-    """The result for one student in three figures: pairs of a figure and what it is."""
-
-    name: str
-    figures: Sequence[tuple[str, str]]
-
-
-def headlines(rows: Sequence[SamplerMetrics]) -> list[Headline]:
-    """For each student what changed against the teacher with the most steps; none is left out. Empty without a teacher.
-
-    Example:
-        >>> teacher = SamplerMetrics(name="t", kind="teacher", num_images=9, num_inference_steps=50, accuracy=0.5)
-        >>> headlines([teacher, SamplerMetrics(name="s", num_images=9, accuracy=1.0)])[0].figures
-        [('100.0 %', 'show the digit asked for (teacher: 50.0 %)')]
-    """
-    means = [summary.mean for summary in summarize(rows)]
-    teachers = [mean for mean in means if mean.kind == "teacher"]
-    if not teachers:
-        return []
-    teacher = max(teachers, key=lambda mean: mean.num_inference_steps or 0)
-    floor = next((mean.distance_to_data for mean in means if mean.kind == "data"), nan)
+def _costs() -> list[Column]:
     return [
-        Headline(name=mean.name, figures=_figures(mean, teacher, floor)) for mean in means if mean.kind == "student"
+        Column(key="steps", title="steps", decimals=0),
+        Column(key="calls", title="network calls", decimals=0),
+        Column(key="seconds", title="seconds per image", decimals=3),
     ]
 
 
-def _figures(student: SamplerMetrics, teacher: SamplerMetrics, floor: float) -> list[tuple[str, str]]:
-    """The figures of one student, as far as they were measured."""
-    figures = []
-    few, many = student.network_evaluations, teacher.network_evaluations
-    if few and many and many > few:
-        figures.append((f"{many / few:.3g}× fewer", f"network calls for an image: {few} instead of {many}"))
-    if not isnan(student.distance_to_data):
-        real = "" if isnan(floor) else f", real digits: {floor:.2f}"
-        text = f"distance to held-out digits, lower is better (teacher: {teacher.distance_to_data:.2f}{real})"
-        figures.append((f"{student.distance_to_data:.2f}", text))
-    if not isnan(student.accuracy):
-        text = f"show the digit asked for (teacher: {teacher.accuracy:.1%})".replace("%", " %")
-        figures.append((f"{student.accuracy:.1%}".replace("%", " %"), text))
-    return figures
+def _column(name: str, values: Sequence[float], *, ranked: bool) -> Column:
+    """The column of a measured value, with three digits of its largest number."""
+    parts = name.split("/", 2)
+    if parts[0] == "reward":
+        title, better = name.removeprefix("reward/"), "higher"
+    elif parts[1] in _SET_METRICS:
+        title, better = _SET_METRICS[parts[1]]
+    else:
+        title, better = f"{parts[0]} {parts[1]}", "lower" if parts[1] == "paired" else ""
+    largest = max((abs(value) for value in values if isfinite(value)), default=1.0)
+    decimals = min(6, max(0, 2 - floor(log10(largest)))) if largest > 0 else 2
+    kind: Better = better if ranked else ""  # type: ignore[assignment]
+    return Column(key=name, title=title, better=kind, decimals=decimals)
 
 
-def table_note(rows: Sequence[SamplerMetrics]) -> str:
-    """The sentences under the table.
-
-    Example:
-        >>> table_note([SamplerMetrics(name="a", num_images=500)])[:25]
-        'Each row judges 500 image'
-    """
-    counts = sorted({row.num_images for row in rows})
-    repeated = max(summary.repetitions for summary in summarize(rows))
-    sentences = [
-        f"Each row judges {' or '.join(map(str, counts))} images.",
-        "Arrows point to better values; the best of each column is highlighted, where real images do not compete.",
-    ]
-    if repeated > 1:
-        sentences.append(f"Values are means over up to {repeated} repetitions, with ± their standard deviation.")
-    return " ".join(sentences)
+def _rewards_note(results: Results) -> str:
+    note = "± is half of a 95 % interval over prompts. Network calls count samples: guidance takes two in a step."
+    if any(row.trained_on for row in results.rows):
+        note += (
+            " † marks a reward that the model was trained on: it says how well that went, not how good the images are."
+        )
+    return note
 
 
-def cautions(rows: Sequence[SamplerMetrics]) -> list[str]:
-    """What a reader must know before comparing the rows: sentences, often none.
-
-    Example:
-        >>> len(cautions([SamplerMetrics(name="a", num_images=9), SamplerMetrics(name="b", num_images=8)]))
-        1
-    """
-    if len({row.num_images for row in rows}) > 1:
-        sizes = ", ".join(f"{summary.mean.name}: {summary.mean.num_images}" for summary in summarize(rows))
-        return [f"The rows judge different numbers of images ({sizes}), so their distances are not comparable."]
-    return []
+def _has_floor(results: Results) -> bool:
+    return any(row.kind == "reference" and row.num_inference_steps for row in results.rows)
 
 
-# --- Markdown ---------------------------------------------------------------------------------------------------------
+def cautions(results: Results) -> list[str]:
+    """What a reader must know before comparing the rows: sentences, often none."""
+    found = []
+    counts = {row.name: row.num_images for row in results.rows}
+    if len({*counts.values()}) > 1:
+        sizes = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        found.append(f"The rows judge different numbers of images ({sizes}), so their distances do not compare.")
+    if any("/frechet/" in name for row in results.rows for name in row.values) and min(counts.values()) < 1000:
+        found.append(
+            f"With {min(counts.values())} images, distances between sets are rough: read them against the reference's "
+            "own row, and never beside numbers of another report."
+        )
+    return found
 
 
-def markdown_report(report: Report, *, has_curves: bool = True) -> str:
-    """A short report in Markdown, with links to the pictures beside it; to ``curves.png`` if it exists.
+def format_results(results: Results) -> str:
+    """All tables as plain text."""
+    return "\n\n".join(f"{table.title}\n{format_table(table.columns, table.rows)}" for table in tables(results))
 
-    Example:
-        >>> markdown_report(Report(rows=[SamplerMetrics(name="a", num_images=9)], title="A title")).splitlines()[0]
-        '# A title'
-    """
-    parts = [f"# {report.title}", report.summary]
-    lines = [
-        f"- **{headline.name}**: " + "; ".join(f"**{figure}** {text}" for figure, text in headline.figures)
-        for headline in headlines(report.rows)
-    ]
-    if lines:
-        parts.append("\n".join(lines))
-    if report.pictures:
-        parts.append("![Images of every sampler for the same prompts](samples.png)")
-    parts += [f"**{text}**" for text in cautions(report.rows)]
-    parts += [markdown_table(report.rows), table_note(report.rows)]
-    parts.append(
-        "Distances are Fréchet distances in the features of a small network that knows only digits: compare rows of "
-        "this table, never with an Inception FID. `report.html` explains every number and curve."
-    )
-    if has_curves:
-        parts.append("![Training curves](curves.png)")
-    if report.command:
-        parts.append(f"Made by:\n\n```console\n$ {report.command}\n```")
-    versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
-    parts.append(f"Versions: {versions}. Settings and seeds are in `metrics.json`.")
+
+def markdown_report(results: Results, command: str = "", *, has_grid: bool = False) -> str:
+    """The report in Markdown."""
+    parts = ["# Evaluation", _summary(results)]
+    parts += ["![The first images of each model](samples.png)"] if has_grid else []
+    parts += [f"**{caution}**" for caution in cautions(results)]
+    for table in tables(results):
+        parts += [f"## {table.title}", markdown_table(table.columns, table.rows), table.note]
+    parts += [f"Made by:\n\n```console\n$ {command}\n```"] if command else []
+    parts.append("Versions: " + ", ".join(f"{name} {number}" for name, number in results.versions.items()) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _summary(results: Results) -> str:
+    images = "an image" if len(results.seeds) == 1 else f"{len(results.seeds)} images"
+    against = f"; the others are compared with {results.reference}" if results.reference else ""
+    return f"{len(results.rows)} rows, {len(results.prompts)} prompts, {images} of each{against}."
 
 
 # --- HTML -------------------------------------------------------------------------------------------------------------
 
 
-def html_report(report: Report) -> str:
-    """The report as one HTML document that loads nothing from anywhere. All text of the report is escaped.
-
-    Example:
-        >>> row = SamplerMetrics(name="<script>", num_images=9, recall=0.5)
-        >>> "<script>" in html_report(Report(rows=[row]))
-        False
-    """
-    template = Template(files("rdm_rl.evaluation").joinpath("report_template.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(report.title),
-        summary=f'<p class="lead">{escape(report.summary)}</p>',
-        cards=_cards(headlines(report.rows)),
-        samples=_samples(report),
-        warnings="".join(f'<p class="warning">{escape(text)}</p>' for text in cautions(report.rows)),
-        table=html_table(report.rows),
-        table_note=escape(table_note(report.rows)),
-        counts=_digit_counts(summarize(report.rows)),
-        curves=_curves(report.histories),
-        network=escape(report.network),
-        reproduce=_reproduce(report),
+def html_report(
+    results: Results, pictures: Mapping[str, Sequence[Tensor]], histories: Mapping[str, History], command: str = ""
+) -> str:
+    """The report as one HTML document that loads nothing from anywhere. All text in it is escaped."""
+    return render(
+        "rdm_rl.evaluation",
+        "report.html",
+        title="Evaluation",
+        summary=_summary(results),
+        headlines=_headlines(results),
+        prompts=_picture_rows(results, pictures),
+        cautions=cautions(results),
+        tables=[
+            {
+                "title": table.title,
+                "note": table.note,
+                "rows": table.rows,
+                "columns": table_cells(table.columns, table.rows),
+            }
+            for table in tables(results)
+        ],
+        plots=_plots(results),
+        panels=drawn_panels(histories),
+        command=command,
+        results=results,
+        minutes=f"{results.seconds / 60:.1f}",
     )
 
 
-def _cards(headings: Sequence[Headline]) -> str:
-    """The headlines side by side."""
-    cards = []
-    for headline in headings:
-        figures = "".join(
-            f"<div><dt>{escape(text)}</dt><dd>{escape(figure)}</dd></div>" for figure, text in headline.figures
-        )
-        cards.append(f'<section class="card"><h3>{escape(headline.name)}</h3><dl>{figures}</dl></section>')
-    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
-
-
-def _samples(report: Report) -> str:
-    """One strip of images for each sampler. They are stored at their own size and enlarged by the browser."""
-    if not report.pictures:
-        return "<p>No pictures were passed to this report.</p>"
-    labels = [str(label) for label in report.picture_labels]
-    # Text, not pixels: captions stay readable on a small screen.
-    strips = [
-        f'<div class="digits" style="grid-template-columns: repeat({len(labels)}, 1fr)" aria-hidden="true">'
-        + "".join(f"<span>{escape(label)}</span>" for label in labels)
-        + "</div>"
+def _headlines(results: Results) -> list[dict[str, Any]]:
+    """For each model that is no reference: what became of cost, distance and rewards."""
+    teacher = next((row for row in results.rows if row.kind == "reference"), None)
+    if teacher is None:
+        return []
+    return [
+        {"name": row.name, "figures": figures}
+        for row in results.rows
+        if row is not teacher and (figures := _figures(row, teacher))
     ]
-    for name, images in report.pictures.items():
-        source = _data_uri(tiled(images[None] if images.ndim == 4 else images, gap=1))
-        alternative = escape(f"{name}: images of {', '.join(labels)}")
-        strips.append(
-            f'<figure class="sampler"><figcaption>{escape(name)}</figcaption>'
-            f'<img src="{source}" alt="{alternative}"></figure>'
+
+
+def _figures(row: Result, teacher: Result) -> list[tuple[str, str]]:
+    figures = []
+    many, few = teacher.network_evaluations, row.network_evaluations
+    if many > few:
+        figures.append((f"{many / few:.3g}× fewer", f"network calls for an image: {few:g} instead of {many:g}"))
+    name = next((name for name in row.values if "/frechet/" in name and name in teacher.values), None)
+    if name is not None:
+        network, _, against = name.split("/", 2)
+        text = f"Fréchet distance to {against} in {network}, lower is better ({teacher.name} itself: "
+        figures.append((f"{row.values[name].value:.3g}", f"{text}{teacher.values[name].value:.3g})"))
+    for name, difference in row.differences.items():
+        if name.removeprefix("reward/") not in row.trained_on and difference.excludes_zero:
+            text = f"{name.removeprefix('reward/')} above {teacher.name}, ± {difference.half_width:.2g}"
+            figures.append((f"{difference.value:+.3g}", text))
+    return figures[:4]
+
+
+def _plots(results: Results) -> list[dict[str, str]]:
+    """Each reward against the first distance between sets, in both colour schemes."""
+    names = [*dict.fromkeys(name for row in results.rows for name in row.values)]
+    distance = next((name for name in names if "/frechet/" in name), None)
+    plots = []
+    for reward in (name for name in names if name.startswith("reward/")):
+        rows = [row for row in results.rows if distance in row.values and reward in row.values]
+        points = [_point(row, str(distance), reward) for row in rows]
+        points = [point for point in points if not isnan(point.x + point.y)]
+        if len(points) < 2:
+            continue
+        network, _, against = str(distance).split("/", 2)
+        labels = {"x_label": f"Fréchet distance to {against} in {network}", "y_label": reward.removeprefix("reward/")}
+        light, dark = (data_uri(points_figure(points, **labels, theme=theme)) for theme in (LIGHT, DARK))
+        reading = "Up is a higher reward, left is more faithful. A ring: the model was trained on this reward."
+        plots.append(
+            {"title": f"{labels['y_label']} against fidelity", "reading": reading, "light": light, "dark": dark}
         )
-    note = "Each column was asked for what stands above it (any: an empty prompt). The images are the first ones."
-    return "\n".join([f"<p>{note}</p>", *strips])
+    return plots
 
 
-def _digit_counts(summaries: Sequence[Summary]) -> str:
-    """A bar chart of the digits that network C sees, for each sampler."""
-    charts = [
-        _count_chart(summary.mean.name, summary.mean.digit_counts)
-        for summary in summaries
-        if sum(summary.mean.digit_counts)
-    ]
-    if not charts:
-        return ""
-    return (
-        "<details><summary>Which digits are drawn</summary>\n<p>How often a recogniser sees each digit in a sampler's "
-        "images. The dashed line is an even share. If the prompts ask for each digit equally often, a short bar is a "
-        f'digit that the sampler avoids or draws illegibly.</p>\n<div class="counts">{"".join(charts)}</div></details>'
+def _point(row: Result, x: str, y: str) -> Point:
+    return Point(
+        name=row.name,
+        x=row.values[x].value,
+        y=row.values[y].value,
+        x_error=row.values[x].half_width,
+        y_error=row.values[y].half_width,
+        hollow=y.removeprefix("reward/") in row.trained_on,
     )
 
 
-def _count_chart(name: str, counts: Sequence[int]) -> str:
-    """One bar chart as inline SVG."""
-    unit = 30 / max(counts)
-    bars = "".join(
-        f'<rect x="{10 * digit + 1.5}" y="{32 - count * unit:.2f}" width="7" height="{count * unit:.2f}"/>'
-        f'<text x="{10 * digit + 5}" y="39">{digit}</text>'
-        for digit, count in enumerate(counts)
-    )
-    even = 32 - sum(counts) / len(counts) * unit
-    line = f'<line x1="0" x2="{10 * len(counts)}" y1="{even:.2f}" y2="{even:.2f}"/>'
-    label = escape(f"{name}: {', '.join(map(str, counts))} images of the digits 0 to {len(counts) - 1}")
-    chart = f'<svg viewBox="0 0 {10 * len(counts)} 41" role="img" aria-label="{label}">{bars}{line}</svg>'
-    return f"<figure>{chart}<figcaption>{escape(name)}</figcaption></figure>"
+def _thumbnail(image: Tensor) -> Tensor:
+    """An image no larger than a report needs."""
+    scale = _LONGEST_SIDE / max(image.shape[1:])
+    if scale >= 1:
+        return image
+    height, width = (max(1, round(side * scale)) for side in image.shape[1:])
+    return resize(image[None], (height, width))[0]
 
 
-def _curves(histories: Mapping[str, History]) -> str:
-    """The panels of the training log, each with how to read it."""
-    panels = present_panels(histories)
-    if not panels:
-        return "<p>No training log was passed to this report.</p>"
-    first = "".join(_panel(panel, histories) for panel in panels if panel.primary)
-    rest = "".join(_panel(panel, histories) for panel in panels if not panel.primary)
-    note = "Thin lines are the log, thick ones a running mean. Each phase counts its own steps."
-    more = f'<details><summary>Further curves</summary>\n<div class="panels">{rest}</div></details>' if rest else ""
-    return f'<p>{note}</p>\n<div class="panels">{first}</div>\n{more}'
+def _picture_rows(results: Results, pictures: Mapping[str, Sequence[Tensor]]) -> list[dict[str, Any]]:
+    """For each of the first prompts, every model's image."""
+    rows = []
+    for number in range(max(map(len, pictures.values()), default=0)):
+        shown = {name: _source(images[number]) for name, images in pictures.items() if number < len(images)}
+        rows.append({"prompt": results.prompts[number], "images": shown})
+    return rows
 
 
-def _panel(panel: Panel, histories: Mapping[str, History]) -> str:
-    """One plot in both colour schemes, and its explanation."""
-    light, dark = (_data_uri(curves_figure([panel], histories, theme=theme)) for theme in (LIGHT, DARK))
-    return (
-        f'<figure><picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{light}" alt="{escape(panel.title)}"></picture>'
-        f"<figcaption>{escape(panel.reading)}</figcaption></figure>\n"
-    )
-
-
-def _reproduce(report: Report) -> str:
-    """Command, seeds, settings and versions."""
-    parts = []
-    if report.command:
-        parts.append(f"<pre><code>{escape(report.command)}</code></pre>")
-    if isfinite(report.seconds):
-        parts.append(f"<p>Training and evaluation took {report.seconds / 60:.1f} minutes on the machine below.</p>")
-    if report.seeds:
-        parts.append(f"<h3>Seeds</h3>{_pairs(report.seeds)}")
-    parts.append(f"<h3>Versions</h3>{_pairs(library_versions())}")
-    if report.settings:
-        parts.append(f"<details><summary>All settings</summary>{_pairs(report.settings)}</details>")
-    parts.append('<p class="soft">The same numbers, for programs: <code>metrics.json</code> beside this file.</p>')
-    return "\n".join(parts)
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    """Names and values as a table; groups of settings become tables within it."""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(key))}</th>'
-        f"<td>{_pairs(value) if isinstance(value, Mapping) else escape(str(value))}</td></tr>"
-        for key, value in values.items()
-    )
-    return f'<table class="pairs"><tbody>{rows}</tbody></table>'
-
-
-def _data_uri(picture: Image.Image | Figure) -> str:
-    """A picture as the address of itself."""
-    buffer = BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png", dpi=150)
-    else:
-        picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode("ascii")
+def _source(image: Tensor) -> str:
+    """A picture for the page; small ones stay exact, for the browser enlarges their pixels."""
+    return data_uri(to_pil(image[None])[0], "png" if max(image.shape[1:]) <= 64 else "jpeg")

@@ -1,15 +1,12 @@
-"""Tables of measurements, as plain text, Markdown and HTML: one list of columns behind all three.
+"""Tables of measurements, as plain text and Markdown, and the cells of any other: one list of columns behind all.
 
 ``rows`` are measurements; those of the same name are averaged.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from html import escape
-from math import isnan
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isnan, nan
 from typing import Literal
-
-from rdm_rl.evaluation.metrics import SamplerMetrics, Summary, summarize
 
 Better = Literal["lower", "higher", "near 1", ""]
 
@@ -19,33 +16,40 @@ class Column:
     """One column of a table.
 
     Args:
-        field: The field of :class:`SamplerMetrics`.
+        key: Under which name rows have it.
         title: What stands above it; short enough to wrap into two lines.
         better: Which values are better; empty if it is a description, or, as a time, too noisy to be ranked.
         decimals: Digits after the point.
         factor: What values are multiplied with, to get the unit of the title.
     """
 
-    field: str
+    key: str
     title: str
     better: Better = ""
     decimals: int = 2
     factor: float = 1.0
 
 
-COLUMNS = (
-    Column(field="num_inference_steps", title="steps", decimals=0),
-    Column(field="network_evaluations", title="network calls", decimals=0),
-    Column(field="seconds_per_image", title="ms per image", decimals=1, factor=1000.0),
-    Column(field="distance_to_data", title="distance to data", better="lower"),
-    Column(field="distance_to_teacher", title="distance to teacher", better="lower"),
-    Column(field="precision", title="precision", better="higher"),
-    Column(field="recall", title="recall", better="higher"),
-    Column(field="density", title="density", better="near 1"),
-    Column(field="coverage", title="coverage", better="higher"),
-    Column(field="accuracy", title="right digit, %", better="higher", decimals=1, factor=100.0),
-)
 ARROWS = {"lower": "↓", "higher": "↑", "near 1": "→ 1", "": ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of one sampler.
+
+    Args:
+        name: What stands before the row.
+        kind: What it is: a row of the kind ``data``, real images, does not compete for the best value.
+        values: Numbers by the keys of columns; NaN for what was not measured, as for a missing one.
+        spreads: How uncertain they are, shown after ±; NaN is not shown.
+        marked: Keys of values that get a dagger and do not compete for the best either.
+    """
+
+    name: str
+    kind: str = "student"
+    values: Mapping[str, float]
+    spreads: Mapping[str, float] = field(default_factory=dict)
+    marked: Collection[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +57,8 @@ class Cell:
     """One number of a table, as text.
 
     Args:
-        text: The mean; empty if it was not measured.
-        spread: The standard deviation over repetitions; empty if there is one repetition.
+        text: The number; empty if it was not measured.
+        spread: How uncertain it is; empty if that is not known.
         best: Whether it is the best of its column. Equal numbers, as printed, share the title. Real images do not
             compete.
     """
@@ -64,29 +68,20 @@ class Cell:
     best: bool
 
 
-def table_cells(summaries: Sequence[Summary]) -> list[tuple[Column, list[Cell]]]:
-    """The columns in which anything was measured, with one cell for each sampler.
+def table_cells(columns: Iterable[Column], rows: Sequence[Row]) -> list[tuple[Column, list[Cell]]]:
+    """The columns in which anything was measured, with one cell for each row.
 
     Example:
-        >>> rows = [SamplerMetrics(name=name, num_images=9, recall=value) for name, value in (("a", 0.25), ("b", 0.5))]
-        >>> [(column.field, [cell.best for cell in cells]) for column, cells in table_cells(summarize(rows))]
+        >>> rows = [Row(name=name, values={"recall": value}) for name, value in (("a", 0.25), ("b", 0.5))]
+        >>> columns = [Column(key="recall", title="recall", better="higher"), Column(key="time", title="time")]
+        >>> [(column.key, [cell.best for cell in cells]) for column, cells in table_cells(columns, rows)]
         [('recall', [False, True])]
     """
-    columns = [(column, [_number(summary.mean, column) for summary in summaries]) for column in COLUMNS]
-    return [
-        (column, _column_cells(column, values, summaries))
-        for column, values in columns
-        if not all(isnan(value) for value in values)
-    ]
+    measured = [(column, [row.values.get(column.key, nan) * column.factor for row in rows]) for column in columns]
+    return [(column, _column_cells(column, values, rows)) for column, values in measured if not all(map(isnan, values))]
 
 
-def _number(row: SamplerMetrics, column: Column) -> float:
-    """One value in the unit of its column, NaN for what was not measured."""
-    value = getattr(row, column.field)
-    return float("nan") if value is None else value * column.factor
-
-
-def _column_cells(column: Column, values: Sequence[float], summaries: Sequence[Summary]) -> list[Cell]:
+def _column_cells(column: Column, values: Sequence[float], rows: Sequence[Row]) -> list[Cell]:
     """The cells of one column. Values are compared as they are printed: no digit decides that nobody sees."""
     orders: dict[str, Callable[[float], float]] = {
         "lower": lambda value: value,
@@ -95,50 +90,53 @@ def _column_cells(column: Column, values: Sequence[float], summaries: Sequence[S
     }
     order = orders.get(column.better)
     texts = ["" if isnan(value) else f"{value:.{column.decimals}f}" for value in values]
-    competing = {text for text, summary in zip(texts, summaries, strict=True) if text and summary.mean.kind != "data"}
+    competes = [
+        bool(text) and row.kind != "data" and column.key not in row.marked
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    competing = {text for text, does in zip(texts, competes, strict=True) if does}
     best = min(map(float, competing), key=order) if order and len(competing) > 1 else None
     cells = []
-    for text, summary in zip(texts, summaries, strict=True):
-        spread = summary.spread.get(column.field)
+    for text, row, does in zip(texts, rows, competes, strict=True):
+        spread = row.spreads.get(column.key, nan) * column.factor
         cells.append(
             Cell(
-                text=text,
-                spread="" if spread is None else f"{spread * column.factor:.{column.decimals}f}",
-                best=bool(text) and summary.mean.kind != "data" and best is not None and float(text) == best,
+                text=text + "†" * (bool(text) and column.key in row.marked),
+                spread="" if isnan(spread) else f"{spread:.{column.decimals}f}",
+                best=does and best is not None and float(text) == best,
             )
         )
     return cells
 
 
-def format_table(rows: Iterable[SamplerMetrics], *, max_width: int = 120) -> str:
-    """A plain-text table for the terminal; a star marks the best value of a column. A remark stands below where needed.
+def format_table(
+    columns: Iterable[Column], rows: Sequence[Row], *, max_width: int = 120, least: Collection[str] = ()
+) -> str:
+    """A plain-text table for the terminal; a star marks the best value of a column.
 
     Args:
-        rows: Measurements.
-        max_width: Where the table would be wider than this, the standard deviations over repetitions are left out, and
-            then density, the least telling column. Long names may still make it wider.
+        columns: The columns.
+        rows: The rows.
+        max_width: Where the table would be wider than this, spreads are left out, and then the ``least`` columns. Long
+            names may still make it wider.
+        least: Keys of the least telling columns.
 
     Example:
-        >>> rows = [SamplerMetrics(name=name, num_images=9, recall=value) for name, value in (("a", 0.25), ("b", 0.5))]
-        >>> print(format_table(rows))
+        >>> rows = [Row(name=name, values={"recall": value}) for name, value in (("a", 0.25), ("b", 0.5))]
+        >>> print(format_table([Column(key="recall", title="recall", better="higher")], rows))
           recall
           higher
         a   0.25
         b   0.50*
     """
-    summaries = summarize(rows)
-    columns = table_cells(summaries)
-    names = [summary.mean.name for summary in summaries]
-    repeated = any(summary.spread for summary in summaries)
-    without_density = [(column, cells) for column, cells in columns if column.field != "density"]
-    for with_spread, chosen in ((repeated, columns), (False, columns), (False, without_density)):
-        lines = _text_lines(names, [_text_column(column, cells, with_spread) for column, cells in chosen])
+    cells = table_cells(columns, rows)
+    without = [(column, entries) for column, entries in cells if column.key not in least]
+    for with_spread, chosen in ((True, cells), (False, cells), (False, without)):
+        lines = _text_lines(
+            [row.name for row in rows], [_text_column(column, entries, with_spread) for column, entries in chosen]
+        )
         if max(map(len, lines)) <= max_width:
             break
-    if repeated:
-        count = max(summary.repetitions for summary in summaries)
-        shown = "± is their standard deviation." if with_spread else "Their spread is in the report."
-        lines.append(f"Means of up to {count} repetitions. {shown}")
     return "\n".join(line for line in lines if line)
 
 
@@ -164,21 +162,21 @@ def _text_column(column: Column, cells: Sequence[Cell], with_spread: bool) -> li
     return [f"{text} " if text else "" for text in [*[""] * (2 - len(words)), *words, column.better]] + values
 
 
-def markdown_table(rows: Iterable[SamplerMetrics]) -> str:
+def markdown_table(columns: Iterable[Column], rows: Sequence[Row]) -> str:
     """A Markdown table; the best value of a column is bold.
 
     Example:
-        >>> print(markdown_table([SamplerMetrics(name="a", num_images=9, recall=0.25)]))
+        >>> columns = [Column(key="recall", title="recall", better="higher")]
+        >>> print(markdown_table(columns, [Row(name="a", values={"recall": 0.25})]))
         | sampler | recall ↑ |
         |---|---:|
         | a | 0.25 |
     """
-    summaries = summarize(rows)
-    columns = table_cells(summaries)
-    titles = [f"{column.title} {ARROWS[column.better]}".strip() for column, _ in columns]
+    cells = table_cells(columns, rows)
+    titles = [f"{column.title} {ARROWS[column.better]}".strip() for column, _ in cells]
     lines = [["sampler", *titles], ["---", *["---:"] * len(titles)]]
-    for index, summary in enumerate(summaries):
-        lines.append([summary.mean.name.replace("|", "\\|"), *(_markdown_cell(cells[index]) for _, cells in columns)])
+    for index, row in enumerate(rows):
+        lines.append([row.name.replace("|", "\\|"), *(_markdown_cell(entries[index]) for _, entries in cells)])
     # No spaces in the rule: the usual compact form.
     return "\n".join(f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
 
@@ -187,39 +185,3 @@ def _markdown_cell(cell: Cell) -> str:
     """One number in Markdown."""
     text = f"**{cell.text}**" if cell.best else cell.text or "-"
     return f"{text} ± {cell.spread}" if cell.spread else text
-
-
-def html_table(rows: Iterable[SamplerMetrics]) -> str:
-    """An HTML table; the best value of a column is set in ``<strong>``.
-
-    Example:
-        >>> "<strong>" in html_table([SamplerMetrics(name="<a>", num_images=9, recall=0.25)])
-        False
-    """
-    summaries = summarize(rows)
-    columns = table_cells(summaries)
-    head = "".join(
-        f'<th scope="col">{escape(column.title)}<span class="better">{_html_better(column.better)}</span></th>'
-        for column, _ in columns
-    )
-    body = "".join(
-        f'<tr class="{summary.mean.kind}"><th scope="row">{escape(summary.mean.name)}</th>'
-        + "".join(f"<td>{_html_cell(cells[index])}</td>" for _, cells in columns)
-        + "</tr>\n"
-        for index, summary in enumerate(summaries)
-    )
-    return f'<table>\n<thead><tr><th scope="col">sampler</th>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>'
-
-
-def _html_better(better: Better) -> str:
-    """The arrow of a column, and its meaning for those who do not see it."""
-    if not better:
-        return "&nbsp;"
-    meaning = "best near 1" if better == "near 1" else f"{better} is better"
-    return f'<span title="{meaning}" aria-label="{meaning}">{ARROWS[better]}</span>'
-
-
-def _html_cell(cell: Cell) -> str:
-    """One number in HTML."""
-    text = f"<strong>{cell.text}</strong>" if cell.best else cell.text or "-"
-    return f'{text}<span class="spread">± {cell.spread}</span>' if cell.spread else text

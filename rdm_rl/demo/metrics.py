@@ -6,6 +6,8 @@ from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from rdm_rl.evaluation.tables import Column, Row, format_table
+
 Kind = Literal["data", "teacher", "baseline", "student"]
 
 
@@ -104,3 +106,53 @@ def _summary(rows: Sequence[SamplerMetrics]) -> Summary:
         spread={name: stdev(values) for name, values in measured.items() if len(values) > 1},
         repetitions=len(rows),
     )
+
+
+COLUMNS = (
+    Column(key="num_inference_steps", title="steps", decimals=0),
+    Column(key="network_evaluations", title="network calls", decimals=0),
+    Column(key="seconds_per_image", title="ms per image", decimals=1, factor=1000.0),
+    Column(key="distance_to_data", title="distance to data", better="lower"),
+    Column(key="distance_to_teacher", title="distance to teacher", better="lower"),
+    Column(key="precision", title="precision", better="higher"),
+    Column(key="recall", title="recall", better="higher"),
+    Column(key="density", title="density", better="near 1"),
+    Column(key="coverage", title="coverage", better="higher"),
+    Column(key="accuracy", title="right digit, %", better="higher", decimals=1, factor=100.0),
+)
+
+
+def table_rows(summaries: Sequence[Summary]) -> list[Row]:
+    """The rows of a table, under :data:`COLUMNS`."""
+    rows = []
+    for summary in summaries:
+        values = {column.key: getattr(summary.mean, column.key) for column in COLUMNS}
+        present = {key: float(value) for key, value in values.items() if value is not None}
+        rows.append(Row(name=summary.mean.name, kind=summary.mean.kind, values=present, spreads=summary.spread))
+    return rows
+
+
+def format_rows(rows: Iterable[SamplerMetrics], *, max_width: int = 120) -> str:
+    """A plain-text table for the terminal; see :func:`~rdm_rl.evaluation.tables.format_table`.
+
+    Where there are repetitions, a remark stands below.
+
+    Args:
+        rows: Measurements.
+        max_width: Where the table would be wider, spreads and then density, the least telling column, are left out.
+
+    Example:
+        >>> rows = [SamplerMetrics(name=name, num_images=9, recall=value) for name, value in (("a", 0.25), ("b", 0.5))]
+        >>> print(format_rows(rows))
+          recall
+          higher
+        a   0.25
+        b   0.50*
+    """
+    summaries = summarize(rows)
+    lines = [format_table(COLUMNS, table_rows(summaries), max_width=max_width, least=("density",))]
+    count = max(summary.repetitions for summary in summaries)
+    if count > 1:
+        shown = "± is their standard deviation." if "±" in lines[0] else "Their spread is in the report."
+        lines.append(f"Means of up to {count} repetitions. {shown}")
+    return "\n".join(lines)
