@@ -37,7 +37,6 @@ from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.demo.data import TEACHER_FOLDER, load_digits
 from rdm_rl.demo.judge import judge
 from rdm_rl.demo.run import COMMON_SETTINGS, LORA_RANK, Evaluation, training_prompts
-from rdm_rl.trainers.methods import method_settings
 
 LEARNING_RATE = 2e-4
 TWICE = {"learning_rate": 2 * LEARNING_RATE}
@@ -111,7 +110,6 @@ def make_trainer(folder, seed, max_steps, callbacks=(), look=None, **settings):
         disable_tqdm=True,
         max_steps=max_steps,
         **{
-            **method_settings("gndm"),
             **COMMON_SETTINGS,
             "num_inference_steps": 4,
             "warm_start": "none",

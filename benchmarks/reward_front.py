@@ -55,12 +55,16 @@ def scaled(reward, factor):
 def settings_of(method):
     if method == "fixed":
         return method_settings("dmdr")
-    return {**method_settings("gndmr"), "adaptive_reference": "online" if "online" in method else "cold_start"}
+    return {
+        **method_settings("gndmr"),
+        "dm_normalization": "group",
+        "adaptive_reference": "online" if "online" in method else "cold_start",
+    }
 
 
 def arms():
     """Name, reward, its factor, and settings of every arm."""
-    yield "none, GNDM", None, 1.0, method_settings("gndm")
+    yield "none, GNDM", None, 1.0, {"dm_normalization": "group"}
     for method, weights in WEIGHTS.items():
         for reward in REWARDS:
             for weight in weights:

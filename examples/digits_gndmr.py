@@ -50,6 +50,9 @@ def settings(options: argparse.Namespace) -> RDMConfig:
         learning_rate=3e-4,
         adam_beta1=0.0,
         teacher_guidance_scale=1.0,
+        # Not the defaults: the figures of the tutorials were measured with these.
+        dm_normalization="group" if options.method == "gndmr" else "sample",
+        fake_score_updates_per_policy_update=5,
         dm_scale_floor=0.1,
         fake_score_learning_rate=1e-3,
         fake_score_warmup_steps=options.fake_score_warmup_steps,

@@ -83,7 +83,7 @@ def distribution_matching(
     teacher_x_0: Tensor,
     fake_x_0: Tensor,
     group_ids: Tensor,
-    normalization: Normalization = "group",
+    normalization: Normalization = "group_rms",
     scale_floor: float = 1e-6,
 ) -> Tensor:
     r"""R_dm's direction: towards the teacher and away from the fake score, :math:`(\mu_{real} - \mu_{fake})(x_t) / s`.
@@ -93,8 +93,8 @@ def distribution_matching(
 
     ========================  ========================================================================================
     ``sample`` (DMD, DMD2)    the mean over C, H, W of :math:`|\hat x_0 - \mu_{real}|`; minus their released gradient
-    ``group`` (GNDM)          the mean of that over the samples of the prompt
-    ``group_rms``             the root mean square of :math:`\mu_{real} - \mu_{fake}` over them
+    ``group``                 the mean of that over the samples of the prompt
+    ``group_rms`` (GNDM)      the root mean square of :math:`\mu_{real} - \mu_{fake}` over them
     ``none``                  1
     ========================  ========================================================================================
 
@@ -116,7 +116,7 @@ def distribution_matching(
 
     Example:
         >>> zero, teacher = torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
-        >>> distribution_matching(zero, teacher, zero, torch.tensor([0, 0])).flatten()
+        >>> distribution_matching(zero, teacher, zero, torch.tensor([0, 0]), "group").flatten()
         tensor([0.5000, 1.5000])
     """
     if not teacher_x_0.shape == fake_x_0.shape == x_0.shape or len(group_ids) != len(x_0):

@@ -140,8 +140,8 @@ class DistributionMatchingSettings:
         None, "Guidance of the teacher, baked into the student. Default: the family's published value."
     )
     dm_normalization: Normalization = setting(
-        "group",
-        "What the direction of `rdm` is divided by: `group` (GNDM), `sample` (DMD), `group_rms` or `none`.",
+        "group_rms",
+        "What the direction of `rdm` is divided by: `group_rms` (GNDM), `sample` (DMD), `group` or `none`.",
     )
     dm_scale_floor: Size = setting(1e-6, "The smallest scale that the direction is divided by.")
     renoise_distribution: RenoiseDistribution = setting(

@@ -467,7 +467,7 @@ def test_methods_with_rewards() -> None:
         for name, one in chosen.items()
     }
     assert settings["dmdr"][:2] == ("sample", "fixed")
-    assert settings["gndmr"][:2] == ("group", "adaptive")
+    assert settings["gndmr"][:2] == ("group_rms", "adaptive")
     assert settings["refl"][1:] == ("fixed", 0)
     own = RDMConfig.from_method("gndmr", output_dir="out", use_cpu=True, reward_weighting="budget")
     assert own.reward_weighting == "budget"

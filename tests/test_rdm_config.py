@@ -90,7 +90,7 @@ def test_defaults_work_and_differ_where_documented() -> None:
     assert (made.learning_rate, made.logging_steps, made.report_to) == (1e-5, 10, [])
     assert not made.remove_unused_columns
     assert not made.bf16
-    assert (made.dm_normalization, made.dm_scale_floor) == ("group", 1e-6)
+    assert (made.dm_normalization, made.dm_scale_floor) == ("group_rms", 1e-6)
     assert made.warm_start == "ode"
 
 
@@ -180,7 +180,7 @@ def test_the_clip_range_follows_the_level() -> None:
 
 def test_methods() -> None:
     assert RDMConfig.from_method("dmd", output_dir="out", use_cpu=True).dm_normalization == "sample"
-    assert RDMConfig.from_method("gndm", output_dir="out", use_cpu=True).dm_normalization == "group"
+    assert RDMConfig.from_method("gndm", output_dir="out", use_cpu=True).dm_normalization == "group_rms"
     own = RDMConfig.from_method("dmd", output_dir="out", use_cpu=True, dm_normalization="none", num_generations=4)
     assert (own.dm_normalization, own.num_generations) == ("none", 4)
     with pytest.raises(ValueError, match=r"method 'gnmd' is unknown\. Did you mean 'gndm'\?"):

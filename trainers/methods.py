@@ -9,14 +9,14 @@ _WITHOUT_FAKE_SCORE = {"fake_score_updates_per_policy_update": 0}
 # Each method is a setting of one trainer. `rdm-rl methods` prints this table.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dmd": ("distribution matching, scaled for each sample; the baseline", {"dm_normalization": "sample"}),
-    "gndm": ("group-normalised distribution matching", {"dm_normalization": "group"}),
+    "gndm": ("group-normalised distribution matching", {"dm_normalization": "group_rms"}),
     "dmdr": (
         "distribution matching and rewards with constant weights; the baseline with rewards",
         {"dm_normalization": "sample", "reward_weighting": "fixed", "pathwise_steps": "any"},
     ),
     "gndmr": (
         "group-normalised distribution matching and rewards with adaptive weights",
-        {"dm_normalization": "group", "reward_weighting": "adaptive"},
+        {"dm_normalization": "group_rms", "reward_weighting": "adaptive"},
     ),
     "refl": (
         "gradients of differentiable rewards alone, without 'rdm' in reward_funcs; the control",
@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hybrid": (
         "'rdm' on every step, black-box rewards on the random ones, gradients of rewards on the last; after RTDMD",
-        {"dm_normalization": "group", "reward_weighting": "adaptive", "num_replayed_steps": 2},
+        {"dm_normalization": "group_rms", "reward_weighting": "adaptive", "num_replayed_steps": 2},
     ),
 }
 

@@ -248,7 +248,7 @@ class FakeScoreSettings:
         1e-4, "Learning rate of the fake score; it must be well above the policy's."
     )
     fake_score_updates_per_policy_update: Whole = setting(
-        5,
+        2,
         "Updates of the fake score before each policy update, or, with `num_iterations`, on each rollout; 0 does "
         "without it.",
     )

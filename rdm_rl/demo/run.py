@@ -1,8 +1,11 @@
 """``rdm-rl demo``: the embedded 50-step teacher becomes a 4-step and a 1-step student, and a report says how well."""
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +26,7 @@ from rdm_rl.demo.data import TEACHER_FOLDER, digit_prompts, load_digits, mixed_p
 from rdm_rl.demo.judge import judge
 from rdm_rl.demo.metrics import Kind, SamplerMetrics, format_rows
 from rdm_rl.demo.report import Report, write_report
+from rdm_rl.demo.side_by_side import side_by_side
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.student import SavedStudent, load_student
 from rdm_rl.trainers.callbacks import QuietProgressCallback
@@ -32,8 +36,11 @@ from rdm_rl.trainers.rdm_trainer import RDMTrainer
 TEACHER_STEPS = 50
 NUM_IMAGES = 500
 
-# Chosen on network A, training images and development seeds. What both students share:
+# Chosen on network A, training images and development seeds, for one scale of a prompt and five updates of the fake
+# score: after this warm start no other scale can be told from it. What both students share:
 COMMON_SETTINGS: dict[str, Any] = {
+    "dm_normalization": "group",
+    "fake_score_updates_per_policy_update": 5,
     "per_device_train_batch_size": 64,
     "num_generations": 8,
     "adam_beta1": 0.0,
@@ -63,13 +70,13 @@ class Draw:
 
     Args:
         images: Images, shape (N, 3, 32, 32), in [0, 1].
-        seconds_per_image: Wall-clock time of one, the median of three batches of 20.
         steps: Steps for each image.
+        seconds_per_image: Wall-clock time of one, the median of three batches of 20; NaN before it was measured.
     """
 
     images: Tensor
-    seconds_per_image: float
     steps: int
+    seconds_per_image: float = nan
 
 
 class Evaluation:
@@ -80,19 +87,22 @@ class Evaluation:
     """
 
     def __init__(self, seed: int) -> None:
-        """Draw the reference images."""
-        self.seed = seed
+        """Choose prompts and seeds."""
+        self.seed, self.teacher_steps = seed, TEACHER_STEPS
         generator = seeded_generator(seed, "demo/evaluation")
         self.judged_seed, self.reference_seed = torch.randint(2**31, (2,), generator=generator).tolist()
         self.prompts, self.wanted = mixed_prompts(NUM_IMAGES)
-        self.reference = self.draw(load_teacher(), TEACHER_STEPS, self.reference_seed).images
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The teacher's images that all others are compared with, drawn when they are first asked for."""
+        return self.draw(load_teacher(), self.teacher_steps, self.reference_seed).images
 
     def draw(
         self, pipeline: StableDiffusionPipeline, steps: int, seed: int | None = None, guidance_scale: float = 1.0
     ) -> Draw:
         """Images of a pipeline, from the noise of the judged images unless a seed is given."""
-        call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
-        return self.collect(lambda prompts, noise: pipeline(prompts, generator=noise, **call).images, steps, seed)
+        return self.collect(_sampler(pipeline, steps, guidance_scale), steps, seed)
 
     def collect(
         self, sample: Callable[[list[str], torch.Generator], Tensor], steps: int, seed: int | None = None
@@ -106,13 +116,16 @@ class Evaluation:
         """
         generator = torch.Generator().manual_seed(self.judged_seed if seed is None else seed)
         batches = [self.prompts[first : first + 250] for first in range(0, len(self.prompts), 250)]
-        images = torch.cat([sample(batch, generator) for batch in batches])
-        times = []
+        return Draw(images=torch.cat([sample(batch, generator) for batch in batches]), steps=steps)
+
+    def timed(self, draw: Draw, pipeline: StableDiffusionPipeline, guidance_scale: float = 1.0) -> Draw:
+        """A draw with the time that its pipeline takes, which should be asked for while nothing else runs."""
+        sample, times = _sampler(pipeline, draw.steps, guidance_scale), []
         for _ in range(3):
             start = time.perf_counter()
             sample(self.prompts[:20], torch.Generator().manual_seed(0))
             times.append((time.perf_counter() - start) / 20)
-        return Draw(images=images, seconds_per_image=median(times), steps=steps)
+        return replace(draw, seconds_per_image=median(times))
 
     def judge(self, draws: Mapping[str, Draw]) -> list[SamplerMetrics]:
         """The measurements of every sampler on network B and held-out images, after those of real training images."""
@@ -139,6 +152,14 @@ class Evaluation:
         shown = [2 * digit for digit in range(10)] + [2 * index + 1 for index in range(6)]
         captions = [str(digit) for digit in range(10)] + ["any"] * 6
         return {name: draw.images[shown] for name, draw in draws.items()}, captions
+
+
+def _sampler(
+    pipeline: StableDiffusionPipeline, steps: int, guidance_scale: float
+) -> Callable[[list[str], torch.Generator], Tensor]:
+    """Makes images of some prompts with a pipeline, shape (M, 3, 32, 32), in [0, 1]."""
+    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+    return lambda prompts, noise: pipeline(prompts, generator=noise, **call).images
 
 
 @dataclass
@@ -233,60 +254,83 @@ def steps_text(count: int) -> str:
     return f"{count} step{'s' if count > 1 else ''}"
 
 
+def few_step_teachers(teacher: StableDiffusionPipeline, students: Sequence[int]) -> dict[str, tuple[Any, int]]:
+    """The stock schedulers with the students' steps: name, scheduler and number of steps."""
+    return {
+        f"teacher, {steps_text(steps)}, {name}": (scheduler, steps)
+        for name, scheduler in stock_schedulers(teacher).items()
+        for steps in students
+        if steps > 1 or name == "DDIM"  # In a single step from pure noise all schedulers do the same.
+    }
+
+
 def draw_teacher(evaluation: Evaluation, students: Sequence[int]) -> dict[str, Draw]:
     """The teacher's images with all of its steps, and with the students' steps under each stock scheduler, by name."""
-    teacher = load_teacher()
-    plan = [(f"teacher, {steps_text(TEACHER_STEPS)}", teacher.scheduler, TEACHER_STEPS)]
-    for name, scheduler in stock_schedulers(teacher).items():
-        # In a single step from pure noise all schedulers do the same.
-        counts = [steps for steps in students if steps > 1 or name == "DDIM"]
-        plan += [(f"teacher, {steps_text(steps)}, {name}", scheduler, steps) for steps in counts]
+    teacher, steps = load_teacher(), evaluation.teacher_steps
+    plan = {f"teacher, {steps_text(steps)}": (teacher.scheduler, steps)} | few_step_teachers(teacher, students)
     draws = {}
-    for name, scheduler, steps in tqdm(plan, desc="images of the teacher"):
+    for name, (scheduler, steps) in tqdm(plan.items(), desc="images of the teacher"):
         teacher.scheduler = scheduler
         draws[name] = evaluation.draw(teacher, steps)
     return draws
 
 
-def train_student(args: RDMConfig, folder: Path, evaluation: Evaluation) -> tuple[RDMTrainer, dict[str, Draw]]:
-    """Distil one student, save it, and draw images before and after distribution matching.
+def _teacher_images(evaluation: Evaluation, students: Sequence[int]) -> tuple[Tensor, dict[str, Draw]]:
+    """The reference images, and those of :func:`draw_teacher`."""
+    return evaluation.reference, draw_teacher(evaluation, students)
 
-    The images after are drawn by plain diffusers from the saved files.
+
+def train_student(
+    evaluation: Evaluation, folder: Path, steps: int, overrides: Mapping[str, Any]
+) -> tuple[Draw | None, list[dict[str, float]]]:
+    """Distil one student into ``student-{steps}step``.
+
+    Returns:
+        What the warm start alone draws, and the log.
     """
+    args = demo_config(steps, folder / f"run-{steps}step", evaluation.seed, **overrides)
     before = _WarmStartImages(evaluation=evaluation)
     before.trainer = trainer = demo_trainer(args, [before])
     trainer.train()
-    trainer.save_model(folder)
-    student = load_student(folder, TEACHER_FOLDER)
-    steps = student.num_inference_steps
-    draws = {f"student, {steps_text(steps)}": evaluation.draw(student.pipeline, steps)}
-    return trainer, ({f"warm start, {steps_text(steps)}": before.draw} if before.draw else {}) | draws
+    trainer.save_model(folder / f"student-{steps}step")
+    return before.draw, trainer.state.log_history
 
 
 def run_demo(output_dir: str | Path, *, seed: int = 0, students: Sequence[int] = (4, 1), **overrides: Any) -> Path:
     """Distil the embedded teacher, judge the students as plain diffusers loads them, and write ``report.html``.
 
+    The students are trained side by side while the teacher draws, each in a process of its own: a script that calls
+    this needs the line ``if __name__ == "__main__":``.
+
     Args:
         output_dir: Where everything goes; files of an earlier demo are overwritten.
         seed: Seed of training and of the judged images.
         students: Steps of the students.
-        overrides: Settings that replace the demo's, for both students.
+        overrides: Settings that replace the demo's, for all students.
     """
     start, folder = time.perf_counter(), Path(output_dir)
-    print("Teacher: images with 50 steps, and with stock few-step schedulers", flush=True)
+    counts = " and ".join(map(steps_text, students))
+    print(f"Students of {counts}: warm start, then distribution matching; beside them the teacher draws", flush=True)
     evaluation = Evaluation(seed)
-    draws = draw_teacher(evaluation, students)
+    # The students share the teacher's solutions from pure noise.
+    changed = {"warm_start_cache_dir": str(folder / "teacher-solutions"), **overrides}
+    made = side_by_side(
+        {steps_text(steps): (train_student, (evaluation, folder, steps, changed)) for steps in students}
+        | {"teacher": (_teacher_images, (evaluation, students))}
+    )
+    evaluation.reference, draws = made["teacher"]
+    draws = _timed_teacher(evaluation, students, draws)
     histories, settings = {}, {}
     for steps in students:
-        print(f"\nStudent with {steps_text(steps)}: warm start, then distribution matching", flush=True)
-        # Both students share the teacher's solutions from pure noise.
-        cache = {"warm_start_cache_dir": str(folder / "teacher-solutions")}
-        args = demo_config(steps, folder / f"run-{steps}step", seed, **{**cache, **overrides})
-        trainer, drawn = train_student(args, folder / f"student-{steps}step", evaluation)
-        draws |= drawn
-        histories[f"K={steps}"] = trainer.state.log_history
+        name, (before, histories[f"K={steps}"]) = steps_text(steps), made[steps_text(steps)]
+        pipeline = load_student(folder / f"student-{steps}step", TEACHER_FOLDER).pipeline
+        drawn = evaluation.timed(evaluation.draw(pipeline, steps), pipeline)
+        if before is not None:  # As fast as the student that it became.
+            draws[f"warm start, {name}"] = replace(before, seconds_per_image=drawn.seconds_per_image)
+        draws[f"student, {name}"] = drawn
+        args = demo_config(steps, folder / f"run-{steps}step", seed, **changed)
         names = {**COMMON_SETTINGS, **STUDENT_SETTINGS[4], **overrides}
-        settings[f"student, {steps_text(steps)}"] = {name: getattr(args, name) for name in names}
+        settings[f"student, {name}"] = {name: getattr(args, name) for name in names}
 
     rows = evaluation.judge(draws)
     pictures, captions = evaluation.picture(draws)
@@ -302,8 +346,19 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, students: Sequence[int] =
     )
     file = write_report(folder, report)
     print(f"\n{format_rows(rows)}\n\nThe students are the averaged (EMA) policies.")
-    print(f"{report.seconds:.0f} s on {torch.get_num_threads()} threads. Open {file}")
+    print(f"{report.seconds:.0f} s on {os.cpu_count()} cores. Open {file}")
     return file
+
+
+def _timed_teacher(evaluation: Evaluation, students: Sequence[int], draws: Mapping[str, Draw]) -> dict[str, Draw]:
+    """The teacher's draws with the time that each sampler takes."""
+    teacher = load_teacher()
+    schedulers = {name: scheduler for name, (scheduler, _) in few_step_teachers(teacher, students).items()}
+    stock, timed = teacher.scheduler, {}
+    for name, draw in draws.items():
+        teacher.scheduler = schedulers.get(name, stock)
+        timed[name] = evaluation.timed(draw, teacher)
+    return timed
 
 
 def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir: Path | None = None) -> None:
@@ -317,12 +372,11 @@ def evaluate_students(folders: Sequence[Path], seeds: Sequence[int], output_dir:
     rows: list[SamplerMetrics] = []
     for seed in tqdm(seeds, desc="repetitions"):
         evaluation = Evaluation(seed)
-        draws = {
-            name: evaluation.draw(
-                student.pipeline, student.num_inference_steps, guidance_scale=student.call["guidance_scale"]
-            )
-            for name, student in pipelines.items()
-        }
+        draws = {}
+        for name, student in pipelines.items():
+            guidance_scale = student.call["guidance_scale"]
+            draw = evaluation.draw(student.pipeline, student.num_inference_steps, guidance_scale=guidance_scale)
+            draws[name] = evaluation.timed(draw, student.pipeline, guidance_scale)
         rows += evaluation.judge(draws)
         pictures, captions = evaluation.picture(draws)
     order = [*dict.fromkeys(row.name for row in rows)]
