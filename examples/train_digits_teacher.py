@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +108,16 @@ def train_reward_network(file: Path, digits: Digits, steps: int = 3000) -> None:
     save_file(train_network("D", len(WIDTHS), REWARD_NETWORK_WIDTH, digits, steps), file)
 
 
-def build_tokenizer(folder: Path, words: set[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges spell the given words; other text falls back to characters."""
+def build_tokenizer(folder: Path, words: Sequence[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges spell the given words; other text falls back to characters.
+
+    The merges of a word come before those of the words after it: one that has the beginning of another inside goes
+    first.
+    """
     characters = [chr(code) for code in range(33, 127)]
     tokens = characters + [character + "</w>" for character in characters]
     merges: list[str] = []
-    for word in sorted(word for word in words if len(word) > 1):
+    for word in (word for word in words if len(word) > 1):
         pieces = [*word[:-1], word[-1] + "</w>"]
         for end in range(1, len(pieces)):
             beginning, last = "".join(pieces[:end]), pieces[end]
@@ -129,34 +133,15 @@ def build_tokenizer(folder: Path, words: set[str]) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=PROMPT_LENGTH)
 
 
-def train_autoencoder(
-    draw: Callable[[int, torch.Generator], Tensor],
-    images: Tensor,
-    *,
-    channels: tuple[int, int, int] = (16, 32, 32),
-    latent_channels: int = 4,
-    steps: int = 1500,
-    batch: int = 64,
-    bf16: bool = True,
-) -> AutoencoderKL:
-    """Train the autoencoder; its decoder also sees slightly noisy latents, as a generated latent is never exact.
-
-    Args:
-        draw: Gives a batch of so many training images, shape (N, 3, 32, 32), in [0, 1].
-        images: Those whose latents get unit deviation.
-        channels: Channels at 32x32, 16x16 and 8x8; two of the first make a group of the normalisation.
-        latent_channels: Channels of the 8x8 latents.
-        steps: Training steps.
-        batch: Images of a step.
-        bf16: Whether to compute in bf16, which processors without its instructions do slowly.
-    """
+def train_autoencoder(digits: Digits, steps: int = 1500, batch: int = 64) -> AutoencoderKL:
+    """Train the autoencoder; its decoder also sees slightly noisy latents, as a generated latent is never exact."""
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(11)
     vae = AutoencoderKL(
-        block_out_channels=channels,
+        block_out_channels=(16, 32, 32),
         layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=channels[0] // 2,
+        latent_channels=4,
+        norm_num_groups=8,
         sample_size=32,
         mid_block_add_attention=False,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -166,14 +151,14 @@ def train_autoencoder(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
     bar = trange(steps, desc="autoencoder")
     for _ in bar:
-        drawn = draw(batch, generator) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            posterior = vae.encode(drawn).latent_dist
+        images = digits.images[torch.randint(len(digits.labels), (batch,), generator=generator)] * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
             latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
             noise = torch.randn(latents.shape, generator=generator) * 0.05
             decoded = vae.decode(latents + noise).sample.float()
-        error = F.mse_loss(decoded, drawn)
-        loss = error + 0.1 * F.l1_loss(decoded, drawn) + 1e-4 * posterior.kl().float().mean() / latents[0].numel()
+        error = F.mse_loss(decoded, images)
+        loss = error + 0.1 * F.l1_loss(decoded, images) + 1e-4 * posterior.kl().float().mean() / latents[0].numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -182,7 +167,7 @@ def train_autoencoder(
         bar.set_postfix(mse=f"{error.item():.5f}", refresh=False)
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        deviation = vae.encode(images * 2 - 1).latent_dist.mean.std().item()
+        deviation = vae.encode(digits.images * 2 - 1).latent_dist.mean.std().item()
     vae.register_to_config(scaling_factor=1 / deviation)
     return vae
 
@@ -341,15 +326,11 @@ def main() -> None:
         if not reward_network.exists():
             train_reward_network(reward_network, digits)
         if not (teacher / "vae").exists():
-
-            def draw(count: int, generator: torch.Generator) -> Tensor:
-                return digits.images[torch.randint(len(digits.labels), (count,), generator=generator)]
-
-            train_autoencoder(draw, digits.images).save_pretrained(teacher / "vae")
+            train_autoencoder(digits).save_pretrained(teacher / "vae")
         if not (teacher / "unet").exists():
             vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
             words = {word for template in PROMPT_TEMPLATES for word in template.split() if word != "{}"}
-            tokenizer = build_tokenizer(teacher / "tokenizer", words | set(DIGIT_WORDS))
+            tokenizer = build_tokenizer(teacher / "tokenizer", sorted(words | set(DIGIT_WORDS)))
             unet, text_encoder, scheduler = train_unet(digits, vae, tokenizer, arguments.steps)
             pipeline = StableDiffusionPipeline(
                 vae=vae,

