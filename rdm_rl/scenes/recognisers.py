@@ -4,7 +4,7 @@ A and B give features for Fréchet distances; C names what a scene shows. They w
 width) on scenes of the training handwriting, by ``examples/train_scenes_teacher.py``. Settings, and the problem itself,
 are chosen on A; results are reported on B. None of them is ever a reward.
 
-Images are of shape (N, 3, 32, 32), in [0, 1], of any floating type and on any device; answers are on the CPU.
+Images are of shape (N, 3, 24, 24), in [0, 1], of any floating type and on any device; answers are on the CPU.
 """
 
 from functools import lru_cache
@@ -41,7 +41,7 @@ class SceneNetwork(nn.Module):
             nn.Conv2d(2 * width, 3 * width, 3, stride=2, padding=1),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(3 * width * 16, 64),
+            nn.Linear(3 * width * 9, 64),
         )
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(64, sum(_SIZES)))
 
@@ -63,7 +63,7 @@ def load_network(name: Literal["A", "B", "C"], file: Path = NETWORKS_FILE) -> Sc
         ValueError: If the name is unknown.
 
     Example:
-        >>> load_network("A").features(torch.zeros(2, 3, 32, 32)).shape
+        >>> load_network("A").features(torch.zeros(2, 3, 24, 24)).shape
         torch.Size([2, 64])
     """
     if name not in WIDTHS:
@@ -80,7 +80,7 @@ def scene_features(name: Literal["A", "B"], images: Tensor) -> Tensor:
     """Features of scenes in one shipped network, shape (N, 64), float32.
 
     Example:
-        >>> scene_features("A", torch.zeros(2, 3, 32, 32)).shape
+        >>> scene_features("A", torch.zeros(2, 3, 24, 24)).shape
         torch.Size([2, 64])
     """
     return load_network(name).features(images.float().cpu())
@@ -91,7 +91,7 @@ def recognised_attributes(images: Tensor) -> Tensor:
     """What network C sees in each image, shape (N, 6), int64: the columns are ATTRIBUTES.
 
     Example:
-        >>> recognised_attributes(torch.zeros(2, 3, 32, 32)).shape
+        >>> recognised_attributes(torch.zeros(2, 3, 24, 24)).shape
         torch.Size([2, 6])
     """
     return torch.stack([logits.argmax(1) for logits in load_network("C")(images.float().cpu())], 1)
@@ -107,7 +107,7 @@ def fulfilled(images: Tensor, prompts: list[str]) -> Tensor:
         ValueError: If there is not one prompt for each image, or a prompt describes no scene.
 
     Example:
-        >>> fulfilled(torch.zeros(1, 3, 32, 32), [""]).all().item()
+        >>> fulfilled(torch.zeros(1, 3, 24, 24), [""]).all().item()
         True
     """
     if len(images) != len(prompts):
