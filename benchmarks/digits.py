@@ -69,6 +69,7 @@ def run_one(study, steps, seed, folder, evaluation):
         return
     work = folder / "work" / f"K{steps}-{seed}"
     settings = {"disable_tqdm": True, "warm_start_cache_dir": str(folder / "work" / f"solutions-{seed}")}
+    settings["allow_config_change"] = True  # The arms begin with one checkpoint.
     shortest = min(arm["max_steps"] for arm in arms.values())
     start = demo_trainer(demo_config(steps, work, seed, **settings, max_steps=shortest), [StopAtOnce()])
     start.train()

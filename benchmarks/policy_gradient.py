@@ -99,6 +99,7 @@ def make_trainer(folder, seed, reward_funcs, **settings):
         seed=seed,
         use_cpu=True,
         save_strategy="no",
+        allow_config_change=True,  # The arms begin with one checkpoint.
         logging_strategy="no",
         disable_tqdm=True,
         num_inference_steps=2,

@@ -106,6 +106,7 @@ def make_trainer(folder, seed, max_steps, callbacks=(), look=None, **settings):
         seed=seed,
         use_cpu=True,
         save_strategy="no",
+        allow_config_change=True,  # The arms begin with one checkpoint.
         logging_strategy="no",  # What is only measured for the log would count, and take time.
         disable_tqdm=True,
         max_steps=max_steps,
@@ -147,8 +148,9 @@ def file_of(folder, name, seed):
     return folder / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
 
 
-def run_seed(folder, seed, names, development, settings):
-    files = {name: file_of(folder, name, seed) for name in names}
+def run_seed(folder, seed, arms, updates, development, settings):
+    """The arms of one seed that have no file yet, each with its number of updates."""
+    files = {name: file_of(folder, name, seed) for name in arms}
     if all(file.exists() for file in files.values()):
         return
     evaluation, work = Evaluation(seed), folder / "work" / str(seed)
@@ -164,17 +166,13 @@ def run_seed(folder, seed, names, development, settings):
             figures = measure(trainer, evaluation, development) if begun else json.loads(start_file.read_text())
             rows.append({**trainer.spent, **figures})
 
-        # A checkpoint holds its learning rate, so the arm with another one makes the same start once more.
-        rate = {setting: value for setting, value in ARMS[name].items() if setting == "learning_rate"}
-        home = work / "twice" if rate else work
-        checkpoint = home / "checkpoint-0"
+        checkpoint = work / "checkpoint-0"
         if not start_file.exists() or not (checkpoint / "trainer_state.json").exists():
-            start = make_trainer(home, seed, 1, [StopAtOnce()], **{**settings, **rate})
+            start = make_trainer(work, seed, 1, [StopAtOnce()], **settings)
             start.train()
             start.save_checkpoint()
             start_file.write_text(json.dumps(measure(start, evaluation, development)))
-        updates = ENOUGH if name == REFERENCE or rate else MOST
-        trainer = make_trainer(home, seed, updates, look=look, **{**settings, **ARMS[name]})
+        trainer = make_trainer(work, seed, updates[name], look=look, **{**settings, **arms[name]})
         trainer.train(resume_from_checkpoint=checkpoint)
         ratios = {ratio: statistics.fmean(values) for ratio, values in trainer.ratios.items() if values}
         file.write_text(json.dumps({"curve": rows, "ratios": ratios, "evaluations": trainer.by_role}))
@@ -292,7 +290,10 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if not options.report:
         for seed in options.seeds:
-            run_seed(folder, seed, options.arms, options.development, options.settings)
+            arms = {name: ARMS[name] for name in options.arms}
+            dear = {name for name, changed in arms.items() if name == REFERENCE or "learning_rate" in changed}
+            updates = {name: ENOUGH if name in dear else MOST for name in arms}
+            run_seed(folder, seed, arms, updates, options.development, options.settings)
     print(effort_table(folder, options.seeds))
     print(end_table(folder, options.seeds))
     picture(folder, options.seeds, folder / "reuse.png")

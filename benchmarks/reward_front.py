@@ -83,6 +83,7 @@ def make_trainer(folder, seed, reward_funcs, **settings):
         seed=seed,
         use_cpu=True,
         save_strategy="no",
+        allow_config_change=True,  # The arms begin with one checkpoint.
         disable_tqdm=True,
         num_inference_steps=1,
         **{

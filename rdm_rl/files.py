@@ -11,6 +11,8 @@ from secrets import token_hex
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from xxhash import xxh3_128
@@ -43,6 +45,38 @@ def written_whole(file: Path) -> Iterator[Path]:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], **facts: str) -> None:
+    """Write tensors whole or not at all, with some facts and a checksum that :func:`load_tensors` compares."""
+    plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    with written_whole(file) as partial:
+        save_file(plain, partial, {**facts, "checksum": _checksum(plain)})
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, on the CPU, and its facts.
+
+    Raises:
+        ValueError: If it is not what :func:`save_tensors` wrote.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            tensors, facts = {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}. Delete it, and it is made again.") from error
+    if facts.pop("checksum", None) != _checksum(tensors):
+        raise ValueError(f"{str(file)!r} has changed since it was written. Delete it, and it is made again.")
+    return tensors, facts
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxh3_128()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        content: Any = value.flatten().view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -298,8 +298,52 @@ def ode_solution(
         The solutions, shape (N, C, H, W).
     """
     count = max(1, math.ceil(steps * t - 1e-6))
-    times = schedule.descent(t, count).to(x_t.device)
-    for now, then in pairwise(times):
+    return _deterministic_steps(network, x_t, schedule.descent(t, count), conditioning, schedule)
+
+
+@torch.no_grad()
+def ode_chord(
+    network: X0Predictor,
+    x_t: Tensor,
+    t: float,
+    conditioning: Conditioning,
+    schedule: NoiseSchedule,
+    steps: int,
+    walked: int,
+) -> Tensor:
+    r"""The prediction that leads in one deterministic step to where the first steps of the sampler lead.
+
+    If these end in :math:`x_s`, it is :math:`\frac{x_s - (\sigma_s / \sigma_t) x_t}{\alpha_s - (\sigma_s / \sigma_t)
+    \alpha_t}`; for flow matching, where the chord's velocity leads at time 0.
+
+    References:
+        | Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), appendix G
+        | https://arxiv.org/abs/2202.00512
+
+    Args:
+        network: As in :func:`ode_solution`.
+        x_t: As there.
+        t: As there.
+        conditioning: As there.
+        schedule: As there.
+        steps: Steps of the whole sampler, from t.
+        walked: How many of them are made, at least 1.
+
+    Returns:
+        The predictions of x_0, shape (N, C, H, W).
+    """
+    times = schedule.descent(t, steps)[: walked + 1]
+    x_s = _deterministic_steps(network, x_t, times, conditioning, schedule)
+    start, end = times[0].to(x_t.device), times[-1].to(x_t.device)
+    ratio = schedule.sigma(end) / schedule.sigma(start)
+    return (x_s - ratio * x_t) / (schedule.alpha(end) - ratio * schedule.alpha(start))
+
+
+def _deterministic_steps(
+    network: X0Predictor, x_t: Tensor, times: Tensor, conditioning: Conditioning, schedule: NoiseSchedule
+) -> Tensor:
+    """Where the deterministic sampler comes from the first to the last of some times."""
+    for now, then in pairwise(times.to(x_t.device)):
         x_0 = network(x_t, now.expand(len(x_t)), conditioning)
         noise = (x_t - schedule.alpha(now) * x_0) / schedule.sigma(now)
         x_t = schedule.alpha(then) * x_0 + schedule.sigma(then) * noise

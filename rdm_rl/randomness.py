@@ -38,6 +38,22 @@ def seeded_generator(seed: int, stream: str, *path: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
+def drawn_index(count: int, seed: int, stream: str, update: int) -> int:
+    """One of so many, a function of its arguments alone: the same on every process.
+
+    Args:
+        count: How many there are.
+        seed: As in :func:`seeded_generator`.
+        stream: As in :func:`seeded_generator`.
+        update: The update that it is drawn for.
+
+    Example:
+        >>> [drawn_index(3, 0, "train/resolution", update) for update in range(6)]
+        [2, 2, 2, 1, 2, 1]
+    """
+    return int(torch.randint(count, (1,), generator=seeded_generator(seed, stream, update)))
+
+
 def seeded_generators(seed: int, stream: str, update: int, sample_ids: Iterable[int]) -> list[torch.Generator]:
     """One generator for each sample of a batch; the arguments are those of :func:`seeded_generator`."""
     return [seeded_generator(seed, stream, update, sample) for sample in sample_ids]

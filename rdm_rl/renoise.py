@@ -160,3 +160,8 @@ class DistributionMatchingSettings:
     renoise_anneal_steps: Whole | None = setting(
         None, "Policy updates over which `annealed_beta` anneals. Default: 2,000 for it."
     )
+    first_step_anchor: Size = setting(
+        0.0,
+        "Weight of the teacher's own first steps (5 of 30) as the aim of the student's first step, where distribution "
+        "matching then does not act (DP-DMD, which sets 0.05). 0: it acts there too.",
+    )

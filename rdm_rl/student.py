@@ -1,6 +1,7 @@
 """Saving a student as plain diffusers: a LoRA or a pipeline, the scheduler that walks it, and a model card."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -10,9 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import save_file
 
 from rdm_rl import __version__
+from rdm_rl.families.adapters import DIFFUSERS_LORA, adapter_scales
+from rdm_rl.families.base import Family
 from rdm_rl.families.loading import load_family, load_pipeline
+from rdm_rl.families.single_file import SingleFile
+from rdm_rl.manifest import MANIFEST, damage, write_manifest
 from rdm_rl.networks.roles import AdapterNetworks, Networks
 from rdm_rl.policy import SamplerName
 
@@ -21,22 +27,29 @@ _CARD = """# {name}
 A {steps}-step student of `{base}`, trained with rdm_rl {version}. {guidance}
 
 ```python
-from diffusers import {imports}
+{imports}
 
-pipe = DiffusionPipeline.from_pretrained("{pipeline}"){load_lora}
+pipe = {load}{load_lora}
 image = pipe({call}).images[0]
 ```
-
+{drawing}
 | setting | value |
 |---|---|
 {rows}
 """
 
 _LOAD_LORA = """
-pipe.load_lora_weights("{student}", weight_name="pytorch_lora_weights.safetensors")
+pipe.load_lora_weights("{student}", weight_name="{file}")
 pipe.scheduler = {scheduler}.from_pretrained("{student}", subfolder="scheduler")"""
 
 
+_DRAWING = """
+`{file}` is for {programs}{sampler}.
+"""
+_SAMPLER_IN_COMFYUI = ": in ComfyUI with the sampler `lcm` and the scheduler `simple`"
+
+KOHYA_LORA = "kohya_lora.safetensors"
+logger = logging.getLogger(__name__)
 _USE_FILE = "student.json"
 _BASE_FILE = "base.json"
 _WHAT = {"DiTPipeline": "class_labels=[0]", "DDPMPipeline": "", "DDIMPipeline": ""}
@@ -88,13 +101,14 @@ def save_student(
     num_inference_steps: int,
     base: str,
     facts: Mapping[str, Any],
+    single_file: SingleFile | None = None,
     name: str | None = None,
     sampler: SamplerName = "renoise",
     guidance_scale: float = 1.0,
     whole: bool = False,
     write: bool = True,
 ) -> None:
-    """Write the policy, its scheduler and a model card.
+    """Write the policy, its scheduler and a model card, and an adapter also as ComfyUI and others read it.
 
     If the networks are sharded, all processes must call it.
 
@@ -104,6 +118,7 @@ def save_student(
         num_inference_steps: Steps K of the student.
         base: Name or path of the base model.
         facts: What else the card says, a row each.
+        single_file: What more there is to say of a base that is one file.
         name: The student's name on the hub; None if it has none. What has none is ``path/to/...`` in the card's code.
         sampler: The policy's sampler.
         guidance_scale: Guidance that the student is used with.
@@ -122,6 +137,12 @@ def save_student(
         scheduler.save_pretrained(folder / "scheduler")
     elif network is not None:
         family.save_pipeline(str(folder), network, scheduler)
+    drawing_file = _save_for_comfyui(folder, networks) if isinstance(networks, AdapterNetworks) and not whole else None
+    drawing = _DRAWING.format(
+        file=drawing_file,
+        programs="ComfyUI, A1111 and Forge" if family.network_name == "unet" else "ComfyUI",
+        sampler=_SAMPLER_IN_COMFYUI if sampler == "renoise" else "",
+    )
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     call = [
         _WHAT.get(type(family.pipeline).__name__, '"a prompt"'),
@@ -132,7 +153,14 @@ def save_student(
     base_is_on_hub = base.count("/") == 1
     (folder / _USE_FILE).write_text(json.dumps(use), encoding="utf-8")
     if lora:
-        (folder / _BASE_FILE).write_text(json.dumps({"base": base}), encoding="utf-8")
+        config = {} if single_file is None else {"model_config": public_name(single_file.model_config)}
+        (folder / _BASE_FILE).write_text(json.dumps({"base": base, **config}), encoding="utf-8")
+    place = student if not lora else base if base_is_on_hub else f"path/to/the/base/{base}"
+    load, imports = f'DiffusionPipeline.from_pretrained("{place}")', {"diffusers": ["DiffusionPipeline"]}
+    if lora and single_file is not None:
+        load, imports = _code_for_file(place, single_file, family)
+    if lora:
+        imports["diffusers"].append(kind)
     text = _CARD.format(
         name=name or folder.name,
         steps=num_inference_steps,
@@ -140,9 +168,10 @@ def save_student(
         guidance=(_GUIDANCE_INSIDE if guidance_scale <= 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
         base=base,
         version=__version__,
-        imports=f"DiffusionPipeline, {kind}" if lora else "DiffusionPipeline",
-        pipeline=student if not lora else base if base_is_on_hub else f"path/to/the/base/{base}",
-        load_lora=_LOAD_LORA.format(student=student, scheduler=kind) if lora else "",
+        imports="\n".join(f"from {library} import {', '.join(names)}" for library, names in imports.items()),
+        load=load,
+        load_lora=_LOAD_LORA.format(student=student, file=DIFFUSERS_LORA, scheduler=kind) if lora else "",
+        drawing=drawing if drawing_file else "",
         rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )
     data = ModelCardData(
@@ -151,8 +180,51 @@ def save_student(
         tags=["rdm_rl", "distillation", "few-step", *(["lora"] if lora else [])],
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
-    for file in folder.rglob("*.safetensors"):
-        copymode(folder / "README.md", file)  # safetensors makes files that only their owner can read.
+    files = _files_of(folder)
+    for file in files:
+        if file.suffix == ".safetensors":
+            copymode(folder / "README.md", file)  # safetensors makes files that only their owner can read.
+    write_manifest(folder, files)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of a student, in a folder that may be a run's and hold much else."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else ["scheduler"]
+    names = (index.name, DIFFUSERS_LORA, KOHYA_LORA, _USE_FILE, _BASE_FILE, "README.md")
+    files = [folder / name for name in names]
+    files += [file for part in parts if (folder / part).is_dir() for file in (folder / part).rglob("*")]
+    return [file for file in files if file.is_file()]
+
+
+def _code_for_file(place: str, single_file: SingleFile, family: Family) -> tuple[str, dict[str, list[str]]]:
+    """The call that loads a base from one file, and the classes that it takes, by library."""
+    kind, config = type(family.pipeline).__name__, public_name(single_file.model_config)
+    config = config if config.count("/") == 1 else f"path/to/its/configuration/{config}"
+    imports, options = {"diffusers": [kind]}, [f'"{place}"', f'config="{config}"']
+    for part in single_file.lacking:
+        network = type(getattr(family.pipeline, part))
+        imports.setdefault(network.__module__.partition(".")[0], []).append(network.__name__)
+        options.append(f'{part}={network.__name__}.from_pretrained("{config}", subfolder="{part}")')
+    return f"{kind}.from_single_file({', '.join(options)})", imports
+
+
+def _save_for_comfyui(folder: Path, networks: AdapterNetworks) -> str | None:
+    """Write the policy's adapter as ComfyUI reads it, unless the one for diffusers is that; the name of that file."""
+    family, (state, _) = networks.family, networks.export()
+    scales = adapter_scales(networks.module("policy"), "policy")
+    (folder / KOHYA_LORA).unlink(missing_ok=True)  # Of an earlier student.
+    if not family.comfyui_layers:
+        return None
+    try:
+        tensors = family.comfyui_tensors(state, scales)
+    except ValueError as error:  # The training must not be lost for it.
+        logger.warning("No %s is written. %s", KOHYA_LORA, error)
+        return None
+    if family.loads_lora and family.network_name != "unet" and all(scale == 1 for scale in scales.values()):
+        return DIFFUSERS_LORA
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / KOHYA_LORA)
+    return KOHYA_LORA
 
 
 def public_name(source: str) -> str:
@@ -168,7 +240,7 @@ def public_name(source: str) -> str:
     if (path / "README.md").is_file():
         named = getattr(ModelCard.load(path / "README.md", ignore_metadata_errors=True).data, "model_name", None)
         return str(named or path.resolve().name)
-    return path.name if path.is_absolute() or path.is_dir() else source
+    return path.name if path.is_absolute() or path.exists() else source
 
 
 def base_of(folder: str | Path) -> str | None:
@@ -176,25 +248,45 @@ def base_of(folder: str | Path) -> str | None:
 
     That is a hub name, a folder's without its place, or ``digits`` for the embedded teacher.
     """
+    return _base_facts(folder).get("base")
+
+
+def model_config_of(folder: str | Path) -> str | None:
+    """What the pipeline is called that configures a saved adapter's base in one file; None for any other student."""
+    return _base_facts(folder).get("model_config")
+
+
+def _base_facts(folder: str | Path) -> dict[str, str]:
     file = Path(folder) / _BASE_FILE
-    return json.loads(file.read_text(encoding="utf-8"))["base"] if file.is_file() else None
+    facts: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return facts
 
 
-def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32) -> SavedStudent:
+def load_student(
+    folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32, model_config: str | Path | None = None
+) -> SavedStudent:
     """A saved student in plain diffusers, without progress bars, and how it is used.
 
     Args:
         folder: What :func:`save_student` wrote.
         model: The base pipeline, used if the folder holds an adapter.
         dtype: Precision that it is loaded in; the decoder stays in float32.
+        model_config: Folder or hub name of the pipeline that configures a base in one file.
 
     Raises:
         FileNotFoundError: If the folder holds no student.
-        ValueError: If it holds another pipeline, or an adapter of another base.
+        ValueError: If it holds another pipeline, or an adapter of another base, or its weights are not what was saved.
     """
     folder = Path(folder)
-    if (folder / "pytorch_lora_weights.safetensors").is_file():
-        family = load_family(model, dtype=dtype)
+    if (folder / MANIFEST).is_file():  # Its card may have been edited since, and a part of it may be elsewhere.
+        faults = [fault for fault in damage(folder) if ".safetensors " in fault and "is missing" not in fault]
+        if faults:
+            raise ValueError(
+                f"The student {str(folder)!r} is damaged: {'; '.join(faults)}. Save or copy it again, or, if the "
+                f"change is yours, delete its {MANIFEST}."
+            )
+    if (folder / DIFFUSERS_LORA).is_file():
+        family = load_family(model, dtype=dtype, model_config=model_config)
         family.load_adapter(str(folder), "student", setting="student")
         pipeline = family.pipeline
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
@@ -203,7 +295,7 @@ def load_student(folder: str | Path, model: str | Path, dtype: torch.dtype = tor
     elif (folder / "model_index.json").is_file():
         pipeline = load_pipeline(str(folder), dtype)
     else:
-        raise FileNotFoundError(f"{str(folder)!r} holds neither pytorch_lora_weights.safetensors nor model_index.json.")
+        raise FileNotFoundError(f"{str(folder)!r} holds neither {DIFFUSERS_LORA} nor model_index.json.")
     pipeline.set_progress_bar_config(disable=True)
     if (folder / _USE_FILE).is_file():
         return SavedStudent(pipeline, json.loads((folder / _USE_FILE).read_text(encoding="utf-8")))

@@ -3,11 +3,15 @@
 import torch
 from torch import Tensor
 
+from rdm_rl.noise_schedule import NoiseSchedule
+from rdm_rl.policy import X0Predictor, ode_chord
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.ratio import RecordedDistributionMatching
 from rdm_rl.records import Direction, Rollout, Transition
 from rdm_rl.renoise import anneal_progress, group_times
 from rdm_rl.rewards.protocol import RewardContext, RewardInfo
+
+ANCHOR_STEPS = (30, 5)  # The whole sampler's, and how many of them are made.
 
 
 class DistributionMatchingReward:
@@ -38,7 +42,8 @@ class DistributionMatchingReward:
     def direction(self, rollout: Rollout, step: int, *, generator: Generators) -> Direction:
         """Where the teacher would rather see a step's predictions than the fake score does; its metric is :func:`gap`.
 
-        It is applicable everywhere; the arguments are those of :class:`DirectionReward`.
+        With ``first_step_anchor`` the first step is drawn to the teacher's own first steps instead. The direction is
+        applicable everywhere; the arguments are those of :class:`DirectionReward`.
 
         Raises:
             RuntimeError: If the reward was not bound to networks.
@@ -47,8 +52,10 @@ class DistributionMatchingReward:
             raise RuntimeError("The reward 'rdm' needs the networks: RDMTrainer calls bind() before training.")
         args, networks, schedule = self._context.args, self._context.networks, self._context.networks.family.schedule
         x_0, conditioning, groups = rollout.x_0[step], rollout.batch.conditioning, rollout.batch.group_ids
-        progress = anneal_progress(self._context.global_step(), args.renoise_anneal_steps)
         teacher = networks.predictor("teacher", self._context.teacher_guidance_scale)
+        if step == 0 and args.first_step_anchor:
+            return anchored(rollout, teacher, schedule, args.first_step_anchor)
+        progress = anneal_progress(self._context.global_step(), args.renoise_anneal_steps)
         fake_score = networks.predictor("fake_score")
         times, noisy = [], []
         for _ in range(args.num_renoise):
@@ -86,6 +93,27 @@ class DistributionMatchingReward:
             metrics={"gap": gap(x_0, teacher_x_0, fake_x_0)},
             recorded=recorded,
         )
+
+
+def anchored(rollout: Rollout, teacher: X0Predictor, schedule: NoiseSchedule, weight: float) -> Direction:
+    """From the first step's predictions towards where the teacher's first steps lead from the same noise.
+
+    References:
+        | DP-DMD (2026), https://arxiv.org/abs/2602.03139: 5 of 30 steps
+
+    Args:
+        rollout: The recorded chains.
+        teacher: The teacher, guidance included.
+        schedule: The noise schedule.
+        weight: What the difference is multiplied by.
+    """
+    noise, x_0 = rollout.states[0], rollout.x_0[0]
+    away = ode_chord(teacher, noise, rollout.times[0].item(), rollout.batch.conditioning, schedule, *ANCHOR_STEPS) - x_0
+    return Direction(
+        values=weight * away,
+        applicable=torch.ones(len(x_0), dtype=torch.bool, device=x_0.device),
+        metrics={"anchor_distance": away.square().mean().sqrt().item()},
+    )
 
 
 def gap(x_0: Tensor, teacher_x_0: Tensor, fake_x_0: Tensor) -> float:

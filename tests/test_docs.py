@@ -130,6 +130,7 @@ def test_metrics_page_describes_exactly_what_a_run_logs(base: Path, tmp_path: Pa
 
     rewards = ["rdm", "ink", "box"]
     settings = {"pathwise_steps": "any", "num_iterations": 2, "num_replayed_steps": 2, "beta": 0.1, "max_steps": 4}
+    settings |= {"first_step_anchor": 0.05, "reward_weighting": "fixed"}
     trainer = tiny_trainer(base, tmp_path, given={"reward_funcs": ["rdm", "ink", box]}, **settings)
     trainer.train()
     logged = {key for entry in trainer.state.log_history for key in entry} - {"step", "phase_step"}

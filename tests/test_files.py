@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rdm_rl import RDMTrainer
-from rdm_rl.files import fingerprint
+from rdm_rl.files import fingerprint, load_tensors, save_tensors
 from rdm_rl.noise_schedule import FlowMatching
 from rdm_rl.trainers.setup import teacher_key
-from tests.helpers import QUICK, StepAway, quick_trainer, tiny_sd
+from tests.helpers import QUICK, StepAway, quick_trainer, same, tiny_sd
 
 
 def test_every_weight_and_fact_counts(tmp_path: Path) -> None:
@@ -37,6 +37,29 @@ def test_facts_may_be_sets_tensors_and_records() -> None:
     assert names[0] == names[3]
 
 
+def test_tensors_come_back_with_their_facts(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(1)}
+    save_tensors(tmp_path / "kept.safetensors", tensors, prompts="a")
+    assert same(load_tensors(tmp_path / "kept.safetensors"), (tensors, {"prompts": "a"}))
+
+
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+        lambda content: content[:-4],
+        lambda _: b"",
+    ],
+    ids=["a flipped bit", "cut off", "empty"],
+)
+def test_a_damaged_file_of_tensors_is_named(hurt: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    file = tmp_path / "kept.safetensors"
+    save_tensors(file, {"a": torch.ones(8)})
+    file.write_bytes(hurt(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"kept\.safetensors' (is damaged|has changed).*Delete it"):
+        load_tensors(file)
+
+
 def other_prompts(trainer: RDMTrainer) -> None:
     trainer.family.pipeline.text_encoder.get_input_embeddings().weight.data[57] += 1e-3
 
@@ -59,7 +82,7 @@ def test_what_changes_the_teachers_work_changes_its_name(
     trainer = quick_trainer(base, tmp_path, StepAway(), **QUICK)
 
     def name() -> str:
-        return teacher_key(trainer.networks, trainer.args, decoder=trainer.family.decoder, steps=4)
+        return teacher_key(trainer.networks, trainer.args, resolution=None, decoder=trainer.family.decoder, steps=4)
 
     before = name()
     assert before == name()

@@ -486,14 +486,8 @@ def test_a_method_is_its_settings(method: str, base: Path, tmp_path: Path) -> No
 
 
 def test_refl_does_without_distribution_matching(base: Path, tmp_path: Path) -> None:
-    trainer = quick_trainer(
-        base,
-        tmp_path,
-        brightness(),
-        **{**QUICK, **method_settings("refl"), "max_steps": 5, "optim": "sgd"},
-        learning_rate=5e4,
-        max_grad_norm=0,
-    )
+    settings = {**QUICK, **method_settings("refl"), "optim": "sgd", "learning_rate": 5e4, "max_grad_norm": 0}
+    trainer = quick_trainer(base, tmp_path, brightness(), **settings, max_steps=5)
     assert trainer.args.fake_score_updates_per_policy_update == 0
     before, teacher = trained_weights(trainer), snapshot(trainer.networks.module("teacher"))
     trainer.train()
@@ -510,9 +504,7 @@ def test_refl_does_without_distribution_matching(base: Path, tmp_path: Path) -> 
     grey = [one.family.decode(one.generate_rollout(rollout.batch).sample).mean() for one in (fresh, trainer)]
     assert grey[1] > grey[0] + 1e-4, "the images became brighter"
     trainer.save_checkpoint()
-    again = quick_trainer(
-        base, tmp_path, brightness(), **{**WITHOUT_RDM, "max_steps": 6, "optim": "sgd"}, learning_rate=5e4
-    )
+    again = quick_trainer(base, tmp_path, brightness(), **{**settings, "max_steps": 6})
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 6
 

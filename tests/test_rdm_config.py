@@ -49,7 +49,7 @@ CHANGED: dict[str, Any] = {
 }
 STRATEGIES = ("logging_strategy", "eval_strategy", "save_strategy")
 AT_LEAST_1 = """
-    resolution num_inference_steps num_generations num_renoise reward_batch_size decode_batch_size num_replayed_steps
+    num_inference_steps num_generations num_renoise reward_batch_size decode_batch_size num_replayed_steps
     teacher_num_inference_steps warm_start_steps warm_start_num_states warm_start_ode_steps num_iterations
     gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size
 """.split()

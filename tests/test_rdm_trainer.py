@@ -790,7 +790,8 @@ def test_the_student_is_uploaded_after_training(hub: type[HubStub], base: Path, 
     assert (upload["repo_id"], upload["revision"]) == ("owner/name", "dev")
     assert "2-step student after 2 updates" in upload["commit_message"]
     assert files == {
-        *("pytorch_lora_weights.safetensors", "scheduler_config.json", "student.json", "base.json", "README.md"),
+        *("pytorch_lora_weights.safetensors", "kohya_lora.safetensors"),
+        *("scheduler_config.json", "student.json", "base.json", "README.md", "manifest.json"),
     }
     assert trainer.push_to_hub() == "https://hub/commit"
 

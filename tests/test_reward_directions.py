@@ -405,6 +405,8 @@ def reads_colour(images: Tensor, prompts: list[str], colour: list[str]) -> list[
         (likeness, {"adaptive_reference": "online", "reward_weights": [1.0, 1.0]}, r"together 1\) reach its own \(1\)"),
         (likeness, {"reward_weighting": "budget"}, "set reward_start_step to at least 1"),
         (likeness, {"fake_score_updates_per_policy_update": 0}, "the fake score is never trained"),
+        (likeness, {"first_step_anchor": 0.1, "num_inference_steps": 1}, "the student has no other"),
+        (likeness, {"first_step_anchor": 0.1, "num_inference_steps": 2}, "Set reward_weighting='fixed'"),
     ],
 )
 def test_rewards_that_cannot_work_are_refused(

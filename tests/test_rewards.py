@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rdm_rl.policy import ode_chord
 from rdm_rl.randomness import normal, seeded_generators
 from rdm_rl.rdm import distribution_matching
 from rdm_rl.records import Direction, Rollout
@@ -30,7 +31,7 @@ from rdm_rl.rewards.registry import (
 )
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 from rdm_rl.weighting import FixedWeighting
-from tests.helpers import StepAway, randomize, tiny_trainer
+from tests.helpers import StepAway, changed, randomize, tiny_trainer, trained_weights
 from tests.tiny_rewards import save_clip
 
 
@@ -155,6 +156,30 @@ def test_rdm_follows_the_settings(settings: dict, guidance: float, base: Path, t
     assert direction.applicable.all()
     assert direction.values.abs().sum() > 0
     assert not direction.values.requires_grad
+
+
+def test_an_anchored_first_step_follows_the_teachers_own(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path, first_step_anchor=0.25, teacher_guidance_scale=4.0)
+    plain = tiny_trainer(base, tmp_path, teacher_guidance_scale=4.0)
+    for each in (trainer, plain):
+        randomize(each.networks)
+    rollout = one_rollout(trainer)
+    teacher, prompts = trainer.networks.predictor("teacher", 4.0), rollout.batch.conditioning
+    aim = ode_chord(teacher, rollout.states[0], 1.0, prompts, trainer.family.schedule, 30, 5)
+    direction = ask(trainer, rollout, 0)
+    torch.testing.assert_close(direction.values, 0.25 * (aim - rollout.x_0[0]))
+    assert direction.values.abs().sum() > 0
+    assert torch.equal(ask(trainer, rollout, 1).values, ask(plain, rollout, 1).values)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}])
+def test_a_run_with_an_anchored_first_step(settings: dict, base: Path, tmp_path: Path) -> None:
+    anchored = {**settings, "first_step_anchor": 0.05, "num_replayed_steps": 2, "max_steps": 2, "logging_steps": 1}
+    trainer = tiny_trainer(base, tmp_path, **anchored)
+    before = trained_weights(trainer)
+    trainer.train()
+    assert any(name.startswith("policy/") for name in changed(before, trained_weights(trainer)))
+    assert any(row.get("rewards/rdm/anchor_distance", 0) > 0 for row in trainer.state.log_history)
 
 
 def test_guidance_of_the_family_is_the_default(base: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from rdm_rl import RDMTrainer
+from rdm_rl.manifest import read_manifest
 from rdm_rl.student import load_student, save_student
 from tests.helpers import QUICK, changed, randomize, tiny_sd, tiny_trainer
 from tests.tiny_pipelines import align_weights, tiny_dit, tiny_sd3
@@ -192,7 +193,7 @@ def test_folder_of_a_student(lora: bool, base: Path, tmp_path: Path) -> None:
     randomize(trainer.networks)
     trainer.save_model(tmp_path / "student")
     files = {path.relative_to(tmp_path / "student").as_posix() for path in (tmp_path / "student").rglob("*")}
-    assert {"README.md", "scheduler/scheduler_config.json"} <= files
+    assert {"README.md", "scheduler/scheduler_config.json", "manifest.json"} <= files
     assert ("pytorch_lora_weights.safetensors" in files) == lora
     assert ("unet/diffusion_pytorch_model.safetensors" in files) != lora
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
@@ -206,6 +207,27 @@ def test_folder_of_a_student(lora: bool, base: Path, tmp_path: Path) -> None:
     assert isinstance(student.pipeline, StableDiffusionPipeline)
     assert student.call == {"num_inference_steps": 3, "guidance_scale": 1.0}
     assert len(student.draw(PROMPTS, generator=torch.Generator().manual_seed(3))) == 3
+    listed = read_manifest(tmp_path / "student")["files"]
+    assert {*listed, "manifest.json"} == {name for name in files if (tmp_path / "student" / name).is_file()}
+    (tmp_path / "student" / "README.md").write_text("my own card")
+    load_student(tmp_path / "student", base)
+    weights = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
+    content = bytearray((tmp_path / "student" / weights).read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "student" / weights).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{weights} has changed"):
+        load_student(tmp_path / "student", base)
+
+
+def test_a_student_in_a_runs_folder_is_its_own_files_alone(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "notes.safetensors").touch()
+    trainer.save_model()
+    assert {*read_manifest(tmp_path)["files"]} == {
+        *("README.md", "student.json", "base.json", "scheduler/scheduler_config.json"),
+        *("pytorch_lora_weights.safetensors", "kohya_lora.safetensors"),
+    }
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,7 @@ def test_a_checkpoint_goes_on_with_the_models_it_was_made_with(what: str, base: 
     given = {what: tmp_path / "part"}
     quick_trainer(base, tmp_path / "run", "rdm", given=given, **settings).train()
     role = "policy" if what == "policy_init" else "teacher"
-    with pytest.raises(ValueError, match=f"made with another {role} than this run's"):
+    with pytest.raises(ValueError, match=f"made with .*weights of the {role}="):
         quick_trainer(base, tmp_path / "run", "rdm", **{**settings, "max_steps": 2}).train(True)
     again = quick_trainer(base, tmp_path / "run", "rdm", given=given, **{**settings, "max_steps": 2})
     again.train(True)
@@ -383,5 +383,5 @@ def test_a_checkpoint_knows_what_its_networks_predict(base: Path, tmp_path: Path
     quick_trainer(base, tmp_path / "run", "rdm", **settings).train()
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="made with another teacher than this run's"):
+    with pytest.raises(ValueError, match=r"made with .*weights of the teacher="):
         quick_trainer(pipe, tmp_path / "run", "rdm", **{**settings, "max_steps": 2}).train(True)

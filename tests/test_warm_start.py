@@ -1,6 +1,7 @@
 """The teacher's ODE solutions are diffusers' own, and their cache is honest."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from rdm_rl.families import load_family
 from rdm_rl.files import fingerprint
-from rdm_rl.noise_schedule import FlowMatching, VariancePreserving, append_dims
-from rdm_rl.policy import ode_solution
+from rdm_rl.noise_schedule import FlowMatching, NoiseSchedule, VariancePreserving, append_dims
+from rdm_rl.policy import ode_chord, ode_solution
 from rdm_rl.records import Conditioning
 from rdm_rl.trainers.warm_start import OdePairs, collect_pairs
 from tests.helpers import changed, latents, tiny_sd, tiny_trainer
@@ -73,6 +74,30 @@ def test_ode_solution_is_the_ddim_sampler(prediction_type: str, steps: int, tmp_
     if steps > 1:  # A start half way takes half the steps.
         half = ode_solution(teacher, states[steps // 2], 0.5, conditioning, family.schedule, steps)
         torch.testing.assert_close(half, x_t, rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("schedule", [VP, FlowMatching()], ids=["variance-preserving", "flow"])
+def test_one_step_along_the_chord_ends_where_the_teacher_does(schedule: NoiseSchedule) -> None:
+    def teacher(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return (x_t * (2 - t[:, None, None, None])).tanh()
+
+    x_t = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    whole = ode_chord(teacher, x_t, 1.0, Conditioning(), schedule, 6, 6)
+    torch.testing.assert_close(
+        whole, ode_solution(teacher, x_t, 1.0, Conditioning(), schedule, 6), rtol=1e-4, atol=1e-4
+    )
+    first = ode_chord(teacher, x_t, 1.0, Conditioning(), schedule, 6, 1)
+    torch.testing.assert_close(first, teacher(x_t, torch.ones(2), Conditioning()), rtol=1e-4, atol=1e-4)
+    # Three steps by hand, and the one step that replaces them.
+    times, state = schedule.descent(1.0, 6), x_t
+    for now, then in pairwise(times[:4]):
+        x_0 = teacher(state, now.expand(2), Conditioning())
+        noise = (state - schedule.alpha(now) * x_0) / schedule.sigma(now)
+        state = schedule.alpha(then) * x_0 + schedule.sigma(then) * noise
+    aim = ode_chord(teacher, x_t, 1.0, Conditioning(), schedule, 6, 3)
+    noise = (x_t - schedule.alpha(times[0]) * aim) / schedule.sigma(times[0])
+    reached = schedule.alpha(times[3]) * aim + schedule.sigma(times[3]) * noise
+    torch.testing.assert_close(reached, state, rtol=1e-4, atol=1e-4)
 
 
 def test_ode_solution_of_a_straight_flow_is_exact() -> None:

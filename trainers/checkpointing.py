@@ -12,21 +12,27 @@ file                           content
 ``optimizers.pt``              both optimisers, schedules, loss scalers, the weighting, reward spreads
 ``last_samples.safetensors``   the samples that the fake score last saw, for its lag
 ``trainer_state.json``         step, epoch and log history, in transformers' format
-``rdm_config.json``            the settings
+``rdm_config.json``            the settings, and what else the run was made with
+``manifest.json``              step, run, and the size and checksum of every file
 =============================  ======================================================================
 
 There is no generator state: random numbers are functions of the seed and the step (see ``rdm_rl.randomness``), and so
 is the position in the data. ``optimizers.pt`` is read with ``weights_only=True``.
+
+A checkpoint is written under another name, brought to the disk and then renamed, so that it is there whole or not at
+all, and it is used only if every file is what its manifest says.
 
 Weights and optimiser states are whole, whether the networks were sharded or not, and a run may go on with another
 number of processes if the samples of an update stay as many.
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -37,13 +43,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_callback import TrainerState
 
-from rdm_rl.files import written_whole
+from rdm_rl.files import fingerprint, written_whole
+from rdm_rl.manifest import MANIFEST, damage, read_manifest, sync, write_manifest
+from rdm_rl.trainers.resuming import kind_of
 
+logger = logging.getLogger(__name__)
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first.
+    """The checkpoints in a folder, oldest first, whether they are complete or not.
 
     Args:
         output_dir: The run's folder; it need not exist.
@@ -55,7 +64,29 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     if not folder.is_dir():
         return []
     numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
-    return [path for _, path in sorted(numbered) if (path / "trainer_state.json").is_file()]
+    return [path for _, path in sorted(numbered) if path.is_dir()]
+
+
+def checkpoint_damage(folder: Path, *, contents: bool = True) -> list[str]:
+    """What is wrong with a checkpoint; nothing if it is complete.
+
+    Args:
+        folder: The checkpoint.
+        contents: Read the files and compare their checksums; without it, their sizes alone.
+
+    Returns:
+        A clause for each fault.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return [str(error)]
+    if "trainer_state.json" not in manifest["files"]:
+        return [f"{MANIFEST} is of no checkpoint"]
+    named = _NAME.match(folder.name)
+    if named and manifest["step"] != int(named[1]):
+        return [f"{MANIFEST} is of step {manifest['step']}"]
+    return damage(folder, contents=contents)
 
 
 def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
@@ -63,91 +94,90 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
 
     Args:
         output_dir: The run's folder.
-        wish: True for the newest one in it, or a checkpoint's folder: a path, or its name in ``output_dir``.
+        wish: True for the newest complete one in it, or a checkpoint's folder: a path, or its name in ``output_dir``.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder; every file in it is what was written.
 
     Raises:
         FileNotFoundError: If there is none.
+        ValueError: If the one that was named is damaged.
     """
     if str(wish).lower() == "true":  # The command line gives text.
-        complete = checkpoints(output_dir)
-        if not complete:
-            raise FileNotFoundError(
-                f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint. Start without it, "
-                "or give a checkpoint's folder."
-            )
-        return complete[-1]
+        for folder in reversed(checkpoints(output_dir)):
+            faults = checkpoint_damage(folder)
+            if not faults:
+                return folder
+            logger.warning("The checkpoint %s is skipped, it is damaged: %s.", folder, "; ".join(faults))
+        earlier = [path.name for path in sorted(Path(output_dir).glob("earlier-*"))]
+        raise FileNotFoundError(
+            f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint. Start without it, "
+            f"or give a checkpoint's folder{f' (those of earlier runs are in {earlier})' if earlier else ''}."
+        )
     folder = Path(str(wish))
     if not folder.is_dir():
         folder = Path(output_dir) / str(wish)
-    if not (folder / "trainer_state.json").is_file():
-        names = ", ".join(path.name for path in checkpoints(output_dir)) or "none"
+    others = ", ".join(path.name for path in checkpoints(output_dir) if path != folder) or "none"
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"resume_from_checkpoint={str(wish)!r} is no complete checkpoint of rdm_rl. Complete ones in "
-            f"{str(output_dir)!r}: {names}."
+            f"resume_from_checkpoint={str(wish)!r} does not exist. Checkpoints in {str(output_dir)!r}: {others}."
+        )
+    faults = checkpoint_damage(folder)
+    if faults:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} is damaged, or none of rdm_rl: {'; '.join(faults)}. Resume from another "
+            f"(in {str(output_dir)!r}: {others}), or with True from the newest complete one."
         )
     return folder
 
 
-def check_settings(
-    folder: Path, settings: Mapping[str, Any], processes: int = 1, models: Mapping[str, str] | None = None
-) -> None:
-    """Check that a run with these settings can continue a checkpoint: the shapes of its state must be the same.
+def set_aside(output_dir: str | Path, run: str, step: int) -> Path | None:
+    """Move the checkpoints that a run does not continue out of its way: those of other runs, and later ones.
 
     Args:
-        folder: The checkpoint.
-        settings: The run's settings by name.
-        processes: Its number of processes.
-        models: Short names of the weights that its roles began with.
+        output_dir: The run's folder.
+        run: The run's id.
+        step: Its step.
 
-    Raises:
-        ValueError: If a setting differs that must not.
+    Returns:
+        The folder in ``output_dir`` that they are in now; None if there were none.
     """
-    saved = _readable(folder / "rdm_config.json", lambda file: json.loads(file.read_text(encoding="utf-8")))
-    # The first three shape the state; the others live in it, or say where in the data the run is.
-    fixed = ["num_inference_steps", "num_generations", "per_device_train_batch_size"]
-    fixed += ["learning_rate", "fake_score_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
-    fixed += ["optim", "seed", "data_seed"]
-    fixed += ["num_iterations"]
-    fixed += [name for name in ("ema_decay", "beta") if bool(saved[name]) != bool(settings[name])]
-    for name in fixed:
-        if saved[name] != settings[name]:
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} was made with {name}={saved[name]}, but this run has "
-                f"{settings[name]}. Resume with the same value, or start a new run."
-            )
-    for role, name in (models or {}).items():
-        if saved["models"].get(role, name) != name:
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} was made with another {role} than this run's. Give the same model, "
-                "teacher, teacher_adapter, policy_init and precision as the run that saved it."
-            )
-    # Where in the data the run is: each update takes a batch for each process and accumulated gradient.
-    name = "gradient_accumulation_steps"
-    batches, batches_now = saved[name] * saved["num_processes"], settings[name] * processes
-    if batches != batches_now:
-        fitting = f"Set {name}={batches // processes}" if batches % processes == 0 else "Take a number that divides it"
-        raise ValueError(
-            f"The checkpoint {str(folder)!r} was made with {batches} batches in an update ({saved['num_processes']} "
-            f"process(es), {name}={saved[name]}), but this run has {batches_now} ({processes} process(es), "
-            f"{name}={settings[name]}). {fitting}, or start a new run."
-        )
+    others = [folder for folder in checkpoints(output_dir) if not _continues(folder, run, step)]
+    if not others:
+        return None
+    places = (Path(output_dir) / f"earlier-{number}" for number in count(1))
+    place = next(place for place in places if not place.exists())
+    place.mkdir()
+    for folder in others:
+        folder.rename(place / folder.name)
+    return place
+
+
+def _continues(folder: Path, run: str, step: int) -> bool:
+    try:
+        manifest = read_manifest(folder)
+    except ValueError:
+        return False
+    return bool(manifest.get("run") == run and manifest["step"] <= step)
 
 
 def rotate_checkpoints(newest: Path, limit: int | None) -> None:
-    """Delete checkpoints beside the newest one, those written first going first.
+    """Delete the oldest checkpoints beside the newest one; those whose files are not all there count as none.
 
     Args:
-        newest: The checkpoint that was just written. It stays, whatever an earlier run left beside it.
+        newest: The checkpoint that was just written, and stays.
         limit: How many may be left; None and 0 keep all, as transformers does.
     """
     if limit:
-        others = [folder for folder in checkpoints(newest.parent) if folder != newest]
-        others.sort(key=lambda folder: (folder / "trainer_state.json").stat().st_mtime)
+        whole = [folder for folder in checkpoints(newest.parent) if not checkpoint_damage(folder, contents=False)]
+        others = [folder for folder in whole if folder != newest]
         for folder in others[: max(0, len(others) - limit + 1)]:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.rename(_hidden(folder, "deleted")))
+
+
+def _hidden(folder: Path, why: str) -> Path:
+    """Where a checkpoint is while it is being written or deleted, so that it is there whole or not at all."""
+    return folder.with_name(f".{folder.name}.{why}")
 
 
 def write_checkpoint(
@@ -156,10 +186,10 @@ def write_checkpoint(
     state: Mapping[str, Any],
     settings: str,
     trainer_state: TrainerState,
-    processes: int = 1,
-    models: Mapping[str, str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    run: str = "",
 ) -> None:
-    """Write a checkpoint.
+    """Write a checkpoint; another one of this name is replaced as a whole.
 
     Args:
         folder: Where to write; made if needed.
@@ -167,30 +197,68 @@ def write_checkpoint(
         state: State of optimisers, schedules and weighting: plain numbers, strings, lists, dicts and tensors.
         settings: The settings as JSON.
         trainer_state: Step, epoch and log history.
-        processes: Number of processes of the run.
-        models: Short names of the weights that its roles began with.
+        facts: What else the run was made with, as JSON can hold it: processes, rewards, prompts, models, adapters.
+        run: The run's id.
+
+    Raises:
+        ValueError: If weights are not finite. Nothing is written then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trainer_state.json").unlink(missing_ok=True)
-    for name, content in tensors.items():
-        weights = {key: value.detach().cpu().contiguous() for key, value in content.items()}
-        with written_whole(folder / f"{name}.safetensors") as file:
-            save_file(weights, file)
-    with written_whole(folder / "optimizers.pt") as file:
-        torch.save(dict(state), file)
-    facts = {**json.loads(settings), "num_processes": processes, "models": dict(models or {})}
-    with written_whole(folder / "rdm_config.json") as file:
-        file.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    # Last, because a folder counts as complete when this file is there.
-    with written_whole(folder / "trainer_state.json") as file:
-        trainer_state.save_to_json(str(file))
+    _check_finite(folder, tensors, trainer_state.global_step)
+    for leftover in folder.parent.glob(".checkpoint-*.*"):  # Of a process that was killed.
+        shutil.rmtree(leftover)
+    draft, replaced = _hidden(folder, "partial"), _hidden(folder, "deleted")
+    try:
+        for name, content in tensors.items():
+            weights = {key: value.detach().cpu().contiguous() for key, value in content.items()}
+            with written_whole(draft / f"{name}.safetensors") as file:
+                save_file(weights, file)
+        with written_whole(draft / "optimizers.pt") as file:
+            torch.save(dict(state), file)
+        made_with = {**json.loads(settings), **(facts or {})}
+        with written_whole(draft / "rdm_config.json") as file:
+            file.write_text(json.dumps(made_with, indent=2), encoding="utf-8")
+        with written_whole(draft / "trainer_state.json") as file:
+            trainer_state.save_to_json(str(file))
+        method = {name: value for name, value in made_with.items() if kind_of(name) in ("state", "method")}
+        names = {"step": trainer_state.global_step, "run": run, "settings": fingerprint(None, **method)}
+        write_manifest(draft, draft.iterdir(), **names)
+        if folder.exists():  # The two renamings follow each other at once; nothing is deleted before both are done.
+            folder.rename(replaced)
+        draft.rename(folder)
+        sync(folder.parent)
+    finally:
+        if draft.exists():  # The disk is full, say.
+            shutil.rmtree(draft)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _check_finite(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    for role, weights in tensors.items():
+        for name, value in weights.items():
+            if role != "last_samples" and not torch.isfinite(value).all():
+                before = [str(path) for path in checkpoints(folder.parent) if path != folder][-1:]
+                instead = f"resume from {before[0]!r}" if before else "start again"
+                raise ValueError(
+                    f"After {step} updates the weights of {role} are not finite ({name!r} holds NaN or infinity), so "
+                    f"{folder.name} is not written. Look for the cause in the log, then {instead} with a lower "
+                    "learning_rate or fake_score_learning_rate, say."
+                )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was made with, and what else its run was made with, by name."""
+    settings: dict[str, Any] = _readable(
+        folder / "rdm_config.json", lambda file: json.loads(file.read_text(encoding="utf-8"))
+    )
+    return settings
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], TrainerState]:
     """What :func:`write_checkpoint` wrote, on the CPU.
 
     Args:
-        folder: The checkpoint.
+        folder: The checkpoint, whose files :func:`checkpoint_damage` has compared with its manifest.
 
     Returns:
         The weights by file and name, the state, and the trainer's state.
@@ -198,7 +266,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     Raises:
         ValueError: If a file is damaged.
     """
-    tensors = {file.stem: _readable(file, load_file) for file in sorted(folder.glob("*.safetensors"))}
+    files = [folder / name for name in read_manifest(folder)["files"]]
+    tensors = {file.stem: _readable(file, load_file) for file in files if file.suffix == ".safetensors"}
     # Mapped, not read: the processes of one machine then share the memory of what each takes its part of.
     load = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
     trainer_state = _readable(folder / "trainer_state.json", lambda file: TrainerState.load_from_json(str(file)))

@@ -40,7 +40,7 @@ INHERITED: dict[str, dict[str, str]] = {
     },
     "Output, checkpoints and sample grids": {
         "output_dir": "Where the student, checkpoints, sample grids and solutions of the warm start go.",
-        "resume_from_checkpoint": "Folder of a checkpoint, or `true` for the newest one in `output_dir`.",
+        "resume_from_checkpoint": "Folder of a checkpoint, or `true` for the newest complete one in `output_dir`.",
         "save_strategy": "Write checkpoints: `steps` or `no`.",
         "save_steps": "Policy updates between checkpoints.",
         "save_total_limit": "Checkpoints that are kept. Default: all.",

@@ -5,16 +5,16 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, gather_object
+from accelerate.utils import AutocastKwargs, broadcast_object_list, gather_object
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -24,6 +24,8 @@ from rdm_rl.trainers.callbacks import make_callback_handler, make_state, make_tr
 from rdm_rl.trainers.processes import check_processes
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.setup import precision
+
+Answer = TypeVar("Answer")
 
 
 class TrainingLoop(ABC):
@@ -217,6 +219,20 @@ class TrainingLoop(ABC):
             for parameter in parameters:
                 if not is_sharded(parameter):
                     torch.distributed.broadcast(parameter.data, src=0)
+
+    def on_first_process(self, work: Callable[[], Answer]) -> Answer:
+        """What the first process finds out, on all of them; so is its error, if it is one of files or values."""
+        answers: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                answers = [work()]
+            except (OSError, ValueError) as error:
+                answers = [error]
+        broadcast_object_list(answers)
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        answer: Answer = answers[0]
+        return answer
 
     def on_any_process(self, condition: bool) -> bool:
         """Whether a condition holds on any process; all must ask."""

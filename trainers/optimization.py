@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Decay = Annotated[float, Within(0, 1, but_not=1)]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+# Of an optimiser's groups, what is the run's to set; anything else in them may be state.
+_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")
 
 
 @dataclass(kw_only=True)
@@ -74,18 +76,21 @@ class RoleOptimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take that state back, whole as a checkpoint has it."""
+        """Take that state back, whole as a checkpoint has it; rates and other settings stay those of this run."""
         saved = state["optimizer"]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         restored = {
             index: {name: _own(value, parameters[index]) for name, value in values.items()}
             for index, values in saved["state"].items()
         }
+        settings = [{name: group[name] for name in _SETTINGS if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({**saved, "state": restored})
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler.is_enabled():
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
+        self.scheduler.load_state_dict({**state["scheduler"], "base_lrs": self.scheduler.base_lrs})
+        if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        # The saved rate is that of the saved run's length; this run may be longer.
+        # The saved rate is that of the saved run's settings and length.
         for group, base, factor in zip(
             self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
         ):

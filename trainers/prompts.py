@@ -1,10 +1,12 @@
 """From a data set of prompts to batches whose order is a function of the seed and the position alone."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from xxhash import xxh3_128
 
 from rdm_rl.families.encoding import CutPrompts
 from rdm_rl.randomness import seeded_generator
@@ -85,6 +87,14 @@ class PromptSource:
         if hasattr(self._dataset, "column_names"):
             return iter(self._dataset["prompt"])
         return (self._dataset[index]["prompt"] for index in range(len(self)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """How many prompts there are, and a short name for their texts in their order."""
+        digest = xxh3_128()
+        for text in self.texts():
+            digest.update(f"{len(text)}:{text}".encode(errors="surrogatepass"))
+        return f"{len(self)}, {digest.hexdigest()[:16]}"
 
     def rows(self, start: int, count: int) -> list[dict[str, Any]]:
         """The rows at positions ``start`` to ``start + count - 1`` of the endless order."""

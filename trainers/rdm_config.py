@@ -8,6 +8,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from rdm_rl.families.base import ModelSettings
+from rdm_rl.families.resolution import read_resolutions
 from rdm_rl.networks.offload import MemorySettings
 from rdm_rl.policy import PolicySettings
 from rdm_rl.ratio import PolicyGradientSettings
@@ -225,6 +226,7 @@ def _refuse_precision(args: RDMConfig) -> None:
 
 def _refuse_run(args: RDMConfig) -> None:
     """Refuse how long a run goes on, what it writes and how it is batched, where that cannot work."""
+    read_resolutions(args.resolution)
     for name in ("logging_strategy", "eval_strategy", "save_strategy"):
         value = getattr(getattr(args, name), "value", getattr(args, name))
         if value not in ("no", "steps"):

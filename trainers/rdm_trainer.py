@@ -1,9 +1,11 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, get_args
 from zlib import crc32
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from tqdm import trange
 from transformers.trainer_callback import TrainerCallback
 
+from rdm_rl.families.resolution import read_resolutions
 from rdm_rl.networks.roles import Role
 from rdm_rl.policy import kl_divergence, make_sampler
 from rdm_rl.randomness import normal, seeded_generator, seeded_generators
@@ -23,10 +26,11 @@ from rdm_rl.records import Conditioning, Direction, Experience, Judgement, LossO
 from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
-from rdm_rl.trainers.checkpointing import check_settings, find_checkpoint
+from rdm_rl.trainers.checkpointing import find_checkpoint, read_settings, set_aside
 from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer
 from rdm_rl.trainers.prompts import PromptSource, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.trainers.resuming import Change, check_settings
 from rdm_rl.trainers.reward_context import make_reward_context
 from rdm_rl.trainers.reward_settings import check_reward_settings, choose_weighting, warn_of_reward_settings
 from rdm_rl.trainers.sanity import check_run
@@ -54,7 +58,8 @@ class RDMTrainer(StudentRun):
     :meth:`load_state_dict` for state of its own.
 
     Args:
-        model: The pipeline to distil: a folder, a hub name, or a loaded ``DiffusionPipeline``. It is also the teacher.
+        model: The pipeline to distil: a folder, a hub name, a ``.safetensors`` file with the whole model
+            (``args.model_config``), or a loaded ``DiffusionPipeline``. It is also the teacher.
         reward_funcs: Registered names, callables ``(images, prompts, **columns)`` or objects with a ``direction``, or a
             list of them; ``"rdm"`` is distribution matching.
         args: The settings; None for the defaults.
@@ -135,14 +140,16 @@ class RDMTrainer(StudentRun):
         # A checkpoint holds what is trained; these say what it belongs to.
         self._fingerprints = self.networks.fingerprints()
         self.sampler = make_sampler(args.sampler, args.eta)
+        self.sizes = [self.family, *map(self.family.at, read_resolutions(args.resolution)[1:])]
         self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
+        self._run = token_hex(8)
         self._last_checkpoint: Path | None = None
         context = make_reward_context(
             self.networks,
             args,
             self.teacher_guidance_scale,
-            first_time=float(self.times[0]),
+            sizes=self.sizes,
             device=self.device,
             global_step=lambda: self.state.global_step,
             last_checkpoint=lambda: self._last_checkpoint,
@@ -166,20 +173,20 @@ class RDMTrainer(StudentRun):
         """Run from the start, or from a checkpoint as if the run had not stopped.
 
         Args:
-            resume_from_checkpoint: True for the newest checkpoint in ``output_dir``, or a checkpoint's folder.
+            resume_from_checkpoint: True for the newest complete checkpoint in ``output_dir``, or a checkpoint's folder.
 
         Returns:
             The last logged numbers.
 
         Raises:
             RuntimeError: If this trainer has trained before; a warm start would undo what it learnt.
+            FileNotFoundError: If there is no such checkpoint, or no complete one.
+            ValueError: If the checkpoint that was named is damaged, or was made with settings that must not change.
         """
         if self.optimizers:
             raise RuntimeError("This trainer has already trained. Make a new one, and resume from a checkpoint there.")
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
-        checkpoint = find_checkpoint(self.args.output_dir, resume) if resume else None
-        if checkpoint is not None:
-            check_settings(checkpoint, self.args.to_dict(), self.accelerator.num_processes, self._fingerprints)
+        checkpoint, changed = self._checkpoint_to_resume(resume) if resume else (None, [])
         self.state.max_steps = self.count_steps()
         self.state.compute_steps(self.args, self.state.max_steps)
         self.create_optimizers()
@@ -190,7 +197,8 @@ class RDMTrainer(StudentRun):
         if self.args.sanity_check:
             check_run(self)  # Before a checkpoint is loaded: its optimisers would be written whole.
         if checkpoint is not None:
-            self._load_checkpoint(checkpoint)
+            self._load_checkpoint(checkpoint, {change.name for change in changed if change.kind == "method"})
+        self._begin_in_folder(checkpoint, changed)
         self.cache_prompts()
         if checkpoint is None:
             if self.args.warm_start == "ode":
@@ -202,6 +210,25 @@ class RDMTrainer(StudentRun):
         if self.args.push_to_hub:
             self.push_to_hub()
         return self.state.log_history[-1] if self.state.log_history else {}
+
+    def _checkpoint_to_resume(self, wish: str | Path | bool) -> tuple[Path, list[Change]]:
+        """The checkpoint that is meant, on all processes, and what has changed since it was written."""
+        folder = self.on_first_process(lambda: find_checkpoint(self.args.output_dir, wish))
+        now = {**json.loads(self.args.to_json_string()), **self.run_facts()}
+        return folder, check_settings(str(folder), read_settings(folder), now)
+
+    def _begin_in_folder(self, checkpoint: Path | None, changed: Sequence[Change]) -> None:
+        """Say what is continued, and move the checkpoints that are not out of the way."""
+        if not self.accelerator.is_main_process:
+            return
+        if checkpoint is not None:
+            now = ", ".join(f"{change.name}={change.now!r} (it had {change.saved!r})" for change in changed)
+            print(f"Resuming {checkpoint} after {self.state.global_step} updates{f' with {now}' if now else ''}")
+            if self.state.global_step >= self.state.max_steps:
+                print(f"The run is already finished: max_steps={self.state.max_steps}")
+        place = set_aside(self.args.output_dir, self._run, self.state.global_step)
+        if place is not None:
+            print(f"Checkpoints in {self.args.output_dir} that this run does not continue are now in {place}")
 
     def training_step(self) -> dict[str, float]:
         """One update of the method: rollouts, fake-score updates, rewards, policy update.
@@ -341,7 +368,7 @@ class RDMTrainer(StudentRun):
         Returns:
             The recorded chains.
         """
-        return self._walk(batch, self.generators("rollout", batch), self.sampler)
+        return self._walk(batch, self.generators("rollout", batch), self.sampler, self.family_at(batch))
 
     def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Judgement]:
         """What every reward says of the samples at one recorded step.

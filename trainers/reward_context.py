@@ -1,11 +1,12 @@
 """What rewards are given of a run: its networks, its decoder, and the teacher's images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rdm_rl.families import Family
 from rdm_rl.networks.roles import Networks
 from rdm_rl.rewards.images import ImageDecoder, load_tiny_decoder
 from rdm_rl.rewards.protocol import RewardContext
@@ -19,7 +20,7 @@ def make_reward_context(
     args: RDMConfig,
     teacher_guidance_scale: float,
     *,
-    first_time: float,
+    sizes: Sequence[Family],
     device: torch.device,
     global_step: Callable[[], int],
     last_checkpoint: Callable[[], Path | None],
@@ -32,7 +33,7 @@ def make_reward_context(
         networks: The three roles.
         args: The settings.
         teacher_guidance_scale: Guidance of the teacher.
-        first_time: The time at which rollouts begin, and with them the teacher's images.
+        sizes: The student's family at each resolution.
         device: Where decoders run.
         global_step: Gives the number of policy updates made so far.
         last_checkpoint: Gives the folder of the last checkpoint, or None.
@@ -50,20 +51,25 @@ def make_reward_context(
         decode = tiny = load_tiny_decoder(args.reward_decoder, channels, device, checkpointing=checkpointing)
         decoder_network = tiny.network
     decoder = ImageDecoder(decode, args.decode_batch_size)
+    teacher = networks.teacher_family
+    images_by_size: dict[tuple[int, ...], TeacherImages] = {
+        family.latent_shape[1:]: TeacherImages(
+            networks.predictor("teacher", teacher_guidance_scale),
+            (teacher if family.resolution is None else teacher.at(family.resolution)).schedule,
+            decoder,
+            args.teacher_num_inference_steps,
+            _teacher_cache(networks, args, teacher_guidance_scale, family, decoder_network),
+            anywhere,
+        )
+        for family in sizes
+    }
     return RewardContext(
         networks=networks,
         args=args,
         teacher_guidance_scale=teacher_guidance_scale,
         global_step=global_step,
         decoder=decoder,
-        teacher_images=TeacherImages(
-            networks.predictor("teacher", teacher_guidance_scale),
-            networks.teacher_family.schedule,
-            decoder,
-            args.teacher_num_inference_steps,
-            _teacher_cache(networks, args, teacher_guidance_scale, first_time, decoder_network),
-            anywhere,
-        ),
+        teacher_images=lambda rollout: images_by_size[rollout.states.shape[-2:]](rollout),
         last_checkpoint=last_checkpoint,
         distribution_matching=distribution_matching,
     )
@@ -73,19 +79,20 @@ def _teacher_cache(
     networks: Networks,
     args: RDMConfig,
     teacher_guidance_scale: float,
-    first_time: float,
+    family: Family,
     decoder: nn.Module | None,
 ) -> TeacherCache | None:
-    """Where the teacher's images are kept, under a name that no other teacher, decoder or setting has."""
+    """Where the teacher's images at a resolution are kept; no other teacher, decoder or setting has the name."""
     if args.teacher_cache_dir is None:
         return None
     key = teacher_key(
         networks,
         args,
+        resolution=family.resolution,
         decoder=decoder,
         steps=args.teacher_num_inference_steps,
         guidance=teacher_guidance_scale,
-        start=first_time,
+        start=float(family.student_times(args.num_inference_steps, args.sampler)[0]),
     )
     limit = None if args.teacher_cache_gib is None else args.teacher_cache_gib * 2**30
     return TeacherCache(args.teacher_cache_dir, key, limit)

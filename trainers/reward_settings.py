@@ -104,6 +104,17 @@ def check_reward_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]
             f"importance_weight_clip={args.importance_weight_clip} is set, which weights the direction of 'rdm' on a "
             "rollout that is used again, but 'rdm' is not in reward_funcs. Leave it out."
         )
+    if args.first_step_anchor:
+        anchor = f"first_step_anchor={args.first_step_anchor} anchors the first step"
+        if "rdm" not in rewards:
+            raise ValueError(f"{anchor} instead of 'rdm', which is not in reward_funcs. Leave it out.")
+        if args.num_inference_steps == 1:
+            raise ValueError(f"{anchor}, but the student has no other for 'rdm' to act on. Leave it out.")
+        if len(rewards) > 1 and args.reward_weighting != "fixed":
+            raise ValueError(
+                f"{anchor} with another force than that of 'rdm', by which reward_weighting={args.reward_weighting!r} "
+                "measures the other rewards. Set reward_weighting='fixed', or leave it out."
+            )
     directed = any(reward.needs_fake_score for reward in rewards.values())  # rdm, or the user's.
     ratios = boxes or (args.num_iterations > 1 and directed) or args.beta
     if _changed(args, ["importance_sampling_level"]) and not ratios:

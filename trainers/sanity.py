@@ -44,9 +44,10 @@ def check_checkpoint(trainer: "RDMTrainer") -> None:
     output_dir = Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output_dir, prefix=".checking-") as folder:
-        write_checkpoint(Path(folder), tensors, state, trainer.args.to_json_string(), trainer.state)
+        checkpoint = Path(folder) / "checkpoint-0"
+        write_checkpoint(checkpoint, tensors, state, trainer.args.to_json_string(), trainer.state)
         try:
-            read_checkpoint(Path(folder))
+            read_checkpoint(checkpoint)
         except ValueError as error:
             raise ValueError(
                 "A checkpoint of this run could not be read back. What state_dict() returns, a trainer's or a "
@@ -74,4 +75,7 @@ class SanitySettings:
         True,
         "Before anything long, open the trackers, write a checkpoint and read it back, decode a sample, and let every "
         "reward judge a batch.",
+    )
+    allow_config_change: bool = setting(
+        False, "Resume a checkpoint although settings of the method, or the data, have changed since."
     )

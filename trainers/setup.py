@@ -13,6 +13,9 @@ from torch import nn
 from rdm_rl.families import Family, check_model_name, load_family, load_policy_init
 from rdm_rl.families.encoding import PromptCache
 from rdm_rl.families.hub import adapter_file, check_hub_name
+from rdm_rl.families.loading import describe_single_file
+from rdm_rl.families.resolution import Resolution, read_resolutions
+from rdm_rl.families.single_file import SingleFile, is_single_file, read_header
 from rdm_rl.files import cache_key
 from rdm_rl.networks.roles import Networks, make_networks
 from rdm_rl.policy import suits
@@ -32,12 +35,14 @@ class LoadedModels(NamedTuple):
         name: Name of the model that the policy started from.
         is_pipeline: Whether that is a pipeline which a saved adapter can belong to.
         sources: Other models that went into it, for the model card.
+        single_file: What more there is to say of a model that is one file; None for any other.
     """
 
     networks: Networks
     name: str
     is_pipeline: bool
     sources: dict[str, str]
+    single_file: SingleFile | None
 
 
 def precision(args: RDMConfig) -> Precision:
@@ -45,12 +50,20 @@ def precision(args: RDMConfig) -> Precision:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
 
 
-def teacher_key(networks: Networks, args: RDMConfig, *, decoder: nn.Module | None = None, **settings: object) -> str:
+def teacher_key(
+    networks: Networks,
+    args: RDMConfig,
+    *,
+    resolution: Resolution | None,
+    decoder: nn.Module | None = None,
+    **settings: object,
+) -> str:
     """The name under which what the teacher makes is kept: that of another teacher or setting has another one.
 
     Args:
         networks: The roles of the run. Noise and prompts come from the student's family, or are the teacher's own.
         args: The run's settings.
+        resolution: Size of the images; None is the model's own.
         decoder: What makes images of its latents, if that is kept.
         settings: How the teacher is sampled: its steps, its guidance, the time it starts from, the noise.
 
@@ -58,12 +71,13 @@ def teacher_key(networks: Networks, args: RDMConfig, *, decoder: nn.Module | Non
         16 hexadecimal digits.
     """
     families = [*dict.fromkeys((networks.teacher_family, networks.family))]  # Often one: its encoders are large.
+    sized = families if resolution is None else [family.at(resolution) for family in families]
     return cache_key(
         {"teacher": networks.module("teacher"), "decoder": decoder},
         prompts=[family.encoder_fingerprint() for family in families],
-        schedules=[family.schedule for family in families],
+        schedules=[family.schedule for family in sized],
         prediction_type=families[0].prediction_type,
-        shape=families[0].latent_shape,
+        shape=sized[0].latent_shape,
         precision=precision(args),
         **settings,
     )
@@ -91,11 +105,20 @@ def check_models(
         ValueError: If settings cannot work together.
         FileNotFoundError: If a folder does not exist.
     """
-    for source in (model, teacher):
-        if isinstance(source, str | Path):
-            check_model_name(str(source))
+    names = [str(source) for source in (model, teacher) if isinstance(source, str | Path)]
+    for name in names:
+        check_model_name(name, args.model_config)
+    if args.model_config is not None and not any(map(is_single_file, names)):
+        raise ValueError(
+            f"model_config={args.model_config!r} configures a model in one .safetensors file, but neither model nor "
+            "teacher is one. Leave it out."
+        )
     for setting, source in (("teacher_adapter", teacher_adapter), ("policy_init", policy_init)):
-        if source is None or Path(source).is_file():
+        if source is None:
+            continue
+        if Path(source).is_file():
+            if read_header(setting, str(source)).is_whole_model and setting == "teacher_adapter":
+                raise ValueError(f"teacher_adapter={str(source)!r} is a whole model. Pass it as teacher.")
             continue
         folder = Path(source)
         if not folder.is_dir():
@@ -155,7 +178,11 @@ def load_networks(
     """
     dtype = DTYPES[precision(args)]
     # Full copies are trained in float32, so they are read in it.
-    options: dict[str, Any] = {"dtype": dtype if peft_config else torch.float32, "resolution": args.resolution}
+    options: dict[str, Any] = {
+        "dtype": dtype if peft_config else torch.float32,
+        "resolution": next(iter(read_resolutions(args.resolution)), None),
+        "model_config": args.model_config,
+    }
     family = load_family(model, **options)
     teacher_family = None if teacher is None else load_family(teacher, **options)
     name, adapter = _name(model), policy_init
@@ -191,7 +218,10 @@ def load_networks(
     if student is not None and teacher is None:
         others["teacher"] = model
     sources = {setting: _name(source) for setting, source in others.items() if source is not None}
-    return LoadedModels(networks, name, is_pipeline=student is None, sources=sources)
+    single_file = None
+    if student is None and isinstance(model, str | Path):
+        single_file = describe_single_file(str(model), family, args.model_config)
+    return LoadedModels(networks, name, is_pipeline=student is None, sources=sources, single_file=single_file)
 
 
 def _name(source: Model) -> str:

@@ -1,8 +1,9 @@
 """What a run does with its student beside the updates: optimisers, the warm start, samples and files."""
 
+import json
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family
 from rdm_rl.families.encoding import EMPTY_PROMPT
+from rdm_rl.files import config_facts
+from rdm_rl.manifest import read_manifest
 from rdm_rl.networks.roles import Networks, Role
 from rdm_rl.networks.sharding import gather
 from rdm_rl.policy import Sampler, make_sampler, rollout
-from rdm_rl.randomness import Generators, seeded_generators
+from rdm_rl.randomness import Generators, drawn_index, seeded_generators
 from rdm_rl.records import PromptBatch, Rollout
 from rdm_rl.rewards.kinds import TrainingReward
 from rdm_rl.student import public_name, save_student
@@ -30,6 +33,7 @@ from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import RunningMean, Weighting
 
 EVALUATION_SEED = 12345
+_ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
 class StudentRun(TrainingLoop):
@@ -44,6 +48,7 @@ class StudentRun(TrainingLoop):
     weighting: Weighting
     sampler: Sampler
     times: Tensor
+    sizes: list[Family]
     optimizers: dict[Role, RoleOptimizer]
     average: PolicyAverage | None
     reference: PolicyAverage | None
@@ -52,6 +57,7 @@ class StudentRun(TrainingLoop):
     _models: LoadedModels
     _fingerprints: Mapping[str, str]
     _optimizer_factories: tuple[OptimizerFactory | None, OptimizerFactory | None]
+    _run: str
     _last_checkpoint: Path | None
     _last_rollout: Rollout | None
 
@@ -121,7 +127,7 @@ class StudentRun(TrainingLoop):
         optimizer = self._role_optimizer(
             "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm, warm_up=False
         )
-        pairs = self._collect_pairs()
+        pairs = [self._collect_pairs(family) for family in self.sizes]
         self.networks.release_teacher()
         losses = regress(
             self.networks.predictor("policy", self.args.guidance_scale),
@@ -136,28 +142,30 @@ class StudentRun(TrainingLoop):
         )
         self.record_phase("warm_start/loss", losses)
 
-    def _collect_pairs(self) -> OdePairs:
-        args = self.args
+    def _collect_pairs(self, family: Family) -> OdePairs:
+        """The teacher's solutions at one resolution: each has its share of them."""
+        args, times = self.args, self.times_of(family)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        count = -(-args.warm_start_num_states // processes)
+        count = -(-args.warm_start_num_states // (processes * len(self.sizes)))
         rows = self.prompts.rows(rank * count, count)
         guidance = self.teacher_guidance_scale
         name = teacher_key(
             self.networks,
             args,
+            resolution=family.resolution,
             guidance=guidance,
             steps=args.warm_start_ode_steps,
-            start=self.times[0].item(),
+            start=times[0].item(),
             seed=args.seed,
             first=rank * count,
         )
         return collect_pairs(
             self.networks.predictor("teacher", guidance),
             self.family.encode,
-            self.family.schedule,
+            family.schedule,
             prompts=[row["prompt"] for row in rows],
-            times=self.times.tolist(),
-            shape=self.family.latent_shape,
+            times=times.tolist(),
+            shape=family.latent_shape,
             ode_steps=args.warm_start_ode_steps,
             batch_size=args.per_device_train_batch_size,
             seed=args.seed,
@@ -221,16 +229,27 @@ class StudentRun(TrainingLoop):
             The recorded chains.
         """
         with self.averaged_policy():
-            return self._walk(batch, generator, make_sampler(self.args.sampler, 0.0))
+            return self._walk(batch, generator, make_sampler(self.args.sampler, 0.0), self.family)
 
-    def _walk(self, batch: PromptBatch, generator: Generators, sampler: Sampler) -> Rollout:
-        """The chains of the policy as it is."""
+    def times_of(self, family: Family) -> Tensor:
+        """The times that the student visits, shape (K,), at a family's resolution."""
+        if family is self.family:
+            return self.times
+        return family.student_times(self.args.num_inference_steps, self.args.sampler).to(self.device)
+
+    def family_at(self, batch: PromptBatch) -> Family:
+        """The family at the resolution that is drawn for a batch's update: the same on every process."""
+        number = drawn_index(len(self.sizes), self.args.seed, f"{batch.stream}/resolution", batch.update)
+        return self.sizes[number]
+
+    def _walk(self, batch: PromptBatch, generator: Generators, sampler: Sampler, family: Family) -> Rollout:
+        """The chains of the policy as it is, at a family's resolution."""
         return rollout(
             self.networks.predictor("policy", self.args.guidance_scale),
             batch,
-            self.family.schedule,
-            self.times,
-            shape=self.family.latent_shape,
+            family.schedule,
+            self.times_of(family),
+            shape=family.latent_shape,
             generator=generator,
             sampler=sampler,
             step_noise=self.family.step_noise,
@@ -263,6 +282,8 @@ class StudentRun(TrainingLoop):
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Save the student as plain diffusers: a LoRA, or a whole pipeline, with its scheduler and a model card.
 
+        A LoRA is also saved for ComfyUI, A1111 and kohya's scripts (``docs/draw_with_your_student.md``).
+
         Args:
             output_dir: Where to; None for ``args.output_dir``.
         """
@@ -274,6 +295,7 @@ class StudentRun(TrainingLoop):
                 sampler=self.args.sampler,
                 guidance_scale=self.args.guidance_scale,
                 base=self.model_name,
+                single_file=self._models.single_file,
                 whole=not self._models.is_pipeline,
                 name=self.args.hub_model_id,
                 facts=self._card_facts(),
@@ -285,6 +307,7 @@ class StudentRun(TrainingLoop):
         averaged = self.average is not None and self.args.save_ema
         names = ["num_generations", "learning_rate", "seed"]
         names += ["dm_normalization", "dm_group"] if "rdm" in self.rewards else []
+        names += ["resolution"] if len(self.sizes) > 1 else []
         usual = {"sampler": "renoise", "eta": None, "num_iterations": 1}
         names += [name for name, value in usual.items() if getattr(self.args, name) != value]
         return {
@@ -325,6 +348,9 @@ class StudentRun(TrainingLoop):
 
         Returns:
             The checkpoint's folder.
+
+        Raises:
+            ValueError: If weights are not finite; the checkpoints before stay.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         tensors: dict[str, Mapping[str, Tensor]] = {role: self.networks.state_dict(role) for role in self.optimizers}
@@ -339,16 +365,34 @@ class StudentRun(TrainingLoop):
             (tensors, self.whole_state()), keep=writes
         )  # Sharded weights take all processes to put together.
         if writes:
-            settings, processes = self.args.to_json_string(), self.accelerator.num_processes
-            write_checkpoint(folder, tensors, state, settings, self.state, processes, self._fingerprints)
+            settings = self.args.to_json_string()
+            write_checkpoint(folder, tensors, state, settings, self.state, self.run_facts(), self._run)
             rotate_checkpoints(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._last_checkpoint = folder
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
 
-    def _load_checkpoint(self, folder: Path) -> None:
+    def run_facts(self) -> dict[str, Any]:
+        """What the run is made with and is no setting, by name: a resumed run is compared with it."""
+        adapter = getattr(self.networks.module("policy"), "peft_config", {}).get("policy")
+        shape = {} if adapter is None else config_facts(adapter)
+        facts = {
+            "num_processes": self.accelerator.num_processes,
+            "rewards": list(self.rewards),
+            "weighting": type(self.weighting).__name__,
+            "prompts": self.prompts.fingerprint,
+            "adapters": adapter is not None,
+            **{f"peft_config.{name}": shape[name] for name in _ADAPTER_SHAPE if name in shape},
+            **{f"weights of the {role}": name for role, name in self._fingerprints.items()},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(facts, default=sorted))  # Names of modules are sets.
+        return plain
+
+    def _load_checkpoint(self, folder: Path, changed: Collection[str] = ()) -> None:
+        """Take everything back but what belongs to facts that have changed since."""
         tensors, state, saved = read_checkpoint(folder)
+        self._run = read_manifest(folder)["run"]
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
         self.state.log_history = saved.log_history
         for role, optimizer in self.optimizers.items():
@@ -359,13 +403,16 @@ class StudentRun(TrainingLoop):
             self.average.load(tensors["ema"], state["ema_updates"])
         if self.reference is not None:
             self.reference.load(tensors["reference"], 0)
-        self.weighting.load_state_dict(state["weighting"])
+        if "weighting" not in changed:
+            self.weighting.load_state_dict(state["weighting"])
         self.load_state_dict(state["own"])
         for name, spread in state["reward_spreads"].items():
             self.reward_spreads[name].load(spread)
         self._last_checkpoint = folder
         # Another process's samples are not saved: with several, the first lag after resuming is left out.
-        if "last_samples" in tensors and self.state.global_step > 0 and self.accelerator.num_processes == 1:
+        alone = self.accelerator.num_processes == 1
+        if "last_samples" in tensors and self.state.global_step > 0 and alone and not changed:
             batch = next(self.prompt_batches((self.state.global_step - 1) // self.args.num_iterations))
             samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
-            self._last_rollout = Rollout(batch=batch, times=self.times, states=samples["states"], x_0=samples["x_0"])
+            times = self.times_of(self.family_at(batch))
+            self._last_rollout = Rollout(batch=batch, times=times, states=samples["states"], x_0=samples["x_0"])

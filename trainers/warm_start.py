@@ -22,15 +22,13 @@ from typing import Literal
 from zlib import crc32
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm, trange
 
-from rdm_rl.files import written_whole
+from rdm_rl.files import load_tensors, save_tensors
 from rdm_rl.noise_schedule import NoiseSchedule
 from rdm_rl.policy import X0Predictor, ode_solution
-from rdm_rl.randomness import normal, seeded_generator
+from rdm_rl.randomness import drawn_index, normal, seeded_generator
 from rdm_rl.records import Conditioning
 from rdm_rl.settings import Count, Folder, Size, setting
 from rdm_rl.trainers.optimization import RoleOptimizer
@@ -115,9 +113,7 @@ def collect_pairs(
                 # The first time is noise; the others start from the teacher's own samples.
                 state = noise if index == 0 else schedule.perturb(first_solution, noise, torch.tensor(t, device=device))
                 solution = ode_solution(teacher, state, t, encode(chunk), schedule, ode_steps)
-                pair = {"states": state.cpu().contiguous(), "solutions": solution.cpu().contiguous()}
-                with written_whole(file) as partial:
-                    save_file(pair, partial, {"prompts": json.dumps(chunk)})
+                save_tensors(file, {"states": state, "solutions": solution}, prompts=json.dumps(chunk))
             states, solutions = _read(file, chunk)
             first_solution = solutions.to(device) if index == 0 else first_solution
             pieces.append((states, solutions, torch.full((len(chunk),), t), chunk))
@@ -133,7 +129,7 @@ def collect_pairs(
 
 def regress(
     policy: X0Predictor,
-    pairs: OdePairs,
+    pairs_by_size: Sequence[OdePairs],
     optimizer: RoleOptimizer,
     *,
     encode: Callable[[Sequence[str]], Conditioning],
@@ -147,7 +143,7 @@ def regress(
 
     Args:
         policy: The student.
-        pairs: What to learn.
+        pairs_by_size: What to learn, for each resolution; one is drawn for each update.
         optimizer: Updates the student.
         encode: Encodes prompts.
         steps: Updates.
@@ -162,6 +158,7 @@ def regress(
     losses = []
     bar = trange(steps, desc="warm start: regression", disable=not show_progress)
     for update in bar:
+        pairs = pairs_by_size[drawn_index(len(pairs_by_size), seed[0], "warm_start/resolution", update)]
         generator = seeded_generator(seed[0], "warm_start/batch", update, seed[1])
         rows = torch.randint(len(pairs.states), (batch_size,), generator=generator)
         conditioning = encode([pairs.prompts[row] for row in rows.tolist()])
@@ -175,13 +172,13 @@ def regress(
 
 
 def _read(file: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """States and solutions of a file, after checking that they belong to the prompts."""
-    with safe_open(file, framework="pt") as content:
-        if json.loads(content.metadata()["prompts"]) != list(prompts):
-            raise ValueError(
-                f"{file} holds solutions of other prompts. Delete the folder, or set another warm_start_cache_dir."
-            )
-        return content.get_tensor("states"), content.get_tensor("solutions")
+    """States and solutions of a file, after checking that they are what was written, for these prompts."""
+    tensors, facts = load_tensors(file)
+    if json.loads(facts["prompts"]) != list(prompts):
+        raise ValueError(
+            f"{file} holds solutions of other prompts. Delete the folder, or set another warm_start_cache_dir."
+        )
+    return tensors["states"], tensors["solutions"]
 
 
 @dataclass

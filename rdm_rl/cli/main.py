@@ -1,4 +1,4 @@
-"""The command line: ``rdm-rl demo | train | plan | sample | evaluate | rewards | methods | env``."""
+"""The command line: ``rdm-rl demo``, ``train``, ``plan``, ``sample``, ``export``, ``checkpoint``, ``evaluate``, ..."""
 
 import argparse
 import os
@@ -8,12 +8,16 @@ from pathlib import Path
 
 from rdm_rl import __version__
 
+_CONFIG_HELP = "pipeline that configures a base in one file; default: what the student's folder names"
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command: the words after ``rdm-rl``, or those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in what was asked, which is explained in one line.
+        The exit status: 0; 1 if ``checkpoint`` found damage; 2 for a mistake in what was asked, which is explained in
+        one line.
     """
     # Both announce what is no news here: that torchvision is missing, and that an adapter has no text-encoder part.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -34,9 +38,9 @@ def run_script(function: Callable[[Sequence[str]], None]) -> int:
     return _explained(lambda: function(words), Path(sys.argv[0]).name, debug="--debug" in sys.argv)
 
 
-def _explained(function: Callable[[], None], name: str, *, debug: bool) -> int:
+def _explained(function: Callable[[], int | None], name: str, *, debug: bool) -> int:
     try:
-        function()
+        return function() or 0
     except SystemExit:  # A help text, for which the import below would take seconds.
         raise
     except _mistakes() as error:
@@ -44,7 +48,6 @@ def _explained(function: Callable[[], None], name: str, *, debug: bool) -> int:
             raise
         print(f"{name}: {error} (--debug shows where)", file=sys.stderr)
         return 2
-    return 0
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
@@ -55,7 +58,8 @@ def _mistakes() -> tuple[type[Exception], ...]:
     return ValueError, OSError, ModuleNotFoundError, RewardError
 
 
-def _command(words: list[str]) -> None:
+def _command(words: list[str]) -> int | None:
+    """Run a command; its exit status if it has one of its own."""
     if words[:1] == ["train"]:  # Its options are the fields of the settings, which another parser reads.
         from rdm_rl.cli.train import train_command
 
@@ -66,7 +70,9 @@ def _command(words: list[str]) -> None:
         plan_command(words[1:])
     else:
         options = _parser().parse_args(words)
-        options.run(options)
+        status: int | None = options.run(options)
+        return status
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,15 +96,27 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="draw images with a saved student, through plain diffusers")
     sample.add_argument("--student", type=Path, required=True, help="folder that save_model wrote")
     sample.add_argument("--model", help="base pipeline of a LoRA student; default: what its folder names")
+    sample.add_argument("--model_config", help=_CONFIG_HELP)
     sample.add_argument("--prompt", action="append", required=True, help="a prompt; repeat for more")
     sample.add_argument("--num_images", type=int, default=4, help="images of each prompt")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sample.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    sample.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="precision of the weights"
-    )
+    sample.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the weights")
     sample.add_argument("--output_dir", type=Path, default=Path("samples"), help="where the PNG files go")
     sample.set_defaults(run=_sample)
+
+    export = commands.add_parser("export", help="write a student's LoRA for ComfyUI, A1111 and kohya, or for diffusers")
+    export.add_argument("student", help="folder that save_model wrote, or a LoRA's file, folder or hub name")
+    export.add_argument("--format", choices=("kohya", "diffusers"), required=True, help="whose names the file has")
+    export.add_argument("--model", help="base pipeline of the LoRA; default: what the student's folder names")
+    export.add_argument("--model_config", help=_CONFIG_HELP)
+    export.add_argument("--output", type=Path, help="the file; default: the student's name and format, here")
+    export.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the weights in the file")
+    export.set_defaults(run=_export)
+
+    checkpoint = commands.add_parser("checkpoint", help="verify the checkpoints of a run, one of them, or a student")
+    checkpoint.add_argument("folder", type=Path, help="a run's folder, a checkpoint, or what save_model wrote")
+    checkpoint.set_defaults(run=_checkpoint)
 
     evaluate = commands.add_parser("evaluate", help="judge saved students of the embedded teacher")
     evaluate.add_argument("--student", type=Path, action="append", required=True, help="folder; repeat for more")
@@ -148,10 +166,11 @@ def _demo(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import torch
 
-    from rdm_rl.student import load_student
+    from rdm_rl.student import load_student, model_config_of
 
     dtype: torch.dtype = getattr(torch, options.dtype)
-    student = load_student(options.student, options.model or _base_of(options.student), dtype)
+    config = options.model_config or model_config_of(options.student)
+    student = load_student(options.student, options.model or _base_of(options.student), dtype, config)
     student.pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
@@ -164,6 +183,27 @@ def _sample(options: argparse.Namespace) -> None:
             print(file)
 
 
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from rdm_rl.cli.export import export_adapter
+    from rdm_rl.student import base_of, model_config_of
+
+    source = Path(options.student)
+    model = options.model or (_base_of(source) if base_of(source) else None)
+    name = source.resolve().name.removesuffix(".safetensors")
+    output = options.output or Path(f"{name}-{options.format}.safetensors")
+    config = options.model_config or model_config_of(source)
+    export_adapter(options.student, model, options.format, output, getattr(torch, options.dtype), config)
+    print(output)
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from rdm_rl.cli.checkpoint import print_states
+
+    return print_states(options.folder)
+
+
 def _base_of(student: Path) -> str:
     """The model that a student belongs to, as far as its folder says so."""
     from rdm_rl.demo.data import TEACHER_FOLDER
@@ -172,7 +212,7 @@ def _base_of(student: Path) -> str:
     base = base_of(student)
     if base in (None, "digits"):
         return str(TEACHER_FOLDER)
-    if not Path(base).is_dir() and base.count("/") != 1:
+    if not Path(base).exists() and base.count("/") != 1:
         raise ValueError(f"The student {str(student)!r} is an adapter of a model called {base!r}: give its --model.")
     return base
 

@@ -14,6 +14,7 @@ from rdm_rl.cli.train import TrainArguments
 from rdm_rl.settings import groups, help_of
 from rdm_rl.trainers.inherited import INHERITED
 from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.trainers.resuming import KINDS, RULES
 
 # An inherited field shows a default where it is this library's own: transformers' differ from version to version.
 _OURS = {name: RDMConfig.__dataclass_fields__[name] for name in RDMConfig.__annotations__}
@@ -22,8 +23,8 @@ _OURS = {name: RDMConfig.__dataclass_fields__[name] for name in RDMConfig.__anno
 def settings_tables() -> dict[str, str]:
     """The tables of the reference page, in Markdown, by their marker.
 
-    ``arguments`` are the flags of ``rdm-rl train`` alone, ``settings`` those of the method, and ``inherited`` those of
-    transformers.
+    ``arguments`` are the flags of ``rdm-rl train`` alone, ``settings`` those of the method, ``inherited`` those of
+    transformers, and ``changes`` says which of them a resumed run may change.
     """
     inherited = {
         title: {name: (_default(_OURS[name]) if name in _OURS else "", text) for name, text in members.items()}
@@ -33,6 +34,7 @@ def settings_tables() -> dict[str, str]:
         "arguments": _tables(_declared(TrainArguments)),
         "settings": _tables(_declared(RDMConfig)),
         "inherited": _tables(inherited),
+        "changes": _changes_table(),
     }
 
 
@@ -65,6 +67,12 @@ def _tables(rows: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
         + "".join(f"| `{name}` | {default} | {text} |\n" for name, (default, text) in members.items())
         for title, members in rows.items()
     )
+
+
+def _changes_table() -> str:
+    rows = {kind: ", ".join(f"`{name}`" for name in sorted(names)) for kind, names in KINDS.items()}
+    lines = [f"| `{kind}` | {RULES[kind]} | {names} |\n" for kind, names in rows.items()]
+    return "| kind | rule | settings |\n|---|---|---|\n" + "".join(lines)
 
 
 def _default(each: Field[Any]) -> str:

@@ -22,7 +22,9 @@ class SourceSettings:
     """Model and data."""
 
     model_name_or_path: Folder = setting(
-        MISSING, "The pipeline: a folder or a hub name; `digits` is the embedded teacher."
+        MISSING,
+        "The pipeline: a folder, a hub name, or a `.safetensors` file with the whole model; `digits` is the embedded "
+        "teacher.",
     )
     dataset: Folder = setting(
         MISSING,
@@ -31,15 +33,16 @@ class SourceSettings:
         "beside that file.",
     )
     teacher: Folder | None = setting(
-        None, "Another pipeline of the same family as the teacher. Default: the model itself."
+        None,
+        "Another pipeline of the same family as the teacher: a folder, a hub name or a file. Default: the model.",
     )
     teacher_adapter: Folder | None = setting(
-        None, "A style LoRA that only the teacher has: a folder, a hub name, or `owner/name/file.safetensors`."
+        None, "A style LoRA that only the teacher has: a folder, a file, a hub name, or `owner/name/file.safetensors`."
     )
     policy_init: Folder | None = setting(
         None,
         "An already distilled student to start from, with `warm_start=none`: a LoRA, a pipeline or a bare network, as "
-        "a folder or a hub name.",
+        "a folder, a hub name or a file.",
     )
     dataset_split: str = setting("train", "Split of a data set that has several.")
     prompt_column: str = setting("prompt", "Name of the text column.")

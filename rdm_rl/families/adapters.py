@@ -1,16 +1,18 @@
 """Adapters' files: what they hold, those of PEFT itself, and whether all of a file has reached the network."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -36,7 +38,7 @@ def peft_folder(path: str, weight_name: str | None) -> Path | None:
     return folder
 
 
-def load_peft_folder(network: Any, folder: Path, adapter: str) -> set[str]:
+def load_peft_folder(network: Any, folder: Path, adapter: str) -> dict[str, Tensor]:
     """Give a network the adapter that PEFT saved for it.
 
     Args:
@@ -45,7 +47,7 @@ def load_peft_folder(network: Any, folder: Path, adapter: str) -> set[str]:
         adapter: What the adapter is called.
 
     Returns:
-        The names of the file's tensors, as in the network.
+        The file's tensors by their names in the network.
 
     Raises:
         ValueError: If it is no LoRA.
@@ -55,11 +57,15 @@ def load_peft_folder(network: Any, folder: Path, adapter: str) -> set[str]:
         raise ValueError(f"{str(folder)!r} is an adapter of type {config.peft_type}. Pass a LoRA.")
     state = {name.removeprefix("base_model.model."): value for name, value in load_file(folder / _PEFT_WEIGHTS).items()}
     network.load_lora_adapter(state, prefix=None, adapter_name=adapter, metadata=config.to_dict())
-    return set(state)
+    return state
 
 
-def tensor_names(pipeline: Any, network_name: str, path: str, **options: Any) -> set[str]:
-    """The names of an adapter's tensors as in the network; those of other parts keep the names of the file.
+def tensors_of(
+    pipeline: Any, network_name: str, path: str, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """An adapter's tensors by their names in the network, and its layers' alphas, if it is of kohya's form.
+
+    Tensors of other parts keep the names of the file.
 
     Args:
         pipeline: The pipeline, which knows the formats that it loads.
@@ -68,12 +74,49 @@ def tensor_names(pipeline: Any, network_name: str, path: str, **options: Any) ->
         options: More arguments of ``load_lora_weights``.
     """
     config = getattr(pipeline, network_name).config
-    state = pipeline.lora_state_dict(path, unet_config=config, **options)
+    state, alphas = pipeline.lora_state_dict(path, unet_config=config, **options), None
     if isinstance(state, tuple):
-        state = state[0]  # Beside it are the alphas.
+        state, alphas = state
     prefix = f"{network_name}."
     inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return {*convert_unet_state_dict_to_peft(inside), *(name for name in state if not name.startswith(prefix))}
+    outside = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    named = {name.removeprefix(prefix).removesuffix(".alpha"): value for name, value in (alphas or {}).items()}
+    # The alphas of attention layers are named after their first tensor.
+    by_layer = {name.split(".lora_A")[0]: value for name, value in convert_unet_state_dict_to_peft(named).items()}
+    return {**convert_unet_state_dict_to_peft(inside), **outside}, by_layer
+
+
+def load_with_alphas(network: Any, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], adapter: str) -> None:
+    """Give a network an adapter whose layers have alphas of their own.
+
+    diffusers (0.42), given the file, forgets an attention layer's alpha that differs from the others'.
+
+    Args:
+        network: The network, of diffusers.
+        tensors: The tensors by their names in the network; those of other parts are left out.
+        alphas: The layers' alphas; a layer without one has its rank.
+        adapter: What the adapter is called.
+    """
+    inside = {name: value for name, value in tensors.items() if not name.startswith("text_encoder")}
+    ranks = {name.split(".lora_A")[0]: value.shape[0] for name, value in inside.items() if ".lora_A" in name}
+    network.load_lora_adapter(
+        {f"network.{name}": value for name, value in inside.items()},
+        prefix="network",
+        network_alphas={f"network.{layer}.alpha": alphas.get(layer, rank) for layer, rank in ranks.items()},
+        adapter_name=adapter,
+        low_cpu_mem_usage=True,
+    )
+
+
+def adapter_scales(network: nn.Module, adapter: str) -> dict[str, float]:
+    """What an adapter's product of weights is multiplied by, of each layer that has one: for PEFT, alpha / rank.
+
+    Args:
+        network: The network with the adapter.
+        adapter: What the adapter is called.
+    """
+    layers = ((name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer))
+    return {name: float(layer.scaling[adapter]) for name, layer in layers if adapter in layer.scaling}
 
 
 def check_all_loaded(network: nn.Module, adapter: str, names: Iterable[str], what: str) -> None:

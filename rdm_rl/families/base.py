@@ -10,16 +10,25 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rdm_rl.families.adapters import check_all_loaded, load_peft_folder, peft_folder, tensor_names
+from rdm_rl.families.adapters import (
+    DIFFUSERS_LORA,
+    check_all_loaded,
+    load_peft_folder,
+    load_with_alphas,
+    peft_folder,
+    tensors_of,
+)
 from rdm_rl.families.encoding import PromptEncoding, device_of
 from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base, without_diffusers_log
+from rdm_rl.families.kohya import check_layers, kohya_tensors, scaled_tensors
 from rdm_rl.families.precision import to_precision
+from rdm_rl.families.resolution import Resolution, read_resolution
 from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
 from rdm_rl.policy import SamplerName
 from rdm_rl.randomness import Generators, normal
 from rdm_rl.records import Conditioning
-from rdm_rl.settings import Count, setting
+from rdm_rl.settings import Folder, setting
 
 
 class Family(PromptEncoding, ABC):
@@ -27,7 +36,7 @@ class Family(PromptEncoding, ABC):
 
     Args:
         pipeline: The loaded pipeline. Its encoders and decoder are frozen and put in evaluation mode.
-        resolution: Height and width of the images in pixels; None is the pipeline's own.
+        resolution: Size of the images in pixels, such as 1024 or ``"832x1216"``; None is the pipeline's own.
 
     Raises:
         ValueError: If the pipeline cannot be distilled by this family.
@@ -51,6 +60,9 @@ class Family(PromptEncoding, ABC):
     loads_lora: ClassVar[bool] = True
     """Whether the stock pipeline loads adapters. Where it does not, the student is saved as a whole pipeline."""
 
+    comfyui_layers: ClassVar[str] = ""
+    """Pattern of the layers, by their names, whose adapters ComfyUI knows; nothing if it has no such model."""
+
     teacher_guidance_scale: float
     """Guidance of the teacher when the user sets none: what published distillations of this family use."""
 
@@ -60,10 +72,10 @@ class Family(PromptEncoding, ABC):
     schedule: NoiseSchedule
     prediction_type: PredictionType
 
-    def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
+    def __init__(self, pipeline: Any, resolution: int | str | Resolution | None = None) -> None:
         """Keep the pipeline and freeze everything in it."""
         self.pipeline = _without_compilation(pipeline)
-        self.resolution = resolution
+        self.resolution = None if resolution is None else read_resolution(resolution)
         PromptEncoding.__init__(self)
         self._home: torch.device | None = None
         present = [name for name, part in self.pipeline.components.items() if part is not None]
@@ -88,21 +100,35 @@ class Family(PromptEncoding, ABC):
                 "and pipe.unload_lora_weights() first, or load the pipeline again. A student's adapter goes to "
                 "policy_init=, a style for the teacher to teacher_adapter=."
             )
-        if resolution is not None:
-            self._check_resolution(resolution)
+        if self.resolution is not None:
+            self._check_resolution(self.resolution)
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
 
-    def _check_resolution(self, resolution: int) -> None:
+    def at(self, resolution: Resolution) -> "Family":
+        """The same family, with all that it holds, for images of another size.
+
+        Args:
+            resolution: The size.
+
+        Raises:
+            ValueError: If the model makes no such images.
+        """
+        self._check_resolution(resolution)
+        resized = copy(self)
+        resized.resolution = resolution
+        return resized
+
+    def _check_resolution(self, resolution: Resolution) -> None:
         if not self.any_resolution:
             raise ValueError(
                 f"resolution={resolution} is set, but a {type(self.pipeline).__name__} makes images of one size only. "
                 "Leave it out."
             )
         step = self.pixels_per_latent * self.latent_multiple
-        if resolution % step:
-            fitting = max(1, round(resolution / step)) * step
+        if any(side % step for side in resolution):
+            fitting = Resolution(*(max(1, round(side / step)) * step for side in resolution))
             raise ValueError(
                 f"resolution={resolution}, but the height and width of this model's images are multiples of {step}. "
                 f"Set it to {fitting}."
@@ -199,15 +225,15 @@ class Family(PromptEncoding, ABC):
         """Shape of one latent, (C, H, W)."""
         if self.resolution is None:
             return self.latent_channels, *self.own_latent_size
-        size = self.resolution // self.pixels_per_latent
-        return self.latent_channels, size, size
+        height, width = (side // self.pixels_per_latent for side in self.resolution)
+        return self.latent_channels, height, width
 
     def describe_resolution(self) -> str:
         """What a user should know of a ``resolution`` that is not the model's own; nothing if it is, or none is set."""
-        height, width = (side * self.pixels_per_latent for side in self.own_latent_size)
-        if self.resolution is None or height == width == self.resolution:
+        own = Resolution(*(side * self.pixels_per_latent for side in self.own_latent_size))
+        if self.resolution in (None, own):
             return ""
-        return f"resolution={self.resolution} is not the model's own, which is {height} x {width} pixels."
+        return f"resolution={self.resolution} is not the model's own, which is {own.width} x {own.height} pixels."
 
     def share_components(self, other: "Family") -> None:
         """Use another pipeline's encoders and decoder, which are equal, so that this one's need no memory.
@@ -302,25 +328,50 @@ class Family(PromptEncoding, ABC):
 
     # ----- files -----
 
-    def save_lora(self, folder: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write an adapter as ``pytorch_lora_weights.safetensors`` that ``load_lora_weights`` reads.
+    def save_lora(
+        self, folder: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any], file: str = DIFFUSERS_LORA
+    ) -> None:
+        """Write an adapter that ``load_lora_weights`` reads.
 
         Args:
             folder: Where to write.
             state: The adapter's weights under PEFT's names, without the adapter's name. (diffusers' own names cover
                 attention alone, and of a mixture only a part is loaded.)
             metadata: The adapter's configuration.
+            file: The file's name.
         """
         parts = {f"{self.network_name}_lora_layers": state, f"{self.network_name}_lora_adapter_metadata": metadata}
-        type(self.pipeline).save_lora_weights(folder, safe_serialization=True, **parts)
+        type(self.pipeline).save_lora_weights(folder, weight_name=file, safe_serialization=True, **parts)
 
-    def load_adapter(self, source: str, name: str, setting: str = "adapter") -> None:
+    def comfyui_tensors(self, state: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
+        """An adapter as ComfyUI reads it, and of a U-Net also A1111, Forge and kohya's scripts.
+
+        Args:
+            state: The adapter's weights under PEFT's names, without the adapter's name.
+            scales: What each layer's product of weights is multiplied by.
+
+        Raises:
+            ValueError: If ComfyUI has no such model, or does not know one of the layers.
+        """
+        check_layers(state, self.comfyui_layers, type(self.network).__name__)
+        if self.network_name == "unet":
+            return kohya_tensors(state, scales, self.kohya_name)
+        return scaled_tensors(state, scales, f"{self.network_name}.")
+
+    def kohya_name(self, layer: str) -> str:
+        """What kohya's scripts call a layer of the U-Net."""
+        return f"lora_unet_{layer}".replace(".", "_")
+
+    def load_adapter(self, source: str, name: str, setting: str = "adapter") -> dict[str, Tensor]:
         """Give the network an adapter of any format, rank and set of layers that the stock pipeline or PEFT loads.
 
         Args:
             source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
             name: What the adapter is called.
             setting: What was set to it, for errors.
+
+        Returns:
+            Its tensors under PEFT's names, as in the file: a network without weights takes none.
 
         Raises:
             ValueError: If the pipeline loads no adapters, or this one changes more than the network, or not all of it.
@@ -337,18 +388,22 @@ class Family(PromptEncoding, ABC):
             try:
                 folder = peft_folder(path, weight_name)
                 if folder is not None:
-                    names = load_peft_folder(self.network, folder, name)
+                    tensors = load_peft_folder(self.network, folder, name)
                 else:
-                    names = tensor_names(self.pipeline, self.network_name, path, **options)
-                    self.pipeline.load_lora_weights(path, adapter_name=name, **options)
+                    tensors, alphas = tensors_of(self.pipeline, self.network_name, path, **options)
+                    if alphas:
+                        load_with_alphas(self.network, tensors, alphas, name)
+                    else:
+                        self.pipeline.load_lora_weights(path, adapter_name=name, **options)
             except RuntimeError as error:
                 raise ValueError(f"{setting}={source!r} does not fit this model: {mismatch(error)}.") from error
-        if any(tensor.startswith("text_encoder") for tensor in names):
+        if any(tensor.startswith("text_encoder") for tensor in tensors):
             raise ValueError(
                 f"{setting}={source!r} also adapts the text encoder, which policy, teacher and fake score share. "
                 "Use an adapter of the denoising network alone."
             )
-        check_all_loaded(self.network, name, names, f"{setting}={source!r}")
+        check_all_loaded(self.network, name, tensors, f"{setting}={source!r}")
+        return tensors
 
     def fuse_adapter(self, source: str, setting: str = "adapter") -> None:
         """Add an adapter to the network's own weights.
@@ -469,4 +524,13 @@ def _without_compilation(pipeline: Any) -> Any:
 class ModelSettings:
     """Model and data."""
 
-    resolution: Count | None = setting(None, "Height and width of the images in pixels. Default: the model's own.")
+    model_config: Folder | None = setting(
+        None,
+        "Of a model in one file: the diffusers pipeline, a folder or a hub name, whose configuration and missing parts "
+        "are used. Default: the one on the hub that diffusers knows for its kind.",
+    )
+    resolution: list[str] | None = setting(
+        None,
+        "Size of the images in pixels: `1024`, or width and height, `832x1216`. Of several one is drawn for each "
+        "update, and the first is that of sample grids and of the saved call. Default: the model's own.",
+    )

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer, CLIPTokenizerFast, PreTrainedTokenizerBase
 
-from rdm_rl.files import cache_key, config_facts, written_whole
+from rdm_rl.files import cache_key, config_facts, load_tensors, save_tensors
 from rdm_rl.records import Conditioning
 
 EMPTY_PROMPT = "\0empty"
@@ -70,8 +69,7 @@ class PromptCache:
             prompt: The prompt.
             row: Its encoding, one row.
         """
-        with written_whole(self.file(prompt)) as file:
-            save_file({name: value.cpu().contiguous() for name, value in row.tensors.items()}, file)
+        save_tensors(self.file(prompt), row.tensors)
 
     def read(self, prompts: Sequence[str]) -> Conditioning:
         """The rows of prompts that are there, on the CPU.
@@ -81,8 +79,11 @@ class PromptCache:
 
         Returns:
             N rows.
+
+        Raises:
+            ValueError: If a file is damaged.
         """
-        rows: dict[str, dict[str, Tensor]] = {prompt: load_file(self.file(prompt)) for prompt in dict.fromkeys(prompts)}
+        rows = {prompt: load_tensors(self.file(prompt))[0] for prompt in dict.fromkeys(prompts)}
         names = rows[prompts[0]]
         return Conditioning(tensors={name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in names})
 

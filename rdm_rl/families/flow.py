@@ -1,5 +1,6 @@
 """What flow-matching families share: the straight path, and the schedulers for it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from rdm_rl.families.base import Family
+from rdm_rl.families.resolution import Resolution
 from rdm_rl.noise_schedule import FlowMatching
 from rdm_rl.policy import SamplerName
 
@@ -17,7 +19,7 @@ class FlowFamily(Family):
 
     Args:
         pipeline: The pipeline.
-        resolution: Height and width of the images in pixels; None is the pipeline's own.
+        resolution: Size of the images in pixels; None is the pipeline's own.
 
     Raises:
         ValueError: If the scheduler is not one of flow matching.
@@ -26,7 +28,7 @@ class FlowFamily(Family):
     network_name = "transformer"
     schedule: FlowMatching
 
-    def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
+    def __init__(self, pipeline: Any, resolution: int | str | Resolution | None = None) -> None:
         """Read the schedule from the pipeline's scheduler."""
         super().__init__(pipeline, resolution)
         config, name = pipeline.scheduler.config, type(pipeline.scheduler).__name__
@@ -39,6 +41,12 @@ class FlowFamily(Family):
             )
         self.prediction_type = "flow"
         self.schedule = FlowMatching(steps=config.num_train_timesteps, shift=self.shift)
+
+    def at(self, resolution: Resolution) -> "FlowFamily":
+        """The same family for images of another size, with the shift of that size."""
+        resized: Any = super().at(resolution)
+        resized.schedule = replace(self.schedule, shift=resized.shift)
+        return resized  # type: ignore[no-any-return]
 
     @property
     def shift(self) -> float:

@@ -26,6 +26,11 @@ class FluxFamily(FlowFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
     )
+    comfyui_layers: ClassVar[str] = (
+        r"transformer_blocks\.\d+\.(attn\.(to_([qkv]|out\.0|add_out)|add_[qkv]_proj)|ff(_context)?\.net\.(0\.proj|2)|"
+        r"norm1(_context)?\.linear)|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)|"
+        r"time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]|(x|context)_embedder|norm_out\.linear|proj_out"
+    )
     latent_multiple: ClassVar[int] = 2
 
     @property

@@ -122,9 +122,9 @@ def _reason(error: OSError, name: str) -> str:
 
 
 @contextmanager
-def without_diffusers_log() -> Iterator[None]:
-    """Without the pages that diffusers logs of an adapter that does not fit: the error is enough."""
-    logger = logging.getLogger("diffusers.loaders.peft")
+def without_diffusers_log(module: str = "loaders.peft") -> Iterator[None]:
+    """Without what a module of diffusers logs: pages of an adapter that does not fit, where the error is enough."""
+    logger = logging.getLogger(f"diffusers.{module}")
     before, logger.disabled = logger.disabled, True
     try:
         yield

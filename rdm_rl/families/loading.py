@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -16,10 +17,24 @@ from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flux import FluxFamily
 from rdm_rl.families.hub import check_hub_name, one_line_errors
 from rdm_rl.families.pixart import PixArtFamily
+from rdm_rl.families.resolution import Resolution
 from rdm_rl.families.sana import SanaFamily
 from rdm_rl.families.sd import StableDiffusionFamily
 from rdm_rl.families.sd3 import StableDiffusion3Family
 from rdm_rl.families.sdxl import StableDiffusionXLFamily
+from rdm_rl.families.single_file import (
+    Header,
+    SingleFile,
+    check_prediction,
+    config_folder,
+    default_config,
+    is_single_file,
+    parts_in,
+    read_header,
+    read_model_header,
+    read_network,
+    read_parts,
+)
 from rdm_rl.families.unconditional import UnconditionalFamily
 
 FAMILIES: dict[str, type[Family]] = {
@@ -64,14 +79,21 @@ def register_family(pipeline_class: str, family: type[Family]) -> None:
 
 
 def load_family(
-    model: str | Path | DiffusionPipeline, *, dtype: torch.dtype | None = None, resolution: int | None = None
+    model: str | Path | DiffusionPipeline,
+    *,
+    dtype: torch.dtype | None = None,
+    resolution: int | str | Resolution | None = None,
+    model_config: str | Path | None = None,
 ) -> Family:
     """The family of a pipeline, loading it first if a path or a hub name is given.
 
     Args:
-        model: A folder in the diffusers layout, a hub name ``owner/name``, or a loaded pipeline.
+        model: A folder in the diffusers layout, a hub name ``owner/name``, a ``.safetensors`` file with the whole
+            model, or a loaded pipeline.
         dtype: Precision that networks and text encoders are loaded in; the decoder stays in float32. None: float32.
-        resolution: Height and width of the images in pixels; None is the pipeline's own.
+        resolution: Size of the images in pixels, such as 1024 or ``"832x1216"``; None is the pipeline's own.
+        model_config: Folder or hub name of the pipeline that configures a file and gives the parts that it lacks; None
+            for the one that diffusers knows for its kind.
 
     Returns:
         The family.
@@ -83,8 +105,12 @@ def load_family(
     """
     pipeline: Any = model
     if isinstance(model, str | Path):
-        check_model_name(str(model))
-        pipeline = load_pipeline(str(model), dtype or torch.float32)
+        config = None if model_config is None else str(model_config)
+        check_model_name(str(model), config)
+        if is_single_file(str(model)):
+            pipeline = load_single_file(str(model), dtype or torch.float32, config)
+        else:
+            pipeline = load_pipeline(str(model), dtype or torch.float32)
     return FAMILIES[_supported(type(pipeline).__name__)](pipeline, resolution)
 
 
@@ -103,7 +129,7 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
         OSError: If it cannot be loaded.
         ValueError: If its class belongs to no family.
     """
-    index = _configuration(model, "model")  # Of a hub name too: its class is known before gigabytes come.
+    index = configuration(model, "model")  # Of a hub name too: its class is known before gigabytes come.
     if index is None:
         raise FileNotFoundError(f"model={model!r} holds no model_index.json, so it is no diffusers pipeline.")
     family = FAMILIES[_supported(str(index.get("_class_name")))]
@@ -136,6 +162,54 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
     return pipeline
 
 
+def load_single_file(model: str, dtype: torch.dtype, model_config: str | None = None) -> Any:
+    """A pipeline from one file with its weights, and another pipeline's configuration and missing parts.
+
+    Args:
+        model: The ``.safetensors`` file.
+        dtype: Precision of everything but the decoder, which stays in float32.
+        model_config: Folder or hub name of the other pipeline; None for the one that diffusers knows for this kind.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        OSError: If something cannot be loaded.
+        ValueError: If the file is no whole model, or does not fit the configuration.
+    """
+    header = read_model_header(model)
+    folder = config_folder(header, model_config)
+    index = _index("model_config", folder)
+    name = _supported(str(index.get("_class_name")))
+    parts = parts_in(header, name)
+    lacking = [part for part in FAMILIES[name].needed_components(_listed(index)) if part not in parts]
+    folder = config_folder(header, model_config, _networks(FAMILIES[name], lacking))
+    _check_single_file(header, folder)
+    # What the file gives is left out here, and loaded in its place.
+    others = load_pipeline(str(folder), dtype, **dict.fromkeys(parts)).components
+    components = {name: part for name, part in others.items() if name not in parts}
+    if "safety_checker" in components:
+        components["requires_safety_checker"] = False
+    return read_parts(header, folder, name, components, _precision(dtype))
+
+
+def describe_single_file(model: str, family: Family, model_config: str | None) -> SingleFile | None:
+    """What more there is to say of a model that is one file; None for any other.
+
+    Args:
+        model: What the family was loaded from.
+        family: The family.
+        model_config: Folder or hub name of the pipeline that configures a file, if it is set.
+    """
+    if not is_single_file(model):
+        return None
+    header = read_header("model", model)
+    parts = parts_in(header, type(family.pipeline).__name__)
+    present = [name for name, part in family.pipeline.components.items() if part is not None]
+    lacking = [name for name in _networks(type(family), present) if name not in parts]
+    return SingleFile(model_config or default_config(header), lacking)
+
+
 def _precision(dtype: torch.dtype | dict[str, torch.dtype]) -> dict[str, Any]:
     """The argument of ``from_pretrained`` for a precision, or for one of each component."""
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
@@ -160,7 +234,9 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
         OSError: If the hub does not give it.
         ValueError: If its network is of another kind than the base's.
     """
-    index = _configuration(source, "policy_init")
+    if is_single_file(source):
+        return _load_policy_file(source, base, dtype or torch.float32)
+    index = configuration(source, "policy_init")
     if index is None:
         return None
     wanted: Any = type(base.network)
@@ -191,8 +267,33 @@ def load_policy_init(source: str, base: Family, dtype: torch.dtype | None = None
     return base.with_network(network, scheduler)
 
 
-def _configuration(source: str, setting: str) -> dict[str, Any] | None:
-    """What a pipeline or a network says of itself; None for an adapter."""
+def _load_policy_file(source: str, base: Family, dtype: torch.dtype) -> Family | None:
+    """The family of a policy's start that is one file; None if that is an adapter."""
+    if len(Path(source).parts) > 2 and not Path(source).exists():
+        return None  # A file of an adapter on the hub.
+    header = read_header("policy_init", source)
+    if not header.is_whole_model:
+        return None
+    if header.predicts_v and base.prediction_type != "v_prediction":
+        raise ValueError(
+            f"policy_init={source!r} says that it predicts v, but the base's scheduler has {base.prediction_type!r}, "
+            "and a file has no scheduler of its own. Pass the folder of a pipeline."
+        )
+    with TemporaryDirectory() as folder:
+        return base.with_network(read_network(header, base.network, _precision(dtype), Path(folder)))
+
+
+def configuration(source: str, setting: str) -> dict[str, Any] | None:
+    """What a pipeline or a network says of itself; None for an adapter.
+
+    Args:
+        source: Folder, file or hub name.
+        setting: What was set to it, for errors.
+
+    Raises:
+        FileNotFoundError: If it can be neither a folder nor a hub name.
+        OSError: If the hub does not give it.
+    """
     folder = Path(source)
     if folder.is_file() or source.endswith(".safetensors"):
         return None
@@ -217,25 +318,74 @@ def _supported(name: str) -> str:
     return name
 
 
-def check_model_name(model: str) -> None:
-    """Raise where a path can be seen not to hold a supported pipeline, before anything is loaded."""
+def check_model_name(model: str, model_config: str | None = None) -> None:
+    """Raise where a path can be seen not to hold a supported pipeline, before anything is loaded.
+
+    Args:
+        model: A folder, a file or a hub name.
+        model_config: Folder or hub name of the pipeline that configures a file.
+
+    Raises:
+        FileNotFoundError: If something is not there.
+        ValueError: If it is of a kind that no family supports.
+    """
+    if is_single_file(model):
+        header = read_model_header(model)
+        if model_config is not None and Path(model_config).is_dir():
+            _check_single_file(header, Path(model_config))
+        elif model_config is not None:
+            check_hub_name("model_config", model_config)
+        return
     folder = Path(model)
     if not folder.is_dir():
         check_hub_name("model", model)
         return
-    index = folder / "model_index.json"
-    if not index.is_file():
+    index = _index("model", folder)
+    family = FAMILIES[_supported(str(index.get("_class_name")))]
+    _check_folders("model", folder, index, family.needed_components(_listed(index)))
+
+
+def _check_single_file(header: Header, folder: Path) -> None:
+    """Raise where a file and the folder of the pipeline that configures it do not make a whole pipeline together."""
+    index = _index("model_config", folder)
+    name = _supported(str(index.get("_class_name")))
+    family, parts = FAMILIES[name], parts_in(header, name)
+    needed = [part for part in family.needed_components(_listed(index)) if part not in parts]
+    networks = _networks(family, needed)
+    _check_folders("model_config", folder, index, [part for part in needed if part not in networks])
+    lacking = [part for part in networks if not any((folder / part).glob("*.safetensors"))]
+    if lacking:
+        optional = "".join(
+            f" To do without {part}, let its model_index.json say [null, null] for it and its tokenizer."
+            for part in lacking
+            if part in family.optional_components
+        )
         raise FileNotFoundError(
-            f"model={model!r} is a folder without model_index.json, so it is no diffusers pipeline. Pass the "
+            f"model={header.path!r} holds no {', '.join(lacking)}, and model_config={str(folder)!r} has no "
+            f".safetensors weights of them either. Set model_config to a whole {name}.{optional}"
+        )
+    check_prediction(header, folder)
+
+
+def _index(setting: str, folder: Path) -> dict[str, Any]:
+    """The ``model_index.json`` of a folder."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{setting}={str(folder)!r} is a folder without model_index.json, so it is no diffusers pipeline. Pass the "
             "folder that save_pretrained() wrote."
         )
-    components: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-    family = FAMILIES[_supported(str(components.get("_class_name")))]
-    listed = _listed(components)
-    for name in family.needed_components(listed):
+    index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return index
+
+
+def _check_folders(setting: str, folder: Path, index: Mapping[str, Any], parts: Iterable[str]) -> None:
+    """Raise where a part of a pipeline is not listed, or has no folder."""
+    listed = _listed(index)
+    for name in parts:
         if name not in listed or not (folder / name).is_dir():
             raise FileNotFoundError(
-                f"model={model!r} has no {name!r} folder, but a {components['_class_name']} needs one. Save or "
+                f"{setting}={str(folder)!r} has no {name!r} folder, but a {index['_class_name']} needs one. Save or "
                 "download the whole pipeline."
             )
 

@@ -20,6 +20,10 @@ class PixArtFamily(VariancePreservingFamily):
     latent_multiple: ClassVar[int] = 2  # The transformer's patches.
     loads_lora: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    comfyui_layers: ClassVar[str] = (
+        r"transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))|pos_embed\.proj|proj_out|"
+        r"adaln_single\.(linear|emb\.timestep_embedder\.linear_[12])|caption_projection\.linear_[12]"
+    )
     teacher_guidance_scale: float = 4.5  # The pipeline's default.
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

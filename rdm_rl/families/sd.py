@@ -18,6 +18,10 @@ class StableDiffusionFamily(VariancePreservingFamily):
         *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", "downsamplers.0.conv"),
         "upsamplers.0.conv",
     )
+    comfyui_layers: ClassVar[str] = (
+        r"conv_in|conv_out|(time|add)_embedding\.linear_[12]|(down_blocks|mid_block|up_blocks)\..+\.(conv[12]?|proj_in|"
+        r"proj_out|conv_shortcut|time_emb_proj|attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))"
+    )
 
     # DMD2's setting for SD1.5 (its public scripts); a guidance of 1 leaves the teacher as it was trained.
     teacher_guidance_scale: float = 1.75
@@ -37,12 +41,14 @@ class StableDiffusionFamily(VariancePreservingFamily):
             self.schedule.timestep(t),
             encoder_hidden_states=conditioning.tensors["encoder_hidden_states"].to(dtype),
             timestep_cond=self.guidance_embedding(network, guidance_scale, x_t),
-            added_cond_kwargs=self.added_conditioning(conditioning, dtype),
+            added_cond_kwargs=self.added_conditioning(x_t, conditioning, dtype),
             return_dict=False,
         )[0]
         return output.float()
 
-    def added_conditioning(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    def added_conditioning(
+        self, x_t: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Tensor] | None:
         """What else the U-Net is told; nothing here."""
         return None
 

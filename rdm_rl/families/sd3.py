@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from rdm_rl.families.flow import FlowFamily
+from rdm_rl.families.resolution import Resolution
 from rdm_rl.records import Conditioning
 
 
@@ -21,14 +22,19 @@ class StableDiffusion3Family(FlowFamily):
         *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+    comfyui_layers: ClassVar[str] = (
+        r"transformer_blocks\.\d+\.(attn2?\.to_([qkv]|out\.0)|attn\.(add_[qkv]_proj|to_add_out)|norm1(_context)?\.linear|"
+        r"ff(_context)?\.net\.(0\.proj|2))|time_text_embed\.(timestep|text)_embedder\.linear_[12]|context_embedder|"
+        r"pos_embed\.proj|norm_out\.linear|proj_out"
+    )
     # RTDMD's real-score guidance for SD3.5-M (its public code); for SD3-M it sets 7.
     teacher_guidance_scale: float = 4.5
 
-    def _check_resolution(self, resolution: int) -> None:
+    def _check_resolution(self, resolution: Resolution) -> None:
         super()._check_resolution(resolution)
         config: Any = self.network.config
         most = config.pos_embed_max_size * config.patch_size * self.pixels_per_latent
-        if resolution > most:
+        if max(resolution) > most:
             raise ValueError(f"resolution={resolution}, but this model's table of positions ends at {most} pixels.")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

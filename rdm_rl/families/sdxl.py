@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rdm_rl.families.kohya import sgm_name
 from rdm_rl.families.sd import StableDiffusionFamily
 from rdm_rl.records import Conditioning
 
@@ -16,6 +17,15 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     optional_components: ClassVar[tuple[str, ...]] = ("text_encoder",)
     teacher_guidance_scale: float = 8.0  # DMD2's setting for SDXL (its public scripts).
+
+    def kohya_name(self, layer: str) -> str:
+        """By the names of the code that SDXL was published with.
+
+        Kohya's scripts know no others of this model, A1111 misses the first upsampler under diffusers' names, and
+        ComfyUI and diffusers read both.
+        """
+        config: Any = self.network.config
+        return super().kohya_name(sgm_name(layer, config.layers_per_block, config.up_block_types))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Hidden states of both encoders, shape (N, L, E), and the second one's pooled output, shape (N, E')."""
@@ -31,10 +41,12 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
             return row
         return Conditioning(tensors={name: torch.zeros_like(value) for name, value in row.tensors.items()})
 
-    def added_conditioning(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    def added_conditioning(
+        self, x_t: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Tensor] | None:
         """The pooled prompt, and sizes: of the original image, of its crop's corner, and of the result."""
         pooled = conditioning.tensors["text_embeds"].to(dtype)
-        height, width = (side * self.pixels_per_latent for side in self.latent_shape[1:])
+        height, width = (side * self.pixels_per_latent for side in x_t.shape[2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=pooled.device)
         return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from diffusers import DDPMPipeline
 from torch import Tensor, nn
 
+from rdm_rl.families.resolution import Resolution
 from rdm_rl.families.variance_preserving import VariancePreservingFamily
 from rdm_rl.policy import SamplerName
 from rdm_rl.records import Conditioning
@@ -28,7 +29,7 @@ class UnconditionalFamily(VariancePreservingFamily):
     )
     teacher_guidance_scale: float = 1.0
 
-    def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
+    def __init__(self, pipeline: Any, resolution: int | str | Resolution | None = None) -> None:
         """Refuse a network that is told a class, or that predicts a variance."""
         super().__init__(pipeline, resolution)
         config = pipeline.unet.config

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
 
 from rdm_rl.families.base import Family
+from rdm_rl.families.resolution import Resolution
 from rdm_rl.noise_schedule import VariancePreserving
 from rdm_rl.policy import SamplerName
 
@@ -18,7 +19,7 @@ class VariancePreservingFamily(Family):
 
     Args:
         pipeline: The pipeline.
-        resolution: Height and width of the images in pixels; None is the pipeline's own.
+        resolution: Size of the images in pixels; None is the pipeline's own.
 
     Raises:
         ValueError: If the scheduler has no such table, or its prediction type is not one the library converts to x_0.
@@ -26,7 +27,7 @@ class VariancePreservingFamily(Family):
 
     schedule: VariancePreserving
 
-    def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
+    def __init__(self, pipeline: Any, resolution: int | str | Resolution | None = None) -> None:
         """Read the schedule and the prediction type from the pipeline's scheduler."""
         super().__init__(pipeline, resolution)
         self.schedule = VariancePreserving(_alphas_cumprod(pipeline.scheduler))

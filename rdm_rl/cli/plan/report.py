@@ -16,6 +16,7 @@ from rdm_rl.cli.plan.passes import Passes, encoded_prompts
 from rdm_rl.cli.plan.skeleton import make_skeleton, read_blueprint
 from rdm_rl.cli.train import TrainArguments, lora_config, make_rewards
 from rdm_rl.families import Family, load_family
+from rdm_rl.families.resolution import Resolution, read_resolutions
 from rdm_rl.networks.roles import ADAPTERS, Networks, Role, make_networks
 from rdm_rl.networks.sharding import blocks
 from rdm_rl.rewards.images import TinyDecoder
@@ -174,8 +175,10 @@ def _networks(
     """The three roles as the trainer makes them, on the meta device."""
     loaded = torch.float32 if arguments.full else DTYPES[precision(args)]  # As load_networks reads them.
 
+    largest = max(read_resolutions(args.resolution), key=lambda size: size.height * size.width, default=None)
+
     def family_of(source: str | Path | Blueprint) -> Family:
-        family = load_family(make_skeleton(read_blueprint(source), loaded), resolution=args.resolution)
+        family = load_family(make_skeleton(read_blueprint(source, args.model_config), loaded), resolution=largest)
         family.border = lambda: "not compared"  # type: ignore[method-assign]  # There are no weights to compare.
         return family
 
@@ -357,12 +360,14 @@ def _changes(setup: Setup, args: RDMConfig) -> dict[str, Setup]:
 
 
 def _title(model: str | Path | Blueprint, family: Family, arguments: TrainArguments, args: RDMConfig, gpus: int) -> str:
-    _, height, width = (side * family.pixels_per_latent for side in family.latent_shape)
+    size = Resolution(*(side * family.pixels_per_latent for side in family.latent_shape[1:]))
+    count = len(read_resolutions(args.resolution))
+    several = f" (the largest of {count})" if count > 1 else ""
     trained = "two full copies" if arguments.full else f"adapters of rank {arguments.lora_r}"
     name = "a model of its own" if isinstance(model, dict) else str(model)
     shared = f", {gpus} GPUs" + (" that share the networks" if args.shard else "") if gpus > 1 else ""
     return (
-        f"{name} ({type(family.pipeline).__name__}), images of {height}x{width}, {trained}, "
+        f"{name} ({type(family.pipeline).__name__}), images of {size.width}x{size.height}{several}, {trained}, "
         f"{str(DTYPES[precision(args)]).removeprefix('torch.')}, {args.per_device_train_batch_size} samples at once, "
         f"{args.num_inference_steps} steps{shared}"
     )

@@ -16,16 +16,19 @@ from torch import nn
 from rdm_rl.cli.plan.model_sizes import MODELS, Blueprint
 from rdm_rl.families.hub import one_line_errors
 from rdm_rl.families.loading import check_model_name
+from rdm_rl.families.single_file import default_config, is_single_file, parts_in, read_model_header
 
 CONFIG_FILES = ["model_index.json", "*/config.json", "*/*_config.json"]
 
 
-def read_blueprint(model: str | Path | Blueprint) -> Blueprint:
+def read_blueprint(model: str | Path | Blueprint, model_config: str | Path | None = None) -> Blueprint:
     """What a pipeline is made of.
 
     Args:
         model: A name of :data:`rdm_rl.cli.plan.model_sizes.MODELS`, a folder in the diffusers layout (its configuration
-            files are enough), a hub name, of which only configuration files are fetched, or a blueprint itself.
+            files are enough), a hub name, of which only configuration files are fetched, a ``.safetensors`` file, of
+            which only the header is read, or a blueprint itself.
+        model_config: What configures a file, by any of these names; None for the one on the hub that diffusers knows.
 
     Raises:
         FileNotFoundError: If there is no such folder, or a component's configuration is missing.
@@ -38,6 +41,11 @@ def read_blueprint(model: str | Path | Blueprint) -> Blueprint:
     """
     if isinstance(model, dict) or str(model) in MODELS:
         return model if isinstance(model, dict) else MODELS[str(model)]
+    if is_single_file(str(model)):
+        header = read_model_header(str(model))
+        configuration = read_blueprint(model_config or default_config(header))
+        parts_in(header, configuration["_class_name"])
+        return configuration
     name, folder = str(model), Path(model)
     if not folder.is_dir() and "/" not in name:
         raise FileNotFoundError(

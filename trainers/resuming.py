@@ -1,0 +1,140 @@
+"""Which settings a resumed run may change: every setting is of one kind, and the kind says what happens."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple
+
+from transformers import TrainingArguments
+
+Kind = Literal["state", "method", "schedule", "free"]
+
+RULES: dict[Kind, str] = {
+    "state": "The saved state fits no other value, or the place in the data is counted with it: refused.",
+    "method": "What is trained, and on what: old and new are named, and it is refused without `allow_config_change`.",
+    "schedule": "Learning rates and length: changed as you like; old and new are printed.",
+    "free": "Logging, saving, evaluation, memory and machine: changed as you like.",
+}
+KINDS: dict[Kind, frozenset[str]] = {
+    "state": frozenset(
+        """num_inference_steps num_generations per_device_train_batch_size gradient_accumulation_steps
+        optim optim_args""".split()
+    ),
+    "method": frozenset(
+        """resolution sampler eta guidance_scale group_noise noise_pool ema_decay reward_weights reward_weighting
+        adaptive_reference fidelity_budget reward_start_step reward_ramp_steps reward_conflict reward_gradient
+        pathwise_steps reward_decoder teacher_num_inference_steps teacher_cache_dir teacher_guidance_scale
+        dm_normalization dm_group dm_scale_floor first_step_anchor num_renoise renoise_distribution renoise_range
+        renoise_anneal_steps fake_score_updates_per_policy_update fake_score_warmup_steps fake_score_max_grad_norm
+        num_replayed_steps num_iterations importance_weight_clip importance_sampling_level epsilon epsilon_high
+        reward_baseline scale_rewards advantage_clip step_weighting beta warm_start warm_start_steps
+        warm_start_learning_rate warm_start_num_states warm_start_ode_steps weight_decay adam_beta1 adam_beta2
+        adam_epsilon max_grad_norm seed data_seed bf16 fp16""".split()
+    ),
+    "schedule": frozenset(
+        """learning_rate fake_score_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
+        max_steps num_train_epochs""".split()
+    ),
+    "free": frozenset(
+        """decode_batch_size reward_batch_size reward_timeout on_reward_error teacher_cache_gib warm_start_cache_dir
+        model_config prompt_cache_dir offload shard save_ema sanity_check allow_config_change tf32
+        activation_checkpointing gradient_checkpointing use_cpu ddp_backend ddp_timeout output_dir
+        resume_from_checkpoint save_strategy save_steps save_total_limit eval_strategy eval_steps eval_delay
+        eval_on_start per_device_eval_batch_size logging_strategy logging_steps logging_first_step logging_dir
+        disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+        push_to_hub hub_model_id hub_private_repo hub_revision hub_token do_train do_eval local_rank
+        remove_unused_columns""".split()
+    ),
+}
+# Whether they are set at all decides over the state, or over how noise is drawn.
+_SWITCHES = ("ema_decay", "beta")
+_FOLDERS = ("teacher_cache_dir",)
+_NO_SETTINGS = frozenset(each.name for each in fields(TrainingArguments)) | {"num_processes"}
+
+
+class Change(NamedTuple):
+    """A setting that a resumed run has otherwise than its checkpoint.
+
+    Args:
+        name: The setting, or a fact of the run: its rewards, its prompts.
+        saved: The checkpoint's value.
+        now: This run's value.
+        kind: What follows from it.
+    """
+
+    name: str
+    saved: Any
+    now: Any
+    kind: Kind
+
+    def __str__(self) -> str:
+        """The change in words."""
+        return f"{self.name}={self.saved!r} (now {self.now!r})"
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of a setting: that of a subclass's own is ``method``, that of a field that cannot be set ``free``."""
+    unknown: Kind = "free" if name in _NO_SETTINGS else "method"
+    return next((kind for kind, names in KINDS.items() if name in names), unknown)
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What a run has otherwise than its checkpoint.
+
+    Args:
+        saved: Settings and facts of the checkpoint by name, with ``num_processes``.
+        now: Those of the run; what one of the two does not know is not compared.
+
+    Example:
+        >>> same = {"num_processes": 1, "gradient_accumulation_steps": 2, "learning_rate": 0.1}
+        >>> changes({**same, "num_renoise": 1}, {**same, "num_renoise": 2})
+        [Change(name='num_renoise', saved=1, now=2, kind='method')]
+    """
+    changed = []
+    for name in sorted(saved.keys() & now.keys()):
+        before, after = saved[name], now[name]
+        if name == "gradient_accumulation_steps":  # Each update takes so many batches for each process.
+            before, after = before * saved["num_processes"], after * now["num_processes"]
+        switched = bool(before) != bool(after)
+        if before != after and (switched or name not in _FOLDERS):
+            changed.append(Change(name, before, after, "state" if switched and name in _SWITCHES else kind_of(name)))
+    return changed
+
+
+def check_settings(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Check that a run may continue a checkpoint.
+
+    Args:
+        name: The checkpoint, for messages.
+        saved: Its settings and facts.
+        now: Those of the run.
+
+    Returns:
+        What has changed and may, without what is ``free``.
+
+    Raises:
+        ValueError: If a setting has changed that must not.
+    """
+    changed = changes(saved, now)
+    fixed = [change for change in changed if change.kind == "state"]
+    method = [change for change in changed if change.kind == "method"]
+    if fixed:
+        hint, processes = "", now["num_processes"]
+        for change in fixed:
+            if change.name == "gradient_accumulation_steps" and change.saved % processes == 0:
+                hint = f"An update has {change.saved} batch(es), over {processes} process(es) here: set {change.name}="
+                hint += f"{change.saved // processes}. "
+        raise ValueError(
+            f"The checkpoint {name!r} was made with {_listed(fixed)}, and its state fits no other value. {hint}Resume "
+            "with the same, or start a new run."
+        )
+    if method and not now["allow_config_change"]:
+        raise ValueError(
+            f"The checkpoint {name!r} was made with {_listed(method)}: that would change the method or the data in the "
+            "middle of a run. Resume with the same, start a new run, or, if you mean it, set allow_config_change=True "
+            "(--allow_config_change)."
+        )
+    return [change for change in changed if change.kind != "free"]
+
+
+def _listed(changed: list[Change]) -> str:
+    return ", ".join(map(str, changed))
