@@ -58,9 +58,9 @@ def samplers(teacher):
                 yield (f"{steps_text(steps)}, {name}" if steps > 1 else steps_text(steps)), scheduler, steps
 
 
-def measure(images: Tensor, prompts, reference: Tensor, real: Tensor):
-    """The figures of one set of images on network A, and, by network C, the shares that show what was asked for."""
-    features, reference, real = (scene_features("A", pictures) for pictures in (images, reference, real))
+def measure(images: Tensor, prompts, reference: Tensor, real: Tensor, network="A"):
+    """The figures of one set of images on a network, and, by network C, the shares that show what was asked for."""
+    features, reference, real = (scene_features(network, pictures) for pictures in (images, reference, real))
     shown = fulfilled(images, prompts)
     shares = {
         "asked": shown.all(1),

