@@ -8,8 +8,8 @@
 Four steps begin with the teacher's weights, one step after a warm start. All arms of a seed continue one checkpoint,
 taken after the fake score's warm-up, and go through the same prompts and noise. The averaged policy is judged on 300
 prompts that nothing was trained on: Fréchet distance on network B to the teacher's images of the same prompts (other
-noise), less that between two draws of the teacher (``excess``); the share of images that show all that was asked for, by
-network C; recall. Network evaluations are counted as in ``reuse.py``. Every arm is one JSON file, so an interrupted
+noise), less that between two draws of the teacher (``excess``); the share of images that show all that was asked for,
+by network C; recall. Network evaluations are counted as in ``reuse.py``. Every arm is one JSON file, so an interrupted
 run goes on where it was.
 """
 
@@ -43,27 +43,26 @@ COMMON = {
     "adam_beta1": 0.0,
     "teacher_guidance_scale": GUIDANCE_SCALE,
     "dm_scale_floor": 0.1,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
+    "lr_scheduler_type": "linear",
     "fake_score_learning_rate": 1e-3,
     "fake_score_warmup_steps": 60,
 }
-WARM = {"warm_start_steps": 300, "warm_start_learning_rate": 1e-3, "warm_start_num_states": 1024}
-STARTS = {4: {"warm_start": "none"}, 1: WARM}
+WARM = {"warm_start_steps": 200, "warm_start_learning_rate": 1e-3, "warm_start_num_states": 512}
+STARTS = {4: {"warm_start": "none", "learning_rate": 1e-3}, 1: {**WARM, "learning_rate": 3e-4}}
 FEW = {4: 2, 1: 1}  # Updates of the fake score, as benchmarks/lab/lab.md recommends.
-UPDATES = {4: 48, 1: 80}
+UPDATES = 48
 
 
 def arms(steps):
     """The settings of each arm, by name, and how many updates it makes."""
     few = FEW[steps]
     scales = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "none"}
-    yield "dmd, 5 fake updates", UPDATES[steps] // 2 + 8, {"dm_normalization": "sample"}
+    yield "dmd, 5 fake updates", {4: 31, 1: 22}[steps], {"dm_normalization": "sample"}  # As many evaluations.
     for name, normalization in scales.items():
         settings = {"dm_normalization": normalization, "fake_score_updates_per_policy_update": few}
-        yield name, UPDATES[steps], settings
-        if steps > 1 and name in ("group_rms", "none"):
-            yield f"{name}, anchor", UPDATES[steps], {**settings, "first_step_anchor": 0.05}
+        yield name, UPDATES, settings
+        if steps > 1 and name == "group_rms":
+            yield f"{name}, anchor", UPDATES, {**settings, "first_step_anchor": 0.05}
 
 
 def training_prompts():
@@ -87,7 +86,14 @@ def make_trainer(folder, seed, steps, max_steps, callbacks=(), look=None, **sett
     )
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK)
     return MeasuredTrainer(
-        str(TEACHER_FOLDER), "rdm", args, training_prompts(), peft_config=lora, callbacks=list(callbacks), look=look
+        str(TEACHER_FOLDER),
+        "rdm",
+        args,
+        training_prompts(),
+        peft_config=lora,
+        callbacks=list(callbacks),
+        look=look,
+        every=16,
     )
 
 
@@ -147,7 +153,7 @@ def run_seed(folder, seed, steps, development, settings, only):
     plan = [(name, *rest) for name, *rest in arms(steps) if not only or name in only]
     if all(file_of(folder, name, seed).exists() for name, *_ in plan):
         return
-    judge, work = Judge(folder, seed, development), folder / "work" / str(seed)
+    judge, work = Judge(folder.parent, seed, development), folder / "work" / str(seed)
     run_stock(folder, seed, steps, judge)
     start_file, checkpoint = work / "start.json", work / "checkpoint-0"
     cache = {"warm_start_cache_dir": str(work / "solutions")} if steps == 1 else {}
