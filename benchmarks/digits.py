@@ -134,7 +134,7 @@ def tables(study, folder, step_counts, seeds):
     return "\n".join(lines) + "\n"
 
 
-def benchmark_command(description, name, run_seed, tables, picture, picture_file):
+def benchmark_command(description, name, run_seed, tables, picture, picture_file, seeds=SEEDS):
     """The command line of a benchmark that has a file for each result: run what is missing, then report.
 
     ``run_seed(folder, seed)`` runs; each of ``tables``, a function of (folder, seeds), is printed; and
@@ -142,7 +142,7 @@ def benchmark_command(description, name, run_seed, tables, picture, picture_file
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output") / name)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--report", action="store_true", help="only write the tables and the picture again")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -64,12 +64,13 @@ class MeasuredTrainer(RDMTrainer):
     """A trainer that counts what its updates cost, and looks at the student every few of them.
 
     Args:
-        look: Called with the trainer before the first update and after every ``JUDGED_EVERY``.
+        look: Called with the trainer before the first update and after every so many.
+        every: How many; after the last one, too.
     """
 
-    def __init__(self, *args, look=None, **kwargs):
+    def __init__(self, *args, look=None, every=JUDGED_EVERY, **kwargs):
         super().__init__(*args, **kwargs)
-        self.look, self.counting, self.by_role = look, False, Counter()
+        self.look, self.every, self.counting, self.by_role = look, every, False, Counter()
         self.spent = dict.fromkeys(SPENT, 0)
         self.ratios = {name: [] for name in RATIOS}
         forward = self.family.forward
@@ -94,7 +95,8 @@ class MeasuredTrainer(RDMTrainer):
         if not fresh:
             for name, values in self.ratios.items():
                 values.append(metrics[f"rewards/rdm/{name}"])
-        if self.look and self.spent["updates"] % JUDGED_EVERY == 0:
+        last = self.state.global_step + 1 == self.state.max_steps
+        if self.look and (last or self.spent["updates"] % self.every == 0):
             self.look(self)
         return metrics
 

@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -107,11 +108,12 @@ def train_reward_network(file: Path, digits: Digits, steps: int = 3000) -> None:
     save_file(train_network("D", len(WIDTHS), REWARD_NETWORK_WIDTH, digits, steps), file)
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges spell the words of the known phrasings; other text falls back to characters."""
-    words = sorted(
-        {word for template in PROMPT_TEMPLATES for word in template.split() if word != "{}"} | set(DIGIT_WORDS)
-    )
+def build_tokenizer(folder: Path, words: Sequence[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges spell the given words; other text falls back to characters.
+
+    The merges of a word come before those of the words after it: one that has the beginning of another inside goes
+    first.
+    """
     characters = [chr(code) for code in range(33, 127)]
     tokens = characters + [character + "</w>" for character in characters]
     merges: list[str] = []
@@ -327,7 +329,8 @@ def main() -> None:
             train_autoencoder(digits).save_pretrained(teacher / "vae")
         if not (teacher / "unet").exists():
             vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
-            tokenizer = build_tokenizer(teacher / "tokenizer")
+            words = {word for template in PROMPT_TEMPLATES for word in template.split() if word != "{}"}
+            tokenizer = build_tokenizer(teacher / "tokenizer", sorted(words | set(DIGIT_WORDS)))
             unet, text_encoder, scheduler = train_unet(digits, vae, tokenizer, arguments.steps)
             pipeline = StableDiffusionPipeline(
                 vae=vae,

@@ -1,0 +1,249 @@
+"""Few-step students of the scenes' teacher: the arms of distribution matching at equal network evaluations.
+
+    python benchmarks/scene_students.py --steps 4                # 5 seeds: about an hour and a half on one core
+    python benchmarks/scene_students.py --steps 1
+    python benchmarks/scene_students.py --steps 4 --table        # only print the table again
+    python benchmarks/scene_students.py --steps 4 --development --seeds 11    # network A, for choosing
+
+Four steps begin with the teacher's weights, one step after a warm start. All arms of a seed continue one checkpoint,
+taken after the fake score's warm-up, and go through the same prompts and noise. The averaged policy is judged on 300
+prompts that nothing was trained on: Fréchet distance on network B to the teacher's images of the same prompts (other
+noise), less that between two draws of the teacher (``excess``); the share of images that show all that was asked for,
+by network C; recall. Network evaluations are counted as in ``reuse.py``. Every arm is one JSON file, so an interrupted
+run goes on where it was.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from digits import StopAtOnce, read_results
+from peft import LoraConfig
+from reuse import MeasuredTrainer
+from scenes import draw, measure, samplers
+from scipy import stats
+
+from rdm_rl import RDMConfig
+from rdm_rl.demo.run import TEACHER_STEPS, steps_text
+from rdm_rl.evaluation.pictures import image_grid
+from rdm_rl.randomness import seeded_generator
+from rdm_rl.scenes.data import TEACHER_FOLDER, compose, load_handwriting, random_attributes, scene_prompts
+from rdm_rl.scenes.teacher import GUIDANCE_SCALE, load_teacher
+
+LORA_RANK = 32
+NUM_PROMPTS, NUM_IMAGES = 1024, 300
+SEEDS = [9200, 9201, 9202, 9203, 9204]  # No setting was chosen on these.
+FIGURES = ("excess", "asked", "recall")
+COMMON = {
+    "per_device_train_batch_size": 32,
+    "num_generations": 8,
+    "adam_beta1": 0.0,
+    "teacher_guidance_scale": GUIDANCE_SCALE,
+    "dm_scale_floor": 0.1,
+    "lr_scheduler_type": "linear",
+    "fake_score_learning_rate": 1e-3,
+    "fake_score_warmup_steps": 60,
+}
+WARM = {"warm_start_steps": 200, "warm_start_learning_rate": 1e-3, "warm_start_num_states": 512}
+STARTS = {4: {"warm_start": "none", "learning_rate": 1e-3}, 1: {**WARM, "learning_rate": 3e-4}}
+FEW = {4: 2, 1: 1}  # Updates of the fake score, as benchmarks/lab/lab.md recommends.
+UPDATES = 48
+
+
+def arms(steps):
+    """The settings of each arm, by name, and how many updates it makes."""
+    few = FEW[steps]
+    scales = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "none"}
+    yield "dmd, 5 fake updates", {4: 31, 1: 22}[steps], {"dm_normalization": "sample"}  # As many evaluations.
+    for name, normalization in scales.items():
+        settings = {"dm_normalization": normalization, "fake_score_updates_per_policy_update": few}
+        yield name, UPDATES, settings
+        if steps > 1 and name == "group_rms":
+            yield f"{name}, anchor", UPDATES, {**settings, "first_step_anchor": 0.05}
+
+
+def training_prompts():
+    """What the students are trained on: a fixed draw of what there is to ask for."""
+    generator = seeded_generator(0, "benchmark/scene_students/prompts")
+    return [{"prompt": prompt} for prompt in scene_prompts(random_attributes(NUM_PROMPTS, generator), generator)]
+
+
+def make_trainer(folder, seed, steps, max_steps, callbacks=(), look=None, **settings):
+    args = RDMConfig(
+        output_dir=str(folder),
+        seed=seed,
+        use_cpu=True,
+        save_strategy="no",
+        allow_config_change=True,  # The arms begin with one checkpoint.
+        logging_strategy="no",  # What is only measured for the log would count, and take time.
+        disable_tqdm=True,
+        max_steps=max_steps,
+        num_inference_steps=steps,
+        **{**COMMON, **STARTS[steps], **settings},
+    )
+    lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK)
+    return MeasuredTrainer(
+        str(TEACHER_FOLDER),
+        "rdm",
+        args,
+        training_prompts(),
+        peft_config=lora,
+        callbacks=list(callbacks),
+        look=look,
+        every=16,
+    )
+
+
+class Judge:
+    """What the students of one seed are compared with.
+
+    Args:
+        folder: Where the teacher's images are kept.
+        seed: Which prompts and noise.
+        development: Judge with network A.
+    """
+
+    def __init__(self, folder, seed, development):
+        self.network, self.noise_seed = "A" if development else "B", seed
+        attributes = random_attributes(NUM_IMAGES, seeded_generator(seed, "benchmark/scene_students/judged"))
+        self.prompts = scene_prompts(attributes, seeded_generator(seed, "benchmark/scene_students/phrasing"))
+        real = seeded_generator(seed, "benchmark/scene_students/real")
+        self.real = compose(attributes, load_handwriting("held_out"), real)
+        file = folder / f"teacher-{seed}.pt"
+        if not file.exists():
+            teacher = load_teacher()
+            draws = [self.of_teacher(teacher, teacher.scheduler, TEACHER_STEPS, index) for index in range(2)]
+            torch.save(draws, file)
+        self.reference, self.second = torch.load(file)
+        self.floor = measure(self.second, self.prompts, self.reference, self.real, self.network)["to_teacher"]
+
+    def of_teacher(self, teacher, scheduler, steps, index=1):
+        noise = seeded_generator(self.noise_seed, "benchmark/scene_students/noise", index)
+        return draw(teacher, scheduler, self.prompts, steps, GUIDANCE_SCALE, noise)
+
+    def of_student(self, trainer):
+        noise = seeded_generator(self.noise_seed, "benchmark/scene_students/noise", 1)
+        batches = [self.prompts[first : first + 100] for first in range(0, NUM_IMAGES, 100)]
+        return torch.cat([trainer.generate(batch, generator=noise) for batch in batches])
+
+    def figures(self, images):
+        figures = measure(images, self.prompts, self.reference, self.real, self.network)
+        return {"excess": figures["to_teacher"] - self.floor, **figures}
+
+
+def file_of(folder, name, seed):
+    return folder / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
+
+
+def run_stock(folder, seed, steps, judge):
+    """The teacher with many steps, and with as few as the student under each stock scheduler."""
+    teacher = load_teacher()
+    few = [(name, scheduler) for name, scheduler, count in samplers(teacher) if count == steps]
+    for name, scheduler in few:
+        file = file_of(folder, f"stock {name}", seed)
+        if not file.exists():
+            file.write_text(json.dumps(judge.figures(judge.of_teacher(teacher, scheduler, steps))))
+    file_of(folder, "teacher", seed).write_text(json.dumps(judge.figures(judge.second)))
+
+
+def run_seed(folder, seed, steps, development, settings, only):
+    plan = [(name, *rest) for name, *rest in arms(steps) if not only or name in only]
+    if all(file_of(folder, name, seed).exists() for name, *_ in plan):
+        return
+    judge, work = Judge(folder.parent, seed, development), folder / "work" / str(seed)
+    run_stock(folder, seed, steps, judge)
+    start_file, checkpoint = work / "start.json", work / "checkpoint-0"
+    cache = {"warm_start_cache_dir": str(work / "solutions")} if steps == 1 else {}
+    if not start_file.exists():
+        start = make_trainer(work, seed, steps, 1, [StopAtOnce()], **{**cache, **settings})
+        start.train()
+        start.save_checkpoint()
+        start_file.write_text(json.dumps(judge.figures(judge.of_student(start))))
+        print(f"start-{seed}: {start_file.read_text()}", flush=True)
+    for name, updates, changed in plan:
+        file, rows = file_of(folder, name, seed), []
+        if file.exists():
+            continue
+
+        def look(trainer, rows=rows):
+            # All arms begin with the same student, so that it is judged once.
+            begun = trainer.spent["updates"] > 0
+            figures = judge.figures(judge.of_student(trainer)) if begun else json.loads(start_file.read_text())
+            rows.append({**trainer.spent, **figures})
+
+        trainer = make_trainer(work, seed, steps, updates, look=look, **{**cache, **settings, **changed})
+        trainer.train(resume_from_checkpoint=checkpoint)
+        file.write_text(json.dumps({"curve": rows, "settings": {**COMMON, **STARTS[steps], **settings, **changed}}))
+        curve = " ".join(f"{row['excess']:.2f}/{row['asked']:.2f}" for row in rows)
+        print(f"{file.stem}: {curve}; {rows[-1]['evaluations']} evaluations, {rows[-1]['seconds']:.0f} s", flush=True)
+        shown = {"student": judge.of_student(trainer)[:12]}
+        image_grid(shown, judge.prompts[:12]).save(file.with_suffix(".png"))
+
+
+def read(folder, name, seeds):
+    return read_results({seed: file_of(folder, name, seed) for seed in seeds})
+
+
+def at(curve, evaluations, figure):
+    """A figure at a number of evaluations, in proportion between two looks."""
+    return float(np.interp(evaluations, *([row[axis] for row in curve] for axis in ("evaluations", figure))))
+
+
+def table(folder, seeds, steps):
+    """Every arm at the evaluations of ``dmd`` at its end, and its difference to it within the seeds."""
+    heads = " | ".join(f"{figure} | minus `dmd`" for figure in FIGURES)
+    lines = [f"| arm | seeds | {heads} |", f"|---|---|{'---|' * (2 * len(FIGURES))}"]
+    still = {"teacher, 50 steps": read(folder, "teacher", seeds)}
+    for name, _, count in samplers(load_teacher()):
+        if count == steps:
+            still[f"stock, {name}"] = read(folder, f"stock {name}", seeds)
+    reference = {seed: run["curve"] for seed, run in read(folder, "dmd", seeds).items()}
+    still[f"start of the students, {steps_text(steps)}"] = {seed: curve[0] for seed, curve in reference.items()}
+    for name, rows in still.items():
+        if rows:
+            cells = [f"{statistics.mean(row[figure] for row in rows.values()):.3g} | " for figure in FIGURES]
+            lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    for name, *_ in arms(steps):
+        runs = {seed: run["curve"] for seed, run in read(folder, name, seeds).items() if seed in reference}
+        cells = []
+        for figure in FIGURES if runs else ():
+            ends = {seed: reference[seed][-1] for seed in runs}
+            values = {seed: at(runs[seed], end["evaluations"], figure) for seed, end in ends.items()}
+            differences = [values[seed] - end[figure] for seed, end in ends.items()]
+            cells += [f"{statistics.mean(values.values()):.3g}", compared(differences) if name != "dmd" else ""]
+        if cells:
+            lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def compared(differences):
+    """Mean and spread of paired differences, and the p of their t-test."""
+    if len(differences) < 2:
+        return f"{differences[0]:+.3g}"
+    p = stats.ttest_1samp(differences, 0).pvalue
+    return f"{statistics.mean(differences):+.3g} ± {statistics.stdev(differences):.2g} (p = {p:.2g})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output/scene_students"))
+    parser.add_argument("--steps", type=int, choices=sorted(STARTS), required=True, help="steps K of the students")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--arms", nargs="+", default=[], help="only these")
+    parser.add_argument("--development", action="store_true", help="judge with network A")
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings of all arms, to choose them")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    folder = options.output_dir / f"K{options.steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        for seed in options.seeds:
+            run_seed(folder, seed, options.steps, options.development, options.settings, options.arms)
+    print(table(folder, options.seeds, options.steps))
+
+
+if __name__ == "__main__":
+    main()
