@@ -12,7 +12,8 @@ from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.families.hub import one_line_errors
 from rdm_rl.rewards.registry import get_reward
-from rdm_rl.settings import Count, Folder, check, convert, setting
+from rdm_rl.settings import Count, Folder, Whole, check, convert, setting
+from rdm_rl.trainers.profiling import ProfileCallback
 from rdm_rl.trainers.prompt_files import read_prompts
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
@@ -65,6 +66,17 @@ class AdapterSettings:
 
 
 @dataclass
+class ProfileSettings:
+    """Profile."""
+
+    profile: Whole = setting(
+        0,
+        "Updates whose time is split into passes of each role, rewards and the rest, after the first; a trace of the "
+        "next is `trace-0.json` in `output_dir`. The run goes on.",
+    )
+
+
+@dataclass
 class RewardNameSettings:
     """Rewards and their weights."""
 
@@ -76,7 +88,9 @@ class RewardNameSettings:
 
 
 @dataclass
-class TrainArguments(RewardNameSettings, AdapterSettings, SourceSettings):  # In reverse, as a dataclass orders fields.
+class TrainArguments(
+    ProfileSettings, RewardNameSettings, AdapterSettings, SourceSettings
+):  # In reverse, as a dataclass orders fields.
     """What is trained on what: the flags of ``rdm-rl train`` that are no settings of ``RDMConfig``."""
 
     def __post_init__(self) -> None:
@@ -180,6 +194,8 @@ def train_command(words: Sequence[str]) -> None:
         policy_init=arguments.policy_init,
         peft_config=lora_config(arguments),
     )
+    if arguments.profile:
+        trainer.add_callback(ProfileCallback(trainer, arguments.profile))
     trainer.train()
     trainer.save_model()
     trainer.accelerator.print(f"The student is in {args.output_dir}")
