@@ -59,7 +59,10 @@ JUDGED, REFERENCE, REFERENCE_SEED = 200, 250, 8999
 BUDGET = 8_000
 MATCHES = ("mse", "histogram", "features", "cosine")
 FIGURES = ("distance_to_teacher", "distance_to_data", "recall", "precision", "accuracy")
-GNDM = {"learning_rate": 1e-4, "dm_scale_floor": 0.1, "fake_score_learning_rate": 1e-3}
+GNDM = {
+    **{"learning_rate": 1e-4, "dm_scale_floor": 0.1, "fake_score_learning_rate": 1e-3},
+    **{"dm_normalization": "group", "fake_score_updates_per_policy_update": 5},
+}
 REDIF = {"learning_rate": 3e-4, "eta": 0.15}
 DRAFT = {
     **{"learning_rate": 3e-4, "reward_gradient": "pathwise", "eta": 0.0},

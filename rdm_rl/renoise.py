@@ -143,7 +143,7 @@ class DistributionMatchingSettings:
         "group_rms",
         "What the direction of `rdm` is divided by: `group_rms` (GNDM), `sample` (DMD), `group` or `none`.",
     )
-    dm_scale_floor: Size = setting(1e-6, "The smallest scale that the direction is divided by.")
+    dm_scale_floor: Size = setting(0.1, "The smallest scale that the direction is divided by; 1e-6 for `dmd`.")
     renoise_distribution: RenoiseDistribution = setting(
         "uniform",
         "Distribution of the re-noising time: `uniform`, `beta` (biased to high noise), or `annealed_beta` (from the "

@@ -54,9 +54,7 @@ def descent(trainer: RDMTrainer, x_0: Tensor, directions: dict[str, Direction]) 
 @pytest.mark.parametrize("weights", [[1.0, 0.5], [1.0, 0.5, 0.5]])
 def test_dmdr_makes_dmdrs_update(weights: list[float], base: Path, tmp_path: Path) -> None:
     rewards = [smooth, small][: len(weights) - 1]
-    trainer, rollout = trainer_of(
-        base, tmp_path, "dmdr", ["rdm", *map(hinged, rewards)], reward_weights=weights, dm_scale_floor=1e-6
-    )
+    trainer, rollout = trainer_of(base, tmp_path, "dmdr", ["rdm", *map(hinged, rewards)], reward_weights=weights)
     x_0 = rollout.x_0[0]  # A step that is not the last: DMDR's rewards act on any.
     real, fake = latents(*x_0.shape, seed=1), latents(*x_0.shape, seed=2)
     matched = trainer.compute_distribution_matching(x_0, real, fake, torch.ones(len(x_0)), rollout.batch.group_ids)

@@ -90,7 +90,7 @@ def test_defaults_work_and_differ_where_documented() -> None:
     assert (made.learning_rate, made.logging_steps, made.report_to) == (1e-5, 10, [])
     assert not made.remove_unused_columns
     assert not made.bf16
-    assert (made.dm_normalization, made.dm_scale_floor) == ("group_rms", 1e-6)
+    assert (made.dm_normalization, made.dm_scale_floor) == ("group_rms", 0.1)
     assert made.warm_start == "ode"
 
 

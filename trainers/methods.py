@@ -8,11 +8,14 @@ _WITHOUT_FAKE_SCORE = {"fake_score_updates_per_policy_update": 0}
 
 # Each method is a setting of one trainer. `rdm-rl methods` prints this table.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dmd": ("distribution matching, scaled for each sample; the baseline", {"dm_normalization": "sample"}),
+    "dmd": (
+        "distribution matching, scaled for each sample; the baseline",
+        {"dm_normalization": "sample", "dm_scale_floor": 1e-6},
+    ),
     "gndm": ("group-normalised distribution matching", {"dm_normalization": "group_rms"}),
     "dmdr": (
         "distribution matching and rewards with constant weights; the baseline with rewards",
-        {"dm_normalization": "sample", "reward_weighting": "fixed", "pathwise_steps": "any"},
+        {"dm_normalization": "sample", "dm_scale_floor": 1e-6, "reward_weighting": "fixed", "pathwise_steps": "any"},
     ),
     "gndmr": (
         "group-normalised distribution matching and rewards with adaptive weights",
@@ -60,7 +63,7 @@ def method_settings(method: str) -> dict[str, Any]:
 
     Example:
         >>> method_settings("dmd")
-        {'dm_normalization': 'sample'}
+        {'dm_normalization': 'sample', 'dm_scale_floor': 1e-06}
     """
     if method not in METHODS:
         hint = did_you_mean(method, METHODS)
