@@ -104,6 +104,7 @@ class ProfileCallback(TrainerCallback):
         elif self.begun == self.updates + 2:
             profile = torch.profiler.profile()
             file = Path(args.output_dir) / f"trace-{self.trainer.accelerator.process_index}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
             self._update.callback(profile.export_chrome_trace, str(file))  # After it has ended.
             self._update.enter_context(profile)
 
@@ -130,12 +131,12 @@ class ProfileCallback(TrainerCallback):
     def table(self) -> str:
         """The sections, the longest first, for each update."""
         total = sum(section.seconds for section in self.clock.sections.values())
-        lines = [f"{'part of an update':32} {'ms':>9} {'share':>6} {'calls':>6} {'samples':>8}"]
+        lines = [f"{'part of an update':38} {'ms':>9} {'share':>6} {'calls':>6} {'samples':>8}"]
         for name, section in sorted(self.clock.sections.items(), key=lambda item: -item[1].seconds):
             per_update = (section.seconds * 1000 / self.done, section.seconds / total)
             counts = (section.calls / self.done, section.samples / self.done)
-            lines.append(f"{name:32} {per_update[0]:9.1f} {per_update[1]:6.1%} {counts[0]:6.4g} {counts[1]:8.4g}")
-        lines.append(f"{f'an update (mean of {self.done})':32} {total * 1000 / self.done:9.1f}")
+            lines.append(f"{name:38} {per_update[0]:9.1f} {per_update[1]:6.1%} {counts[0]:6.4g} {counts[1]:8.4g}")
+        lines.append(f"{f'an update (mean of {self.done})':38} {total * 1000 / self.done:9.1f}")
         return "\n".join(lines)
 
     def _watch(self) -> None:
