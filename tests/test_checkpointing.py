@@ -427,7 +427,7 @@ SETTINGS = {
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=2 .now 1.", None),
         ({"num_processes": 2}, r"An update has 2 batch.es.*set gradient_accumulation_steps=1", None),
         ({"num_processes": 2, "gradient_accumulation_steps": 1}, None, []),
-        ({"dm_normalization": "sample", "learning_rate": 1e-4}, "dm_normalization='group_rms' .now 'sample'", None),
+        ({"dm_normalization": "sample", "learning_rate": 1e-4}, "dm_normalization='group' .now 'sample'", None),
         ({"reward_weights": [1.0, 0.1]}, r"reward_weights=\[1\.0, 0\.5\] .now \[1\.0, 0\.1\]", None),
         ({"rewards": ["rdm"]}, r"rewards=\['rdm', 'a'\] .now \['rdm'\]", None),
         ({"ema_decay": 0.9}, "ema_decay.*allow_config_change=True", None),
