@@ -22,6 +22,7 @@ from rdm_rl.families.encoding import PromptEncoding, device_of
 from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base, without_diffusers_log
 from rdm_rl.families.kohya import check_layers, kohya_tensors, scaled_tensors
 from rdm_rl.families.precision import to_precision
+from rdm_rl.families.quantization import Quantization, is_quantized
 from rdm_rl.families.resolution import Resolution, read_resolution
 from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
@@ -180,10 +181,12 @@ class Family(PromptEncoding, ABC):
     def set_precision(self, dtype: torch.dtype) -> None:
         """Give the encoders of prompts a precision; the decoder, which overflows or bands in half, gets float32.
 
-        What an encoder keeps in float32 because it overflows otherwise, such as a part of T5, stays there.
+        What an encoder keeps in float32 because it overflows otherwise, such as a part of T5, stays there, and what is
+        stored quantised was loaded in its precision.
         """
         for encoder in self.text_encoders:
-            to_precision(encoder, self.text_encoder_dtype(dtype))
+            if not is_quantized(encoder):
+                to_precision(encoder, self.text_encoder_dtype(dtype))
         if self.decoder is not None:
             self.decoder.float()
 
@@ -528,6 +531,11 @@ class ModelSettings:
         None,
         "Of a model in one file: the diffusers pipeline, a folder or a hub name, whose configuration and missing parts "
         "are used. Default: the one on the hub that diffusers knows for its kind.",
+    )
+    base_quantization: Quantization | None = setting(
+        None,
+        "How the frozen network under the adapters and the text encoders are stored: `int8` or `fp8` (8 bits), `nf4` "
+        "(4 bits, on CUDA GPUs alone). Default: in the run's precision.",
     )
     resolution: list[str] | None = setting(
         None,
