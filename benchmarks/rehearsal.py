@@ -1,6 +1,6 @@
 """A full-size rehearsal without a GPU: Stable Diffusion 1.5 with random weights, from the script to stock diffusers.
 
-    python benchmarks/rehearsal.py --folder /tmp/rehearsal          # 859 M parameters, 256 px: minutes an update, 10 GiB
+    python benchmarks/rehearsal.py --folder /tmp/rehearsal          # 859 M parameters, 256 px: minutes an update
     python benchmarks/rehearsal.py --folder /tmp/rehearsal --quick  # the same steps with a tiny pipeline: seconds
 
 It makes the pipeline and its folder, runs ``examples/sd15_gndmr.py`` for 2 updates on the CPU in float32, writes the
@@ -28,7 +28,8 @@ from rdm_rl.cli.plan.skeleton import make_skeleton
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
-    "--reward_funcs rdm symmetry --reward_weights 1 0.2 --reward_start_step 0 --num_inference_steps 2 --teacher_guidance_scale 1 "
+    "--reward_funcs rdm symmetry --reward_weights 1 0.2 --reward_start_step 0 "
+    "--num_inference_steps 2 --teacher_guidance_scale 1 "
     "--lora_r 16 --per_device_train_batch_size 2 --num_generations 2 --gradient_accumulation_steps 1 --max_steps 2 "
     "--fake_score_updates_per_policy_update 1 --fake_score_warmup_steps 0 --warm_start none --bf16 false "
     "--activation_checkpointing false --eval_strategy no --eval_on_start false --save_strategy no --logging_steps 1 "

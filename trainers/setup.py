@@ -115,7 +115,7 @@ def check_models(
             "teacher is one. Leave it out."
         )
     if args.base_quantization is not None:
-        _check_quantization(args, (model, teacher), policy_init, peft_config)
+        _check_quantization(args, (model, teacher), peft_config)
     for setting, source in (("teacher_adapter", teacher_adapter), ("policy_init", policy_init)):
         if source is None:
             continue
@@ -136,6 +136,13 @@ def check_models(
             f"policy_init={str(policy_init)!r} starts the policy from a student that is already distilled, but "
             "warm_start='ode' would teach it anew. Set warm_start='none'."
         )
+    if policy_init is None and args.policy_init_scale != 1:
+        raise ValueError(
+            f"policy_init_scale={args.policy_init_scale:g} scales the LoRA that policy_init names, but policy_init is "
+            "not set. Set it, or leave policy_init_scale out."
+        )
+    if policy_init is not None and _is_network(policy_init):
+        _check_network_start(args, policy_init)
     if "teacher" in args.offload and peft_config is not None:
         raise ValueError(
             "offload has 'teacher', but with adapters the teacher is the network that policy or fake score run on: "
@@ -147,9 +154,7 @@ def check_models(
         )
 
 
-def _check_quantization(
-    args: RDMConfig, models: Sequence[Model | None], policy_init: str | Path | None, peft_config: LoraConfig | None
-) -> None:
+def _check_quantization(args: RDMConfig, models: Sequence[Model | None], peft_config: LoraConfig | None) -> None:
     """Raise where ``base_quantization`` does not go with the rest of a run."""
     check_quantization_settings(args, peft_config)
     setting = f"base_quantization={args.base_quantization!r}"
@@ -158,8 +163,6 @@ def _check_quantization(
             f"{setting} acts while a model is loaded, but model or teacher is a loaded pipeline. Pass its name or "
             "folder, or load it with diffusers' PipelineQuantizationConfig and leave base_quantization out."
         )
-    if policy_init is not None and _is_network(policy_init):
-        raise _quantized_network_error(args, policy_init)
     check_quantization(args.base_quantization, on_gpu=torch.cuda.is_available() and not args.use_cpu)
 
 
@@ -185,12 +188,19 @@ def check_quantization_settings(args: RDMConfig, peft_config: LoraConfig | None)
         raise ValueError(f"{setting} stores weights that shard=True cannot cut. Leave one of the two out.")
 
 
-def _quantized_network_error(args: RDMConfig, policy_init: str | Path | None) -> ValueError:
-    return ValueError(
-        f"base_quantization={args.base_quantization!r} is for a base under adapters, but "
-        f"policy_init={str(policy_init)!r} is a whole network, whose student is saved whole. Pass an adapter as "
-        "policy_init, or leave base_quantization out."
-    )
+def _check_network_start(args: RDMConfig, policy_init: str | Path | None) -> None:
+    """Raise where a setting does not go with a policy that starts from a whole network."""
+    start = f"policy_init={str(policy_init)!r} is a whole network"
+    if args.base_quantization is not None:
+        raise ValueError(
+            f"base_quantization={args.base_quantization!r} is for a base under adapters, but {start}, whose student is "
+            "saved whole. Pass an adapter as policy_init, or leave base_quantization out."
+        )
+    if args.policy_init_scale != 1:
+        raise ValueError(
+            f"policy_init_scale={args.policy_init_scale:g} scales a LoRA, but {start}. Pass a LoRA as policy_init, or "
+            "leave policy_init_scale out."
+        )
 
 
 def _is_network(policy_init: str | Path) -> bool:
@@ -244,8 +254,8 @@ def load_networks(
     teacher_family = None if teacher is None else load_family(teacher, **options)
     name, adapter = _name(model), policy_init
     student = None if policy_init is None else load_policy_init(str(policy_init), family, options["dtype"])
-    if student is not None and args.base_quantization is not None:
-        raise _quantized_network_error(args, policy_init)
+    if student is not None:
+        _check_network_start(args, policy_init)
     if student is not None:
         family, teacher_family = student, teacher_family or family
         name, adapter = str(policy_init), None
@@ -262,6 +272,7 @@ def load_networks(
         generator=seeded_generator(args.seed, "adapters"),
         autocast=autocast,
         policy_init=None if adapter is None else str(adapter),
+        policy_init_scale=args.policy_init_scale,
         teacher_adapter=None if teacher_adapter is None else str(teacher_adapter),
         sharded=args.shard,
     )

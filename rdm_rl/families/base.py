@@ -16,6 +16,7 @@ from rdm_rl.families.adapters import (
     load_peft_folder,
     load_with_alphas,
     peft_folder,
+    scale_adapter,
     tensors_of,
 )
 from rdm_rl.families.encoding import PromptEncoding, device_of
@@ -365,13 +366,14 @@ class Family(PromptEncoding, ABC):
         """What kohya's scripts call a layer of the U-Net."""
         return f"lora_unet_{layer}".replace(".", "_")
 
-    def load_adapter(self, source: str, name: str, setting: str = "adapter") -> dict[str, Tensor]:
+    def load_adapter(self, source: str, name: str, setting: str = "adapter", scale: float = 1.0) -> dict[str, Tensor]:
         """Give the network an adapter of any format, rank and set of layers that the stock pipeline or PEFT loads.
 
         Args:
             source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
             name: What the adapter is called.
             setting: What was set to it, for errors.
+            scale: What it is multiplied by.
 
         Returns:
             Its tensors under PEFT's names, as in the file: a network without weights takes none.
@@ -406,16 +408,19 @@ class Family(PromptEncoding, ABC):
                 "Use an adapter of the denoising network alone."
             )
         check_all_loaded(self.network, name, tensors, f"{setting}={source!r}")
+        if scale != 1.0:
+            scale_adapter(self.network, name, scale)
         return tensors
 
-    def fuse_adapter(self, source: str, setting: str = "adapter") -> None:
+    def fuse_adapter(self, source: str, setting: str = "adapter", scale: float = 1.0) -> None:
         """Add an adapter to the network's own weights.
 
         Args:
             source: As in :meth:`load_adapter`.
             setting: What was set to it, for errors.
+            scale: What it is multiplied by.
         """
-        self.load_adapter(source, "fused", setting)
+        self.load_adapter(source, "fused", setting, scale)
         self.pipeline.fuse_lora(components=[self.network_name])
         self.pipeline.unload_lora_weights()
         self.network.eval().requires_grad_(False)
