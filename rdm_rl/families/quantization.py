@@ -124,7 +124,8 @@ class FrozenLinear(nn.Linear):
     the layer takes unquantised.
     """
 
-    def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The layer's output, shape (..., outputs)."""
         output: Tensor = _FrozenProduct.apply(inputs, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return output
 
@@ -169,11 +170,11 @@ def quantized_size(weight: Tensor, kind: Quantization) -> int:
     Example:
         >>> weight = torch.empty(64, 256, dtype=torch.bfloat16, device="meta")
         >>> [quantized_size(weight, kind) for kind in ("int8", "fp8", "nf4")]
-        [16512, 16640, 8452]
+        [16704, 16640, 8452]
     """
     outputs, count = len(weight), weight.numel()
     if kind == "int8":
-        return count + outputs * weight.element_size()
+        return count + outputs * 5  # Scales in float32, and offsets, which are 0.
     if kind == "fp8":
         return count + outputs * 4
     groups = -(-count // 64)
