@@ -202,7 +202,7 @@ def _networks(
 
 
 def _stored(networks: Networks, args: RDMConfig, *, encoders: bool) -> dict[int, int]:
-    """The bytes, by their id, of the weights that ``base_quantization`` stores in fewer bits; with or without encoders."""
+    """The bytes, by id, of the weights that ``base_quantization`` stores in fewer bits; with or without encoders."""
     if args.base_quantization is None:
         return {}
     families = dict.fromkeys((networks.family, networks.teacher_family))
