@@ -114,8 +114,7 @@ def check_models(
             f"model_config={args.model_config!r} configures a model in one .safetensors file, but neither model nor "
             "teacher is one. Leave it out."
         )
-    if args.base_quantization is not None:
-        _check_quantization(args, (model, teacher), peft_config)
+    _check_quantization(args, (model, teacher), peft_config)
     for setting, source in (("teacher_adapter", teacher_adapter), ("policy_init", policy_init)):
         if source is None:
             continue
@@ -156,14 +155,16 @@ def check_models(
 
 def _check_quantization(args: RDMConfig, models: Sequence[Model | None], peft_config: LoraConfig | None) -> None:
     """Raise where ``base_quantization`` does not go with the rest of a run."""
+    kind = args.base_quantization
+    if kind is None:
+        return
     check_quantization_settings(args, peft_config)
-    setting = f"base_quantization={args.base_quantization!r}"
     if any(isinstance(model, DiffusionPipeline) for model in models):
         raise ValueError(
-            f"{setting} acts while a model is loaded, but model or teacher is a loaded pipeline. Pass its name or "
+            f"base_quantization={kind!r} acts while a model is loaded, but model or teacher is a loaded pipeline. Pass its name or "
             "folder, or load it with diffusers' PipelineQuantizationConfig and leave base_quantization out."
         )
-    check_quantization(args.base_quantization, on_gpu=torch.cuda.is_available() and not args.use_cpu)
+    check_quantization(kind, on_gpu=torch.cuda.is_available() and not args.use_cpu)
 
 
 def check_quantization_settings(args: RDMConfig, peft_config: LoraConfig | None) -> None:

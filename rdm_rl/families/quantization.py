@@ -137,7 +137,7 @@ def free_memory_between_products(network: nn.Module) -> None:
             module.__class__ = FrozenLinear
 
 
-def quantized_weights(network: nn.Module) -> Iterator[nn.Parameter]:
+def quantized_weights(network: nn.Module) -> Iterator[Tensor]:
     """The weights that are stored quantised, of a network that is loaded so: those of linear layers, without adapters.
 
     What the network keeps in float32 stays as it is, and so does the last parameter of an encoder of transformers.
