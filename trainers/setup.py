@@ -161,8 +161,8 @@ def _check_quantization(args: RDMConfig, models: Sequence[Model | None], peft_co
     check_quantization_settings(args, peft_config)
     if any(isinstance(model, DiffusionPipeline) for model in models):
         raise ValueError(
-            f"base_quantization={kind!r} acts while a model is loaded, but model or teacher is a loaded pipeline. Pass its name or "
-            "folder, or load it with diffusers' PipelineQuantizationConfig and leave base_quantization out."
+            f"base_quantization={kind!r} acts while a model is loaded, but model or teacher is a loaded pipeline. Pass "
+            "its name or folder, or load it with diffusers' PipelineQuantizationConfig and leave base_quantization out."
         )
     check_quantization(kind, on_gpu=torch.cuda.is_available() and not args.use_cpu)
 
