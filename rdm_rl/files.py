@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+# Not public by its name, but documented (torch's notes on extending it), and the only way to see what is in a subclass.
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from xxhash import xxh3_128
 
 # What a saved configuration says beside what the network computes.
@@ -94,9 +97,18 @@ def fingerprint(network: nn.Module | None, **facts: object) -> str:
             # Adapters wrap a layer as base_layer; the weights are the same.
             digest.update(name.replace(".base_layer", "").encode())
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            content: Any = whole.cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(content)
+            for part in plain_tensors(whole.cpu()):
+                content: Any = part.contiguous().flatten().view(torch.uint8).numpy()
+                digest.update(content)
     return digest.hexdigest()[:16]
+
+
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors that one is made of: itself, or what a quantised one keeps."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_tensors(getattr(tensor, name))]
 
 
 def cache_key(networks: Mapping[str, nn.Module | None], **facts: object) -> str:

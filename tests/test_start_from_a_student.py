@@ -100,6 +100,27 @@ def test_the_policy_starts_as_the_published_student(
         assert {one.shape[0] for name, one in student.pipeline.unet.state_dict().items() if "lora_A" in name} == {6}
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_it_may_start_as_a_part_of_it(lora: bool, base: Path, tmp_path: Path) -> None:
+    source = published_lora(tmp_path / "published")
+    given = {"policy_init": source, **({} if lora else {"peft_config": None})}
+    trainer = quick_trainer(base, tmp_path / "run", "rdm", given=given, policy_init_scale=0.5, **SETTINGS)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(base)
+    pipe.load_lora_weights(source, adapter_name="turbo")
+    pipe.set_adapters(["turbo"], adapter_weights=[0.5])
+    states = pipe.encode_prompt(TEXTS, "cpu", 1, False)[0]
+    with torch.no_grad():
+        expected = pipe.unet(latents(2, 4, 8, 8), torch.tensor([999, 499]), encoder_hidden_states=states).sample
+    torch.testing.assert_close(prediction(trainer, "policy"), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("start", "reason"), [("none", "is not set"), ("network", "is a whole network")])
+def test_only_a_lora_is_scaled(start: str, reason: str, base: Path, tmp_path: Path) -> None:
+    given = {"policy_init": base} if start == "network" else {}
+    with pytest.raises(ValueError, match=rf"policy_init_scale=0\.5 scales .* {reason}"):
+        quick_trainer(base, tmp_path, "rdm", given=given, policy_init_scale=0.5, **SETTINGS)
+
+
 def images_of_both(trainer: RDMTrainer, student: SavedStudent) -> tuple[Tensor, Tensor]:
     """What the trainer draws, and what plain diffusers does with what was saved."""
     align_weights(trainer.family.pipeline, trainer.networks.module("policy"), student.pipeline)

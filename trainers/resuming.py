@@ -20,7 +20,8 @@ KINDS: dict[Kind, frozenset[str]] = {
         optim optim_args""".split()
     ),
     "method": frozenset(
-        """resolution sampler eta guidance_scale group_noise noise_pool ema_decay reward_weights reward_weighting
+        """base_quantization policy_init_scale
+        resolution sampler eta guidance_scale group_noise noise_pool ema_decay reward_weights reward_weighting
         adaptive_reference fidelity_budget reward_start_step reward_ramp_steps reward_conflict reward_gradient
         pathwise_steps reward_decoder teacher_num_inference_steps teacher_cache_dir teacher_guidance_scale
         dm_normalization dm_scale_floor first_step_anchor renoise_distribution renoise_range

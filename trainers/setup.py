@@ -1,6 +1,6 @@
 """From names of models to the three roles of a run, on its device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -14,6 +14,7 @@ from rdm_rl.families import Family, check_model_name, load_family, load_policy_i
 from rdm_rl.families.encoding import PromptCache
 from rdm_rl.families.hub import adapter_file, check_hub_name
 from rdm_rl.families.loading import describe_single_file
+from rdm_rl.families.quantization import check_quantization
 from rdm_rl.families.resolution import Resolution, read_resolutions
 from rdm_rl.families.single_file import SingleFile, is_single_file, read_header
 from rdm_rl.files import cache_key
@@ -113,6 +114,7 @@ def check_models(
             f"model_config={args.model_config!r} configures a model in one .safetensors file, but neither model nor "
             "teacher is one. Leave it out."
         )
+    _check_quantization(args, (model, teacher), peft_config)
     for setting, source in (("teacher_adapter", teacher_adapter), ("policy_init", policy_init)):
         if source is None:
             continue
@@ -133,6 +135,13 @@ def check_models(
             f"policy_init={str(policy_init)!r} starts the policy from a student that is already distilled, but "
             "warm_start='ode' would teach it anew. Set warm_start='none'."
         )
+    if policy_init is None and args.policy_init_scale != 1:
+        raise ValueError(
+            f"policy_init_scale={args.policy_init_scale:g} scales the LoRA that policy_init names, but policy_init is "
+            "not set. Set it, or leave policy_init_scale out."
+        )
+    if policy_init is not None and _is_network(policy_init):
+        _check_network_start(args, policy_init)
     if "teacher" in args.offload and peft_config is not None:
         raise ValueError(
             "offload has 'teacher', but with adapters the teacher is the network that policy or fake score run on: "
@@ -142,6 +151,64 @@ def check_models(
         raise ValueError(
             "offload has 'teacher', but with shard=True each process holds only its part of the teacher. Leave one out."
         )
+
+
+def _check_quantization(args: RDMConfig, models: Sequence[Model | None], peft_config: LoraConfig | None) -> None:
+    """Raise where ``base_quantization`` does not go with the rest of a run."""
+    kind = args.base_quantization
+    if kind is None:
+        return
+    check_quantization_settings(args, peft_config)
+    if any(isinstance(model, DiffusionPipeline) for model in models):
+        raise ValueError(
+            f"base_quantization={kind!r} acts while a model is loaded, but model or teacher is a loaded pipeline. Pass "
+            "its name or folder, or load it with diffusers' PipelineQuantizationConfig and leave base_quantization out."
+        )
+    check_quantization(kind, on_gpu=torch.cuda.is_available() and not args.use_cpu)
+
+
+def check_quantization_settings(args: RDMConfig, peft_config: LoraConfig | None) -> None:
+    """Raise where ``base_quantization`` does not go with how the networks are trained.
+
+    Args:
+        args: The settings.
+        peft_config: The adapters; None trains full copies.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if args.base_quantization is None:
+        return
+    setting = f"base_quantization={args.base_quantization!r}"
+    if peft_config is None:
+        raise ValueError(
+            f"{setting} stores weights that cannot be trained, but without a peft_config (--full) all weights are. "
+            "Pass a LoraConfig, or leave base_quantization out."
+        )
+    if args.shard:
+        raise ValueError(f"{setting} stores weights that shard=True cannot cut. Leave one of the two out.")
+
+
+def _check_network_start(args: RDMConfig, policy_init: str | Path | None) -> None:
+    """Raise where a setting does not go with a policy that starts from a whole network."""
+    start = f"policy_init={str(policy_init)!r} is a whole network"
+    if args.base_quantization is not None:
+        raise ValueError(
+            f"base_quantization={args.base_quantization!r} is for a base under adapters, but {start}, whose student is "
+            "saved whole. Pass an adapter as policy_init, or leave base_quantization out."
+        )
+    if args.policy_init_scale != 1:
+        raise ValueError(
+            f"policy_init_scale={args.policy_init_scale:g} scales a LoRA, but {start}. Pass a LoRA as policy_init, or "
+            "leave policy_init_scale out."
+        )
+
+
+def _is_network(policy_init: str | Path) -> bool:
+    """Whether what a policy starts from can be seen to be a network: one on the hub is looked at when it is loaded."""
+    if Path(policy_init).is_file():
+        return read_header("policy_init", str(policy_init)).is_whole_model
+    return any((Path(policy_init) / name).is_file() for name in ("model_index.json", "config.json"))
 
 
 def load_networks(
@@ -182,11 +249,14 @@ def load_networks(
         "dtype": dtype if peft_config else torch.float32,
         "resolution": next(iter(read_resolutions(args.resolution)), None),
         "model_config": args.model_config,
+        "quantization": args.base_quantization,
     }
     family = load_family(model, **options)
     teacher_family = None if teacher is None else load_family(teacher, **options)
     name, adapter = _name(model), policy_init
     student = None if policy_init is None else load_policy_init(str(policy_init), family, options["dtype"])
+    if student is not None:
+        _check_network_start(args, policy_init)
     if student is not None:
         family, teacher_family = student, teacher_family or family
         name, adapter = str(policy_init), None
@@ -203,6 +273,7 @@ def load_networks(
         generator=seeded_generator(args.seed, "adapters"),
         autocast=autocast,
         policy_init=None if adapter is None else str(adapter),
+        policy_init_scale=args.policy_init_scale,
         teacher_adapter=None if teacher_adapter is None else str(teacher_adapter),
         sharded=args.shard,
     )

@@ -30,7 +30,7 @@ from rdm_rl.noise_schedule import NoiseSchedule
 from rdm_rl.policy import X0Predictor, ode_solution
 from rdm_rl.randomness import drawn_index, normal, seeded_generator
 from rdm_rl.records import Conditioning
-from rdm_rl.settings import Count, Folder, Size, setting
+from rdm_rl.settings import Count, Folder, Positive, Size, setting
 from rdm_rl.trainers.optimization import RoleOptimizer
 
 
@@ -200,3 +200,6 @@ class WarmStartSettings:
         20, "Teacher steps of a solution from pure noise; proportionally fewer from lower noise."
     )
     warm_start_cache_dir: Folder | None = setting(None, "Where solutions are kept. Default: `output_dir/warm_start`.")
+    policy_init_scale: Positive = setting(
+        1.0, "What a LoRA in `policy_init` is multiplied by: below 1 the policy begins nearer to the base."
+    )

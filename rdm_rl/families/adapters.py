@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, get_peft_model_state_dict
@@ -117,6 +118,20 @@ def adapter_scales(network: nn.Module, adapter: str) -> dict[str, float]:
     """
     layers = ((name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer))
     return {name: float(layer.scaling[adapter]) for name, layer in layers if adapter in layer.scaling}
+
+
+@torch.no_grad()
+def scale_adapter(network: nn.Module, adapter: str, scale: float) -> None:
+    """Multiply what an adapter adds to each layer's weight.
+
+    Args:
+        network: The network with the adapter.
+        adapter: What the adapter is called.
+        scale: The factor.
+    """
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_B:
+            layer.lora_B[adapter].weight.mul_(scale)
 
 
 def check_all_loaded(network: nn.Module, adapter: str, names: Iterable[str], what: str) -> None:

@@ -16,12 +16,14 @@ from rdm_rl.families.adapters import (
     load_peft_folder,
     load_with_alphas,
     peft_folder,
+    scale_adapter,
     tensors_of,
 )
 from rdm_rl.families.encoding import PromptEncoding, device_of
 from rdm_rl.families.hub import adapter_file, mismatch, one_line_errors, sharing_a_base, without_diffusers_log
 from rdm_rl.families.kohya import check_layers, kohya_tensors, scaled_tensors
 from rdm_rl.families.precision import to_precision
+from rdm_rl.families.quantization import Quantization, is_quantized
 from rdm_rl.families.resolution import Resolution, read_resolution
 from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import NoiseSchedule, PredictionType, x_0_from_output
@@ -180,10 +182,12 @@ class Family(PromptEncoding, ABC):
     def set_precision(self, dtype: torch.dtype) -> None:
         """Give the encoders of prompts a precision; the decoder, which overflows or bands in half, gets float32.
 
-        What an encoder keeps in float32 because it overflows otherwise, such as a part of T5, stays there.
+        What an encoder keeps in float32 because it overflows otherwise, such as a part of T5, stays there, and what is
+        stored quantised was loaded in its precision.
         """
         for encoder in self.text_encoders:
-            to_precision(encoder, self.text_encoder_dtype(dtype))
+            if not is_quantized(encoder):
+                to_precision(encoder, self.text_encoder_dtype(dtype))
         if self.decoder is not None:
             self.decoder.float()
 
@@ -362,13 +366,14 @@ class Family(PromptEncoding, ABC):
         """What kohya's scripts call a layer of the U-Net."""
         return f"lora_unet_{layer}".replace(".", "_")
 
-    def load_adapter(self, source: str, name: str, setting: str = "adapter") -> dict[str, Tensor]:
+    def load_adapter(self, source: str, name: str, setting: str = "adapter", scale: float = 1.0) -> dict[str, Tensor]:
         """Give the network an adapter of any format, rank and set of layers that the stock pipeline or PEFT loads.
 
         Args:
             source: A folder, a file, a hub name ``owner/name``, or ``owner/name/file.safetensors``.
             name: What the adapter is called.
             setting: What was set to it, for errors.
+            scale: What it is multiplied by.
 
         Returns:
             Its tensors under PEFT's names, as in the file: a network without weights takes none.
@@ -403,16 +408,19 @@ class Family(PromptEncoding, ABC):
                 "Use an adapter of the denoising network alone."
             )
         check_all_loaded(self.network, name, tensors, f"{setting}={source!r}")
+        if scale != 1.0:
+            scale_adapter(self.network, name, scale)
         return tensors
 
-    def fuse_adapter(self, source: str, setting: str = "adapter") -> None:
+    def fuse_adapter(self, source: str, setting: str = "adapter", scale: float = 1.0) -> None:
         """Add an adapter to the network's own weights.
 
         Args:
             source: As in :meth:`load_adapter`.
             setting: What was set to it, for errors.
+            scale: What it is multiplied by.
         """
-        self.load_adapter(source, "fused", setting)
+        self.load_adapter(source, "fused", setting, scale)
         self.pipeline.fuse_lora(components=[self.network_name])
         self.pipeline.unload_lora_weights()
         self.network.eval().requires_grad_(False)
@@ -528,6 +536,11 @@ class ModelSettings:
         None,
         "Of a model in one file: the diffusers pipeline, a folder or a hub name, whose configuration and missing parts "
         "are used. Default: the one on the hub that diffusers knows for its kind.",
+    )
+    base_quantization: Quantization | None = setting(
+        None,
+        "How the frozen network under the adapters and the text encoders are stored: `int8` or `fp8` (8 bits), `nf4` "
+        "(4 bits, on CUDA GPUs alone). Default: in the run's precision.",
     )
     resolution: list[str] | None = setting(
         None,

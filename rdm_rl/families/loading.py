@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +16,14 @@ from huggingface_hub import snapshot_download
 from rdm_rl.families.base import Family, tokenizer_of
 from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flux import FluxFamily
-from rdm_rl.families.hub import check_hub_name, one_line_errors
+from rdm_rl.families.hub import check_hub_name, one_line_errors, without_diffusers_log
 from rdm_rl.families.pixart import PixArtFamily
+from rdm_rl.families.quantization import (
+    Quantization,
+    free_memory_between_products,
+    network_config,
+    quantization_config,
+)
 from rdm_rl.families.resolution import Resolution
 from rdm_rl.families.sana import SanaFamily
 from rdm_rl.families.sd import StableDiffusionFamily
@@ -84,6 +91,7 @@ def load_family(
     dtype: torch.dtype | None = None,
     resolution: int | str | Resolution | None = None,
     model_config: str | Path | None = None,
+    quantization: Quantization | None = None,
 ) -> Family:
     """The family of a pipeline, loading it first if a path or a hub name is given.
 
@@ -94,6 +102,7 @@ def load_family(
         resolution: Size of the images in pixels, such as 1024 or ``"832x1216"``; None is the pipeline's own.
         model_config: Folder or hub name of the pipeline that configures a file and gives the parts that it lacks; None
             for the one that diffusers knows for its kind.
+        quantization: How the network and the text encoders are stored; of a file, the network alone. None: as they are.
 
     Returns:
         The family.
@@ -108,18 +117,22 @@ def load_family(
         config = None if model_config is None else str(model_config)
         check_model_name(str(model), config)
         if is_single_file(str(model)):
-            pipeline = load_single_file(str(model), dtype or torch.float32, config)
+            pipeline = load_single_file(str(model), dtype or torch.float32, config, quantization)
         else:
-            pipeline = load_pipeline(str(model), dtype or torch.float32)
-    return FAMILIES[_supported(type(pipeline).__name__)](pipeline, resolution)
+            pipeline = load_pipeline(str(model), dtype or torch.float32, quantization)
+    family = FAMILIES[_supported(type(pipeline).__name__)](pipeline, resolution)
+    for network in (family.network, *family.text_encoders):
+        free_memory_between_products(network)
+    return family
 
 
-def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
+def load_pipeline(model: str, dtype: torch.dtype, quantization: Quantization | None = None, **components: Any) -> Any:
     """A pipeline from a folder or the hub, in a precision, without optional parts that were saved as missing.
 
     Args:
         model: A folder in the diffusers layout, or a hub name.
         dtype: Precision of everything but the decoder, which stays in float32.
+        quantization: How the network and the text encoders are stored; None: as they are.
         components: Parts that are given instead of loaded.
 
     Returns:
@@ -138,6 +151,11 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
             f"model={model!r} is a {index['_class_name']}, which is no class of diffusers: load the pipeline yourself, "
             "and pass it instead of its name."
         )
+    if quantization is not None and not family.loads_lora:
+        raise ValueError(
+            f"base_quantization={quantization!r} is set, but a {index['_class_name']} loads no LoRA, so that its "
+            "student is saved whole, with all its weights. Leave it out."
+        )
     listed = _listed(index)
     needed = family.needed_components(listed)
     # diffusers wants to be told of what was saved as missing, and would load what only other uses of a pipeline need.
@@ -155,20 +173,28 @@ def load_pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
     variant = weights_variant(
         "model", Path(model), [name for name in _networks(family, needed) if name not in components]
     )
-    with one_line_errors("model", model):
+    quiet: AbstractContextManager[Any] = nullcontext()
+    if quantization is not None:
+        quiet = without_diffusers_log("quantizers.torchao.torchao_quantizer")  # It doubts float32, which works.
+        encoders = {name: dtypes[name] for name in family.text_encoder_names if name in needed}
+        components["quantization_config"] = quantization_config(quantization, {family.network_name: dtype}, encoders)
+    with one_line_errors("model", model), quiet:
         pipeline = DiffusionPipeline.from_pretrained(
             model, use_safetensors=True, variant=variant, **_precision({"default": dtype, **dtypes}), **components
         )
     return pipeline
 
 
-def load_single_file(model: str, dtype: torch.dtype, model_config: str | None = None) -> Any:
+def load_single_file(
+    model: str, dtype: torch.dtype, model_config: str | None = None, quantization: Quantization | None = None
+) -> Any:
     """A pipeline from one file with its weights, and another pipeline's configuration and missing parts.
 
     Args:
         model: The ``.safetensors`` file.
         dtype: Precision of everything but the decoder, which stays in float32.
         model_config: Folder or hub name of the other pipeline; None for the one that diffusers knows for this kind.
+        quantization: How the network is stored; None: as it is.
 
     Returns:
         The pipeline.
@@ -190,7 +216,8 @@ def load_single_file(model: str, dtype: torch.dtype, model_config: str | None = 
     components = {name: part for name, part in others.items() if name not in parts}
     if "safety_checker" in components:
         components["requires_safety_checker"] = False
-    return read_parts(header, folder, name, components, _precision(dtype))
+    options = {} if quantization is None else {"quantization_config": network_config(quantization, dtype)}
+    return read_parts(header, folder, name, components, _precision(dtype), options)
 
 
 def describe_single_file(model: str, family: Family, model_config: str | None) -> SingleFile | None:

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from rdm_rl.families import Family
 from rdm_rl.families.hub import sharing_a_base
 from rdm_rl.families.precision import to_precision
+from rdm_rl.families.quantization import is_quantized
 from rdm_rl.files import fingerprint
 from rdm_rl.networks.offload import OffloadedNetwork
 from rdm_rl.networks.sharding import cut_like, holds_shards, shard, whole_copy
@@ -171,6 +172,7 @@ class AdapterNetworks(Networks):
         config: The adapters' configuration; without ``target_modules`` the family's own are used.
         policy_init: An adapter that the policy starts from and goes on training, of any rank and set of layers;
             ``config`` is then the fake score's alone.
+        policy_init_scale: What that adapter is multiplied by.
 
     Raises:
         ValueError: If the configuration asks for dropout.
@@ -185,13 +187,14 @@ class AdapterNetworks(Networks):
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         *,
         policy_init: str | None = None,
+        policy_init_scale: float = 1.0,
         teacher_adapter: str | None = None,
     ) -> None:
         """Inject the adapters."""
         super().__init__(family, teacher_family, autocast)
         self.config = _checked(config, family)
         if policy_init is not None:
-            family.load_adapter(policy_init, "policy", "policy_init")
+            family.load_adapter(policy_init, "policy", "policy_init", policy_init_scale)
         if teacher_adapter is not None:
             self.teacher_family.load_adapter(teacher_adapter, "teacher", "teacher_adapter")
         # PEFT draws initial weights from the global generator; the fork gives it back untouched.
@@ -334,6 +337,7 @@ class SeparateNetworks(Networks):
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         *,
         policy_init: str | None = None,
+        policy_init_scale: float = 1.0,
         teacher_adapter: str | None = None,
     ) -> None:
         """Copy the networks, in float32."""
@@ -342,7 +346,7 @@ class SeparateNetworks(Networks):
         # With a separate teacher, nothing else needs the pipeline's network.
         policy = (deepcopy(family.network) if self.teacher_family is family else family.network).float()
         if policy_init is not None:
-            family.with_network(policy).fuse_adapter(policy_init, "policy_init")
+            family.with_network(policy).fuse_adapter(policy_init, "policy_init", policy_init_scale)
         if teacher_adapter is not None:
             self.teacher_family.fuse_adapter(teacher_adapter, "teacher_adapter")
         self._trained: dict[Role, nn.Module] = {"policy": policy, "fake_score": fake_score}
@@ -379,6 +383,7 @@ def make_networks(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     policy_init: str | None = None,
+    policy_init_scale: float = 1.0,
     teacher_adapter: str | None = None,
     sharded: bool = False,
 ) -> Networks:
@@ -393,6 +398,7 @@ def make_networks(
         generator: Source of the adapters' initial weights.
         autocast: Makes the context in which networks run.
         policy_init: An adapter that the policy starts from, or None.
+        policy_init_scale: What that adapter is multiplied by.
         teacher_adapter: An adapter that only the teacher has, of a style, say; or None.
         sharded: Cut the weights over the processes (see :mod:`rdm_rl.networks.sharding`).
 
@@ -417,11 +423,15 @@ def make_networks(
     for member in families:
         member.to(device, network=not sharded)  # What is sharded may not fit on the device as a whole.
     # Full copies are made before the frozen weights are halved, adapters after: what is trained stays in float32.
-    starts: dict[str, Any] = {"policy_init": policy_init, "teacher_adapter": teacher_adapter}
+    starts: dict[str, Any] = {
+        "policy_init": policy_init,
+        "policy_init_scale": policy_init_scale,
+        "teacher_adapter": teacher_adapter,
+    }
     copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast, **starts)
     frozen = families if copies is None else [copies.teacher_family]
     for member in frozen:
-        if next(member.network.parameters()).dtype != dtype:
+        if not is_quantized(member.network) and next(member.network.parameters()).dtype != dtype:
             to_precision(member.network, dtype)
     networks = copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)
     if sharded:

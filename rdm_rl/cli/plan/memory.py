@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 GIB = 2**30
-CARDS = (16, 24, 48, 80, 141)
+CARDS = (8, 12, 16, 24, 48, 80, 141)
 """Sizes of cards in GB, as they are sold."""
 
 COPIES = {"policy", "fake score", "optimiser state", "averaged policy"}

@@ -16,7 +16,9 @@ from rdm_rl.cli.plan.passes import Passes, encoded_prompts
 from rdm_rl.cli.plan.skeleton import make_skeleton, read_blueprint
 from rdm_rl.cli.train import TrainArguments, lora_config, make_rewards
 from rdm_rl.families import Family, load_family
+from rdm_rl.families.quantization import quantized_size, quantized_weights, unpacked_size
 from rdm_rl.families.resolution import Resolution, read_resolutions
+from rdm_rl.families.single_file import is_single_file
 from rdm_rl.networks.roles import ADAPTERS, Networks, Role, make_networks
 from rdm_rl.networks.sharding import blocks
 from rdm_rl.rewards.images import TinyDecoder
@@ -24,7 +26,7 @@ from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import DirectionReward
 from rdm_rl.rewards.registry import load_rewards, reward_weights
 from rdm_rl.trainers.rdm_config import RDMConfig
-from rdm_rl.trainers.setup import DTYPES, check_family_settings, precision
+from rdm_rl.trainers.setup import DTYPES, check_family_settings, check_quantization_settings, precision
 
 NOTE = (
     "An estimate from shapes alone. Its error is unknown: not yet measured on a GPU (benchmarks/gpu.md). Attention is\n"
@@ -102,6 +104,7 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
         FileNotFoundError: If the model does not exist.
         ValueError: If the settings do not suit the model.
     """
+    check_quantization_settings(args, lora_config(arguments))
     rewards = load_rewards(make_rewards(arguments.reward_funcs, arguments.reward_options))
     networks = _networks(model, arguments, args, matches_distributions="rdm" in rewards)
     tiny = None
@@ -117,8 +120,9 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
         fused=any(word in _optimiser(args) for word in ("fused", "bit")),
     )
     # What is looked at first: checkpointing stays on once it is on.
-    components = _components(networks, tiny, arguments.full)
-    parts = _parts(networks, tiny, rewards, args)
+    stored = _stored(networks, args, encoders=not is_single_file(str(model)))
+    components = _components(networks, tiny, arguments.full, stored)
+    parts = _parts(networks, tiny, rewards, args, stored)
     passes, activations = _measure(Passes(networks, DTYPES[precision(args)], tiny), args, rewards)
 
     def peak(changed: Setup) -> int:
@@ -197,23 +201,47 @@ def _networks(
     return networks
 
 
-def _bytes(*sources: nn.Module | Iterable[torch.Tensor] | None) -> int:
-    """The size of tensors, and of modules' parameters and buffers, each counted once."""
+def _stored(networks: Networks, args: RDMConfig, *, encoders: bool) -> dict[int, int]:
+    """The bytes, by id, of the weights that ``base_quantization`` stores in fewer bits; with or without encoders."""
+    if args.base_quantization is None:
+        return {}
+    families = dict.fromkeys((networks.family, networks.teacher_family))
+    modules = [
+        module for family in families for module in (family.network, *(family.text_encoders if encoders else ()))
+    ]
+    weights = (weight for module in modules for weight in quantized_weights(module))
+    return {id(weight): quantized_size(weight, args.base_quantization) for weight in weights}
+
+
+def _unpacked(networks: Networks, args: RDMConfig) -> int:
+    """What putting the largest of these weights back takes."""
+    if args.base_quantization is None:
+        return 0
+    weights = quantized_weights(networks.module("policy"))
+    return max(unpacked_size(weight, args.base_quantization) for weight in weights)
+
+
+def _bytes(*sources: nn.Module | Iterable[torch.Tensor] | None, stored: Mapping[int, int] = {}) -> int:
+    """The size of tensors, and of modules' parameters and buffers, each counted once; of some it is given by id."""
     tensors: dict[int, torch.Tensor] = {}
     for source in sources:
         whole = (*source.parameters(), *source.buffers()) if isinstance(source, nn.Module) else source or ()
         tensors |= {id(tensor): tensor for tensor in whole}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(stored.get(number, tensor.numel() * tensor.element_size()) for number, tensor in tensors.items())
 
 
-def _components(networks: Networks, tiny: TinyDecoder | None, full: bool) -> dict[str, Component]:
+def _components(
+    networks: Networks, tiny: TinyDecoder | None, full: bool, stored: Mapping[int, int]
+) -> dict[str, Component]:
     """Each network of a run, adapters apart from what they sit on."""
     trained = {id(parameter) for parameter in networks.adapters}
 
     def component(*parameters: torch.Tensor, buffers: Iterable[torch.Tensor] = ()) -> Component:
         precision = str(parameters[0].dtype).removeprefix("torch.") if parameters else ""
+        if any(id(parameter) in stored for parameter in parameters):
+            precision = "quantised"
         count = sum(parameter.numel() for parameter in parameters)
-        return Component(parameters=count, precision=precision, size=_bytes(parameters, buffers))
+        return Component(parameters=count, precision=precision, size=_bytes(parameters, buffers, stored=stored))
 
     modules: dict[str, Any] = {}
     for label, family in ((" of the teacher", networks.teacher_family), ("", networks.family)):
@@ -234,7 +262,9 @@ def _components(networks: Networks, tiny: TinyDecoder | None, full: bool) -> dic
     }
 
 
-def _parts(networks: Networks, tiny: TinyDecoder | None, rewards: Mapping[str, Any], args: RDMConfig) -> dict[str, int]:
+def _parts(
+    networks: Networks, tiny: TinyDecoder | None, rewards: Mapping[str, Any], args: RDMConfig, stored: Mapping[int, int]
+) -> dict[str, int]:
     """What a run keeps, by part, before anything is cut or offloaded."""
     families = (networks.family, networks.teacher_family)
     policy, fake_score = (_bytes(networks.parameters(role)) for role in ADAPTERS)
@@ -242,14 +272,17 @@ def _parts(networks: Networks, tiny: TinyDecoder | None, rewards: Mapping[str, A
     updated = policy + (fake_score if args.fake_score_updates_per_policy_update else 0)
     state = next((size for word, size in STATE.items() if word in _optimiser(args)), 2.0)
     return {
-        "frozen networks": _bytes(*(family.network for family in families), *roles) - policy - fake_score,
+        "frozen networks": _bytes(*(family.network for family in families), *roles, stored=stored)
+        - policy
+        - fake_score,
+        "a weight put back": _unpacked(networks, args),
         "policy": policy,
         "fake score": fake_score,
         "optimiser state": int(updated * state),
         "averaged policy": policy * (int(args.ema_decay > 0) + int(args.beta > 0)),
         "gathered blocks": _gathered(networks),
         "decoder": _bytes(*(family.decoder for family in families), None if tiny is None else tiny.network),
-        "text encoders": _bytes(*(encoder for family in families for encoder in family.text_encoders)),
+        "text encoders": _bytes(*(encoder for family in families for encoder in family.text_encoders), stored=stored),
         "reward models": sum(map(_reward_size, rewards.values())),
         "recorded rollouts": _records(networks.family, args, len(rewards)),
     }
