@@ -67,7 +67,8 @@ def single_file_error(kind: Quantization, model: str) -> ValueError:
     """Why a model in one file is refused: diffusers (0.42) takes the setting, and leaves the weights as they were."""
     return ValueError(
         f"base_quantization={kind!r} is set, but model={model!r} is one file, which diffusers does not quantise. "
-        "Convert it once, from_single_file(file, config=...).save_pretrained(folder), and pass the folder; or leave it out."
+        "Convert it once, from_single_file(file, config=...).save_pretrained(folder), and pass the folder, or leave it "
+        "out."
     )
 
 
