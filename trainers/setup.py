@@ -14,7 +14,7 @@ from rdm_rl.families import Family, check_model_name, load_family, load_policy_i
 from rdm_rl.families.encoding import PromptCache
 from rdm_rl.families.hub import adapter_file, check_hub_name
 from rdm_rl.families.loading import describe_single_file
-from rdm_rl.families.quantization import check_quantization
+from rdm_rl.families.quantization import check_quantization, single_file_error
 from rdm_rl.families.resolution import Resolution, read_resolutions
 from rdm_rl.families.single_file import SingleFile, is_single_file, read_header
 from rdm_rl.files import cache_key
@@ -164,6 +164,9 @@ def _check_quantization(args: RDMConfig, models: Sequence[Model | None], peft_co
             f"base_quantization={kind!r} acts while a model is loaded, but model or teacher is a loaded pipeline. Pass "
             "its name or folder, or load it with diffusers' PipelineQuantizationConfig and leave base_quantization out."
         )
+    for model in models:
+        if isinstance(model, str | Path) and is_single_file(str(model)):
+            raise single_file_error(kind, str(model))
     check_quantization(kind, on_gpu=torch.cuda.is_available() and not args.use_cpu)
 
 

@@ -21,8 +21,8 @@ from rdm_rl.families.pixart import PixArtFamily
 from rdm_rl.families.quantization import (
     Quantization,
     free_memory_between_products,
-    network_config,
     quantization_config,
+    single_file_error,
 )
 from rdm_rl.families.resolution import Resolution
 from rdm_rl.families.sana import SanaFamily
@@ -102,7 +102,7 @@ def load_family(
         resolution: Size of the images in pixels, such as 1024 or ``"832x1216"``; None is the pipeline's own.
         model_config: Folder or hub name of the pipeline that configures a file and gives the parts that it lacks; None
             for the one that diffusers knows for its kind.
-        quantization: How the network and the text encoders are stored; of a file, the network alone. None: as they are.
+        quantization: How the network and the text encoders are stored; None: as they are.
 
     Returns:
         The family.
@@ -117,7 +117,9 @@ def load_family(
         config = None if model_config is None else str(model_config)
         check_model_name(str(model), config)
         if is_single_file(str(model)):
-            pipeline = load_single_file(str(model), dtype or torch.float32, config, quantization)
+            if quantization is not None:
+                raise single_file_error(quantization, str(model))
+            pipeline = load_single_file(str(model), dtype or torch.float32, config)
         else:
             pipeline = load_pipeline(str(model), dtype or torch.float32, quantization)
     family = FAMILIES[_supported(type(pipeline).__name__)](pipeline, resolution)
@@ -185,16 +187,13 @@ def load_pipeline(model: str, dtype: torch.dtype, quantization: Quantization | N
     return pipeline
 
 
-def load_single_file(
-    model: str, dtype: torch.dtype, model_config: str | None = None, quantization: Quantization | None = None
-) -> Any:
+def load_single_file(model: str, dtype: torch.dtype, model_config: str | None = None) -> Any:
     """A pipeline from one file with its weights, and another pipeline's configuration and missing parts.
 
     Args:
         model: The ``.safetensors`` file.
         dtype: Precision of everything but the decoder, which stays in float32.
         model_config: Folder or hub name of the other pipeline; None for the one that diffusers knows for this kind.
-        quantization: How the network is stored; None: as it is.
 
     Returns:
         The pipeline.
@@ -216,8 +215,7 @@ def load_single_file(
     components = {name: part for name, part in others.items() if name not in parts}
     if "safety_checker" in components:
         components["requires_safety_checker"] = False
-    options = {} if quantization is None else {"quantization_config": network_config(quantization, dtype)}
-    return read_parts(header, folder, name, components, _precision(dtype), options)
+    return read_parts(header, folder, name, components, _precision(dtype))
 
 
 def describe_single_file(model: str, family: Family, model_config: str | None) -> SingleFile | None:

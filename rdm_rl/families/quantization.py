@@ -27,7 +27,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 import transformers
-from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
+from diffusers import PipelineQuantizationConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -63,6 +63,15 @@ def check_quantization(kind: Quantization, *, on_gpu: bool) -> None:
         )
 
 
+def single_file_error(kind: Quantization, model: str) -> ValueError:
+    """Why a model in one file is refused: diffusers (0.42) takes the setting, and leaves the weights as they were."""
+    return ValueError(
+        f"base_quantization={kind!r} is set, but model={model!r} is one file, which diffusers does not quantise. "
+        "Convert it once, from_single_file(file, config=...).save_pretrained(folder), and pass the folder, or leave it "
+        "out."
+    )
+
+
 def quantization_config(
     kind: Quantization, networks: Mapping[str, torch.dtype], text_encoders: Mapping[str, torch.dtype]
 ) -> PipelineQuantizationConfig:
@@ -73,14 +82,9 @@ def quantization_config(
         networks: Names of its networks of diffusers, and the precision that their products are computed in.
         text_encoders: The same of its encoders of prompts, which are of transformers.
     """
-    mapping: dict[str, Any] = {name: network_config(kind, dtype) for name, dtype in networks.items()}
+    mapping: dict[str, Any] = {name: _config(diffusers, kind, dtype) for name, dtype in networks.items()}
     mapping |= {name: _config(transformers, kind, dtype) for name, dtype in text_encoders.items()}
     return PipelineQuantizationConfig(quant_mapping=mapping)
-
-
-def network_config(kind: Quantization, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig:
-    """What ``from_pretrained`` or ``from_single_file`` of a network of diffusers is told."""
-    return _config(diffusers, kind, dtype)
 
 
 def _config(library: Any, kind: Quantization, dtype: torch.dtype) -> Any:

@@ -274,12 +274,7 @@ def check_prediction(header: Header, folder: Path) -> None:
 
 
 def read_parts(
-    header: Header,
-    folder: Path,
-    pipeline: str,
-    components: Mapping[str, Any],
-    precision: Mapping[str, Any],
-    network_options: Mapping[str, Any],
+    header: Header, folder: Path, pipeline: str, components: Mapping[str, Any], precision: Mapping[str, Any]
 ) -> Any:
     """The pipeline of a file, with some parts that are there already.
 
@@ -289,7 +284,6 @@ def read_parts(
         pipeline: The pipeline's class.
         components: The parts that the file does not give, and None for those to do without.
         precision: The argument of ``from_single_file`` for it.
-        network_options: Its other arguments for the denoising network.
 
     Raises:
         ValueError: If file and configuration do not fit.
@@ -300,12 +294,6 @@ def read_parts(
         given = dict(components)
         if "vae" in parts:  # In float32, whatever the others have.
             given["vae"] = diffusers.AutoencoderKL.from_single_file(header.path, config=str(folder), subfolder="vae")
-        if network_options:
-            network = parts[0]
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            given[network] = getattr(diffusers, index[network][1]).from_single_file(
-                header.path, config=str(folder), subfolder=network, **precision, **network_options
-            )
         loaded: Any = getattr(diffusers, pipeline).from_single_file(
             header.path, config=str(folder), **precision, **given
         )

@@ -18,7 +18,6 @@ from rdm_rl.cli.train import TrainArguments, lora_config, make_rewards
 from rdm_rl.families import Family, load_family
 from rdm_rl.families.quantization import quantized_size, quantized_weights, unpacked_size
 from rdm_rl.families.resolution import Resolution, read_resolutions
-from rdm_rl.families.single_file import is_single_file
 from rdm_rl.networks.roles import ADAPTERS, Networks, Role, make_networks
 from rdm_rl.networks.sharding import blocks
 from rdm_rl.rewards.images import TinyDecoder
@@ -120,7 +119,7 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
         fused=any(word in _optimiser(args) for word in ("fused", "bit")),
     )
     # What is looked at first: checkpointing stays on once it is on.
-    stored = _stored(networks, args, encoders=not is_single_file(str(model)))
+    stored = _stored(networks, args)
     components = _components(networks, tiny, arguments.full, stored)
     parts = _parts(networks, tiny, rewards, args, stored)
     passes, activations = _measure(Passes(networks, DTYPES[precision(args)], tiny), args, rewards)
@@ -201,14 +200,12 @@ def _networks(
     return networks
 
 
-def _stored(networks: Networks, args: RDMConfig, *, encoders: bool) -> dict[int, int]:
-    """The bytes, by id, of the weights that ``base_quantization`` stores in fewer bits; with or without encoders."""
+def _stored(networks: Networks, args: RDMConfig) -> dict[int, int]:
+    """The bytes, by id, of the weights that ``base_quantization`` stores in fewer bits."""
     if args.base_quantization is None:
         return {}
     families = dict.fromkeys((networks.family, networks.teacher_family))
-    modules = [
-        module for family in families for module in (family.network, *(family.text_encoders if encoders else ()))
-    ]
+    modules = [module for family in families for module in (family.network, *family.text_encoders)]
     weights = (weight for module in modules for weight in quantized_weights(module))
     return {id(weight): quantized_size(weight, args.base_quantization) for weight in weights}
 
