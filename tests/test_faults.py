@@ -52,7 +52,7 @@ class Faulty(RDMTrainer):
 
     def compute_distribution_matching(self, x_0: Tensor, *seen: Any) -> Tensor:
         direction = super().compute_distribution_matching(x_0, *seen)
-        return self.spoilt("one sample", direction, torch.tensor([0.0, math.inf, 0.0, 0.0]).view(1, 4, 1, 1, 1))
+        return self.spoilt("one sample", direction, torch.tensor([0.0, math.inf, 0.0, 0.0]).view(4, 1, 1, 1))
 
     def compute_policy_loss(self, experience) -> LossOutput:
         loss = self.spoilt("policy", super().compute_policy_loss(experience).loss)

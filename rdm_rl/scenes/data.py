@@ -162,7 +162,7 @@ def scene_prompts(attributes: Tensor, generator: torch.Generator) -> list[str]:
 
     Example:
         >>> scene_prompts(torch.tensor([[7, 0, 2, 3, 0, 2]]), torch.Generator().manual_seed(1))
-        ['a blue 2 right of a red 7']
+        ['a blue two right of a red 7']
     """
     choices = torch.randint(2, (len(attributes), 4), generator=generator).bool().tolist()
     return [_prompt(scene, *chosen) for scene, chosen in zip(attributes.tolist(), choices, strict=True)]
