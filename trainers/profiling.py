@@ -174,9 +174,9 @@ class ProfileCallback(TrainerCallback):
         self._replace(trainer.family, "forward", forward)
         self._replace(trainer.family, "decode", as_section("decoding"))
         self._replace(trainer.networks, "role", role)
-        for name, optimizer in trainer.optimizers.items():
-            self._replace(optimizer, "backward", as_section(f"{name}: backward"))
-            self._replace(optimizer, "step", as_section(f"{name}: optimiser"))
+        for trained, optimizer in trainer.optimizers.items():
+            self._replace(optimizer, "backward", as_section(f"{trained}: backward"))
+            self._replace(optimizer, "step", as_section(f"{trained}: optimiser"))
         for name, reward in trainer.rewards.items():
             self._replace(reward, "judge", as_section(f"reward {name}"))
 
