@@ -1,7 +1,7 @@
 """A full-size rehearsal without a GPU: Stable Diffusion 1.5 with random weights, from the script to stock diffusers.
 
-    python benchmarks/rehearsal.py --folder /tmp/rehearsal          # 859 M parameters, 256 px: minutes an update
-    python benchmarks/rehearsal.py --folder /tmp/rehearsal --quick  # the same steps with a tiny pipeline: seconds
+    python benchmarks/rehearsal.py --folder rehearsal          # 859 M parameters, 256 px: minutes an update
+    python benchmarks/rehearsal.py --folder rehearsal --quick  # the same steps with a tiny pipeline: seconds
 
 It makes the pipeline and its folder, runs ``examples/sd15_gndmr.py`` for 2 updates on the CPU in float32, writes the
 student also in kohya's form with ``rdm-rl export``, loads both into a stock pipeline, checks that they change what the
