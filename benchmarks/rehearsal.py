@@ -37,11 +37,11 @@ SETTINGS = (
 ).split()
 # Runs a script with its arguments, and says what its process had in memory: after the imports, and at most.
 MEASURED = """
-import json, resource, runpy, sys
+import json, psutil, resource, runpy, sys
 import rdm_rl.trainers.rdm_trainer, rdm_rl.cli.train, diffusers
 diffusers.StableDiffusionPipeline, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-imports, report, sys.argv = peak(), sys.argv[1], sys.argv[2:]
+imports, report, sys.argv = psutil.Process().memory_info().rss, sys.argv[1], sys.argv[2:]  # Its peak is the parent's.
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
