@@ -18,11 +18,11 @@ import json
 import statistics
 from pathlib import Path
 
-import numpy as np
 import torch
-from digits import StopAtOnce, read_results
+from digits import StopAtOnce
 from peft import LoraConfig
-from reuse import MeasuredTrainer
+from reuse import MeasuredTrainer, file_of, read
+from scales import at
 from scenes import draw, measure, samplers
 from scipy import stats
 
@@ -134,10 +134,6 @@ class Judge:
         return {"excess": figures["to_teacher"] - self.floor, **figures}
 
 
-def file_of(folder, name, seed):
-    return folder / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
-
-
 def run_stock(folder, seed, steps, judge):
     """The teacher with many steps, and with as few as the student under each stock scheduler."""
     teacher = load_teacher()
@@ -181,15 +177,6 @@ def run_seed(folder, seed, steps, development, settings, only):
         print(f"{file.stem}: {curve}; {rows[-1]['evaluations']} evaluations, {rows[-1]['seconds']:.0f} s", flush=True)
         shown = {"student": judge.of_student(trainer)[:12]}
         image_grid(shown, judge.prompts[:12]).save(file.with_suffix(".png"))
-
-
-def read(folder, name, seeds):
-    return read_results({seed: file_of(folder, name, seed) for seed in seeds})
-
-
-def at(curve, evaluations, figure):
-    """A figure at a number of evaluations, in proportion between two looks."""
-    return float(np.interp(evaluations, *([row[axis] for row in curve] for axis in ("evaluations", figure))))
 
 
 def table(folder, seeds, steps):

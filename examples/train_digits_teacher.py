@@ -172,6 +172,37 @@ def train_autoencoder(digits: Digits, steps: int = 1500, batch: int = 64) -> Aut
     return vae
 
 
+def build_text_encoder(vocabulary: int, heads: int) -> CLIPTextModel:
+    """A text encoder with random weights, to be trained."""
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        max_position_embeddings=PROMPT_LENGTH,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+    return CLIPTextModel(config).train()
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The scheduler: zero terminal signal-to-noise ratio, and v-prediction."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # Not used with trailing spacing, but another value makes the pipeline warn.
+    )
+
+
 def build_unet(vocabulary: int) -> tuple[UNet2DConditionModel, CLIPTextModel, DDIMScheduler]:
     """U-Net and text encoder with random weights, and the scheduler."""
     torch.manual_seed(2)
@@ -186,31 +217,7 @@ def build_unet(vocabulary: int) -> tuple[UNet2DConditionModel, CLIPTextModel, DD
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=PROMPT_LENGTH,
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=vocabulary - 1,
-        )
-    ).train()
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,  # Not used with trailing spacing, but another value makes the pipeline warn.
-    )
-    return unet, text_encoder, scheduler
+    return unet, build_text_encoder(vocabulary, heads=2), build_scheduler()
 
 
 def train_unet(
@@ -256,8 +263,26 @@ def train_unet(
     return unet.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), scheduler
 
 
-def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the pipeline so that the oldest supported transformers reads it too."""
+def save(
+    folder: Path,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+) -> None:
+    """Write the pipeline of these parts so that the oldest supported transformers reads it too."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
     spelling = {name: (folder / "tokenizer" / name).read_bytes() for name in ("vocab.json", "merges.txt")}
     shutil.rmtree(folder)
     pipeline.save_pretrained(folder)
@@ -332,18 +357,7 @@ def main() -> None:
             words = {word for template in PROMPT_TEMPLATES for word in template.split() if word != "{}"}
             tokenizer = build_tokenizer(teacher / "tokenizer", sorted(words | set(DIGIT_WORDS)))
             unet, text_encoder, scheduler = train_unet(digits, vae, tokenizer, arguments.steps)
-            pipeline = StableDiffusionPipeline(
-                vae=vae,
-                text_encoder=text_encoder,
-                tokenizer=tokenizer,
-                unet=unet,
-                scheduler=scheduler,
-                safety_checker=None,
-                feature_extractor=None,
-                image_encoder=None,
-                requires_safety_checker=False,
-            )
-            save(pipeline, teacher)
+            save(teacher, vae, text_encoder, tokenizer, unet, scheduler)
     pipeline = StableDiffusionPipeline.from_pretrained(teacher)
     pipeline.set_progress_bar_config(disable=True)
     for key, value in report(pipeline, range(5)).items():

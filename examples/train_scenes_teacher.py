@@ -22,14 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
-from train_digits_teacher import build_tokenizer, save
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from train_digits_teacher import build_scheduler, build_text_encoder, build_tokenizer, save
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from rdm_rl.demo.data import DIGIT_WORDS
 from rdm_rl.scenes.data import (
@@ -47,7 +47,6 @@ from rdm_rl.scenes.data import (
 from rdm_rl.scenes.recognisers import WIDTHS, SceneNetwork
 
 HELD_OUT_PER_DIGIT = 200
-PROMPT_LENGTH = 16
 EMPTY_PROMPT_SHARE = 0.1
 LATENT_CHANNELS = 12
 VAE_CHANNELS = (12, 24, 32)
@@ -228,20 +227,7 @@ def train_text_encoder(tokenizer: CLIPTokenizer, steps: int, batch: int = 128) -
     """
     torch.manual_seed(3)
     generator = torch.Generator().manual_seed(33)
-    vocabulary = len(tokenizer)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=PROMPT_LENGTH,
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=vocabulary - 1,
-        )
-    ).train()
+    text_encoder = build_text_encoder(len(tokenizer), heads=4)
     sizes = [len(values) + 1 for values in ATTRIBUTES.values()]  # The last answer of each: left open.
     head = torch.nn.Linear(64, sum(sizes))
     optimizer = torch.optim.AdamW([*text_encoder.parameters(), *head.parameters()], lr=3e-3, weight_decay=0.01)
@@ -281,18 +267,7 @@ def build_unet() -> tuple[UNet2DConditionModel, DDIMScheduler]:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,  # Not used with trailing spacing, but another value makes the pipeline warn.
-    )
-    return unet, scheduler
+    return unet, build_scheduler()
 
 
 @torch.no_grad()
@@ -388,18 +363,7 @@ def main(words: list[str] | None = None) -> None:
         for stage, steps in enumerate([2, 2] if arguments.quick else arguments.steps):
             pool = 500 if arguments.quick else 32_000
             train_unet(unet, scheduler, vae, tokenizer, text_encoder, steps, pool, seed=22 + stage)
-        pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-        )
-        save(pipeline, teacher)
+        save(teacher, vae, text_encoder, tokenizer, unet, scheduler)
         halve(teacher / "unet" / "diffusion_pytorch_model.safetensors")
 
 

@@ -69,10 +69,14 @@ def load_network(name: Literal["A", "B", "C"], file: Path = NETWORKS_FILE) -> Di
     if name not in WIDTHS:
         raise ValueError(f"network {name!r} is no evaluation network; use one of {', '.join(WIDTHS)}.")
     network = DigitNetwork(WIDTHS[name])
-    prefix = f"{name}."
-    state = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
-    network.load_state_dict(state)
+    network.load_state_dict(network_weights(name, file))
     return network.eval().requires_grad_(False)
+
+
+def network_weights(name: str, file: Path) -> dict[str, Tensor]:
+    """The weights of one of the networks that share a file, by the names that the network has for them."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rdm_rl.demo.recognisers import network_weights
 from rdm_rl.scenes.data import ATTRIBUTES, NETWORKS_FILE, OPEN, wanted_attributes
 
 WIDTHS = {"A": 20, "B": 24, "C": 28}
@@ -69,9 +69,7 @@ def load_network(name: Literal["A", "B", "C"], file: Path = NETWORKS_FILE) -> Sc
     if name not in WIDTHS:
         raise ValueError(f"network {name!r} is unknown; use one of {', '.join(WIDTHS)}.")
     network = SceneNetwork(WIDTHS[name])
-    prefix = f"{name}."
-    state = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
-    network.load_state_dict(state)
+    network.load_state_dict(network_weights(name, file))
     return network.eval().requires_grad_(False)
 
 
