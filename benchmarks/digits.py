@@ -18,11 +18,11 @@ from pathlib import Path
 
 from transformers.trainer_callback import TrainerCallback
 
-from rdm_rl.demo.run import Evaluation, demo_config, demo_trainer, draw_teacher
+from rdm_rl.digits.students import DigitsEvaluation, digits_config, digits_trainer
 
 
 def length_arm(times):
-    return lambda steps: {"max_steps": times * demo_config(steps, "unused").max_steps}
+    return lambda steps: {"max_steps": times * digits_config(steps, "unused").max_steps}
 
 
 # What each arm of a study changes, given the number of student steps. Differences are shown to the first arm.
@@ -52,7 +52,7 @@ def judge_once(file, trainer, evaluation):
 
 def judge_teacher(step_counts, seed, folder, evaluation):
     """The teacher with 50 steps, and with as many steps as the students under each stock scheduler."""
-    for name, drawn in draw_teacher(evaluation, step_counts).items():
+    for name, drawn in evaluation.draw_teacher(step_counts).items():
         _, row = evaluation.judge({name: drawn})
         write(folder / f"{name}-{seed}.json", row)
 
@@ -71,12 +71,12 @@ def run_one(study, steps, seed, folder, evaluation):
     settings = {"disable_tqdm": True, "warm_start_cache_dir": str(folder / "work" / f"solutions-{seed}")}
     settings["allow_config_change"] = True  # The arms begin with one checkpoint.
     shortest = min(arm["max_steps"] for arm in arms.values())
-    start = demo_trainer(demo_config(steps, work, seed, **settings, max_steps=shortest), [StopAtOnce()])
+    start = digits_trainer(digits_config(steps, work, seed, **settings, max_steps=shortest), [StopAtOnce()])
     start.train()
     checkpoint = start.save_checkpoint()
     judge_once(folder / f"K{steps}-start-{seed}.json", start, evaluation)
     for name, arm in arms.items():
-        trainer = demo_trainer(demo_config(steps, work / name, seed, **settings, **arm))
+        trainer = digits_trainer(digits_config(steps, work / name, seed, **settings, **arm))
         trainer.train(resume_from_checkpoint=checkpoint)
         judge_once(files[name], trainer, evaluation)
         print(f"K={steps} seed={seed} {name}: {files[name].read_text()}", flush=True)
@@ -166,7 +166,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if not options.table:
         for seed in options.seeds:
-            evaluation = Evaluation(seed)
+            evaluation = DigitsEvaluation(seed)
             if options.study == "normalization":
                 judge_teacher(options.steps, seed, folder, evaluation)
             for steps in options.steps:

@@ -25,9 +25,9 @@ from peft import LoraConfig
 from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.data import TEACHER_FOLDER, balanced_prompts
-from rdm_rl.demo.rewards import DigitLogProb, ink, symmetry
-from rdm_rl.demo.run import COMMON_SETTINGS, Evaluation, training_prompts
+from rdm_rl.digits.data import TEACHER_FOLDER, balanced_prompts
+from rdm_rl.digits.rewards import DigitLogProb, ink, symmetry
+from rdm_rl.digits.students import COMMON_SETTINGS, DigitsEvaluation, training_prompts
 from rdm_rl.trainers.methods import method_settings
 
 START_UPDATES, UPDATES, LOOK_EVERY = 15, 45, 15
@@ -157,7 +157,7 @@ def run_seed(folder, seed):
     wanted = {name: arm for name, arm in ARMS.items() if not file_of(folder, name, UPDATES, seed).exists()}
     if not wanted:
         return
-    evaluation, work = Evaluation(seed), folder / "work" / str(seed)
+    evaluation, work = DigitsEvaluation(seed), folder / "work" / str(seed)
     checkpoint = work / f"checkpoint-{START_UPDATES}"
     if not (checkpoint / "trainer_state.json").exists():
         start = make_trainer(work, seed, "rdm", max_steps=START_UPDATES)

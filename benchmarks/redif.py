@@ -29,10 +29,11 @@ from torch.nn.functional import cosine_similarity
 from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl import RDMConfig, RDMTrainer, ReDiFConfig, ReDiFTrainer
-from rdm_rl.demo.data import TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
-from rdm_rl.demo.judge import judge
-from rdm_rl.demo.recognisers import digit_features
-from rdm_rl.demo.run import TEACHER_STEPS, load_teacher, training_prompts
+from rdm_rl.digits.data import TEACHER_FOLDER, digit_prompts, load_digits, mixed_prompts
+from rdm_rl.digits.judge import judge
+from rdm_rl.digits.recognisers import digit_features
+from rdm_rl.digits.students import DigitsEvaluation, training_prompts
+from rdm_rl.evaluation.samplers import TEACHER_STEPS
 from rdm_rl.networks.roles import Networks
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.rewards.teacher_match import TeacherHistogram, TeacherMSE
@@ -164,7 +165,7 @@ class Judge:
     @staticmethod
     def _teacher_images(file, prompts, seed):
         if not file.exists():
-            pipeline = load_teacher()
+            pipeline = DigitsEvaluation.load_teacher()
             call = {"num_inference_steps": TEACHER_STEPS, "guidance_scale": 1.0, "output_type": "pt"}
             images = collect(lambda texts, noise: pipeline(texts, generator=noise, **call).images, prompts, seed)
             torch.save(images, file)

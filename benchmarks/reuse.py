@@ -34,9 +34,9 @@ from digits import SEEDS, StopAtOnce, decimals_of, mean_and_spread, read_results
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.data import TEACHER_FOLDER, load_digits
-from rdm_rl.demo.judge import judge
-from rdm_rl.demo.run import COMMON_SETTINGS, LORA_RANK, Evaluation, training_prompts
+from rdm_rl.digits.data import TEACHER_FOLDER, load_digits
+from rdm_rl.digits.judge import judge
+from rdm_rl.digits.students import COMMON_SETTINGS, LORA_RANK, DigitsEvaluation, training_prompts
 
 LEARNING_RATE = 2e-4
 TWICE = {"learning_rate": 2 * LEARNING_RATE}
@@ -153,7 +153,7 @@ def run_seed(folder, seed, arms, updates, development, settings):
     files = {name: file_of(folder, name, seed) for name in arms}
     if all(file.exists() for file in files.values()):
         return
-    evaluation, work = Evaluation(seed), folder / "work" / str(seed)
+    evaluation, work = DigitsEvaluation(seed), folder / "work" / str(seed)
     start_file = work / "start.json"
     for name, file in files.items():
         if file.exists():

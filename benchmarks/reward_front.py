@@ -25,9 +25,9 @@ from digits import benchmark_command, mean_and_spread, results_table
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.data import TEACHER_FOLDER
-from rdm_rl.demo.rewards import DigitLogProb, ink, named_digit, symmetry
-from rdm_rl.demo.run import COMMON_SETTINGS, Evaluation, draw_teacher, training_prompts
+from rdm_rl.digits.data import TEACHER_FOLDER
+from rdm_rl.digits.rewards import DigitLogProb, ink, named_digit, symmetry
+from rdm_rl.digits.students import COMMON_SETTINGS, DigitsEvaluation, training_prompts
 from rdm_rl.trainers.methods import method_settings
 
 START_UPDATES, UPDATES = 40, 40
@@ -137,10 +137,10 @@ def run_seed(folder, seed):
     wanted = [(file_of(folder, name, seed), *arm) for name, *arm in arms()]
     if all(file.exists() for file, *_ in wanted):
         return
-    evaluation, work = Evaluation(seed), folder / "work" / str(seed)
+    evaluation, work = DigitsEvaluation(seed), folder / "work" / str(seed)
     teacher = file_of(folder, "teacher", seed)
     if not teacher.exists():
-        judge(teacher, evaluation, draw_teacher(evaluation, [])["teacher, 50 steps"], "teacher")
+        judge(teacher, evaluation, evaluation.draw_teacher([])["teacher, 50 steps"], "teacher")
     start = make_trainer(work, seed, "rdm", max_steps=START_UPDATES)
     checkpoint = work / f"checkpoint-{START_UPDATES}"
     if not (checkpoint / "trainer_state.json").exists():

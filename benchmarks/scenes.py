@@ -18,13 +18,13 @@ import torch
 from digits import benchmark_command, read, results_table
 from torch import Tensor
 
-from rdm_rl.demo.run import TEACHER_STEPS, steps_text, stock_schedulers
 from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
 from rdm_rl.evaluation.pictures import image_grid
+from rdm_rl.evaluation.samplers import TEACHER_STEPS, steps_text, stock_schedulers
 from rdm_rl.randomness import seeded_generator
-from rdm_rl.scenes.data import compose, load_handwriting, random_attributes, scene_prompts
+from rdm_rl.scenes.data import GUIDANCE_SCALE, compose, load_handwriting, random_attributes, scene_prompts
 from rdm_rl.scenes.recognisers import fulfilled, scene_features
-from rdm_rl.scenes.teacher import GUIDANCE_SCALE, load_teacher
+from rdm_rl.scenes.students import ScenesEvaluation
 
 NUM_IMAGES = 300
 STEPS = (1, 2, 4, 8)
@@ -93,7 +93,7 @@ def run_seed(folder, seed):
     real, other_real = (
         compose(attributes, held_out, seeded_generator(seed, "benchmark/scenes/real", draw)) for draw in range(2)
     )
-    teacher = load_teacher()
+    teacher = ScenesEvaluation.load_teacher()
     stock = teacher.scheduler
     for guidance_scale in GUIDANCE_SCALES:
         plan = [(steps_text(TEACHER_STEPS), stock, TEACHER_STEPS), *samplers(teacher)]
@@ -115,7 +115,7 @@ def run_seed(folder, seed):
 
 
 def names(guidance_scale):
-    few = [name for name, *_ in samplers(load_teacher())]
+    few = [name for name, *_ in samplers(ScenesEvaluation.load_teacher())]
     return [row_name(name, guidance_scale) for name in (*REAL, steps_text(TEACHER_STEPS), *few)]
 
 

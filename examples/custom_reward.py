@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.data import TEACHER_FOLDER, digit_prompts
+from rdm_rl.digits.data import TEACHER_FOLDER, digit_prompts
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.rewards import register_reward
 

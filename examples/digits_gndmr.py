@@ -6,7 +6,7 @@
 
 The reward ``digit_logprob`` asks a recogniser, ``ink`` wants bright pictures and ``symmetry`` symmetrical ones. Those
 that are not trained have the weight 0: they are watched in the log. The settings are the demo's
-(``rdm_rl/demo/run.py``), with 20 updates of distribution matching alone first. It writes ``report.html`` (table,
+(``rdm_rl/digits/students.py``), with 20 updates of distribution matching alone first. It writes ``report.html`` (table,
 samples, curves) with its parts, ``log.json``, and the student as plain diffusers. About three minutes on one CPU core.
 """
 
@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import ProgressCallback
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.data import TEACHER_FOLDER
-from rdm_rl.demo.metrics import format_rows
 from rdm_rl.demo.report import Report, write_report
-from rdm_rl.demo.run import TEACHER_STEPS, Evaluation, load_teacher, training_prompts
+from rdm_rl.digits.data import TEACHER_FOLDER
+from rdm_rl.digits.students import DigitsEvaluation, training_prompts
+from rdm_rl.evaluation.sampler_metrics import format_rows
 from rdm_rl.rewards import get_reward
 from rdm_rl.rewards.calling import read_answer
 from rdm_rl.trainers.callbacks import QuietProgressCallback
@@ -91,8 +91,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of training and of the judged images")
     options = parser.parse_args(words)
 
-    evaluation = Evaluation(options.seed)
-    draws = {f"teacher, {TEACHER_STEPS} steps": evaluation.draw(load_teacher(), TEACHER_STEPS)}
+    evaluation = DigitsEvaluation(options.seed)
+    draws = evaluation.draw_teacher([])
     args = settings(options)
     trainer = RDMTrainer(
         TEACHER_FOLDER,

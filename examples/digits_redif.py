@@ -20,8 +20,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rdm_rl import ReDiFConfig, ReDiFTrainer
-from rdm_rl.demo.data import TEACHER_FOLDER
-from rdm_rl.demo.run import load_teacher, training_prompts
+from rdm_rl.digits.data import TEACHER_FOLDER
+from rdm_rl.digits.students import DigitsEvaluation, training_prompts
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.rewards import get_reward
@@ -93,7 +93,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
 
     prompts = [named[index % len(named)] for index in range(options.num_judged)]
-    teacher_images = load_teacher()(
+    teacher_images = DigitsEvaluation.load_teacher()(
         prompts,
         num_inference_steps=options.teacher_steps,
         guidance_scale=1.0,

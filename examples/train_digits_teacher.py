@@ -1,6 +1,6 @@
 """Train the embedded teacher: a tiny text-to-image Stable Diffusion of handwritten digits, from scratch.
 
-    python examples/train_digits_teacher.py --output_dir rdm_rl/demo
+    python examples/train_digits_teacher.py --output_dir rdm_rl/digits
 
 It writes what the package ships: ``digits.npz`` (made from scikit-learn's copy of the data, the only place where
 scikit-learn is needed), ``networks.safetensors`` (the evaluation networks A, B and C), ``reward_network.safetensors``
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rdm_rl.demo.data import (
+from rdm_rl.digits.data import (
     DIGIT_WORDS,
     PROMPT_TEMPLATES,
     Digits,
@@ -42,8 +42,8 @@ from rdm_rl.demo.data import (
     digit_prompts,
     load_digits,
 )
-from rdm_rl.demo.recognisers import WIDTHS, DigitNetwork, digit_accuracy, digit_features
-from rdm_rl.demo.rewards import REWARD_NETWORK_WIDTH
+from rdm_rl.digits.recognisers import WIDTHS, DigitNetwork, digit_accuracy, digit_features
+from rdm_rl.digits.rewards import REWARD_NETWORK_WIDTH
 from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
 
 HELD_OUT_PER_DIGIT = 50
@@ -333,7 +333,7 @@ def report(pipeline: StableDiffusionPipeline, seeds: range, split: str = "held_o
 def main() -> None:
     """Build whatever is missing in the output folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/demo"), help="where the results go")
+    parser.add_argument("--output_dir", type=Path, default=Path("rdm_rl/digits"), help="where the results go")
     parser.add_argument("--steps", type=int, default=7000, help="training steps of the U-Net")
     parser.add_argument("--report", action="store_true", help="only print the quality figures of what is there")
     arguments = parser.parse_args()

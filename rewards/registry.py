@@ -48,9 +48,10 @@ _BUILT_IN = {
     "teacher_histogram": "rdm_rl.rewards.teacher_match:TeacherHistogram",
     "vlm_judge": "rdm_rl.rewards.server:VLMJudge",
     "http": "rdm_rl.rewards.server:HTTPReward",
-    "digit_logprob": "rdm_rl.demo.rewards:DigitLogProb",
-    "ink": "rdm_rl.demo.rewards:ink",
-    "symmetry": "rdm_rl.demo.rewards:symmetry",
+    "digit_logprob": "rdm_rl.digits.rewards:DigitLogProb",
+    "scene_logprob": "rdm_rl.scenes.rewards:SceneLogProb",
+    "ink": "rdm_rl.digits.rewards:ink",
+    "symmetry": "rdm_rl.digits.rewards:symmetry",
 }
 _REGISTERED: dict[str, Callable[..., Any]] = {}
 

@@ -1,105 +1,37 @@
-"""The embedded teacher, its data, and the demo."""
+"""The demo, from the warm start to the report."""
 
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from rdm_rl.demo.data import (
-    TEACHER_FOLDER,
-    balanced_prompts,
-    digit_prompts,
-    load_digits,
-    mixed_prompts,
-)
-from rdm_rl.demo.recognisers import digit_accuracy, digit_features
 from rdm_rl.demo.report import read_rows
-from rdm_rl.demo.run import Evaluation, demo_config, load_teacher, run_demo, stock_schedulers, training_prompts
-from rdm_rl.evaluation import frechet_distance
+from rdm_rl.demo.run import evaluate_students, run_demo
+from rdm_rl.demo.side_by_side import side_by_side
 from rdm_rl.evaluation.pictures import PANELS
+from rdm_rl.scenes.students import ScenesEvaluation
 
 
-def test_the_split_keeps_the_held_out_images_apart() -> None:
-    train, held_out = load_digits("train"), load_digits("held_out")
-    assert len(train.labels) + len(held_out.labels) == 1797
-    assert torch.bincount(held_out.labels).tolist() == [50] * 10
-    known = {image.numpy().tobytes() for image in train.images}
-    assert not any(image.numpy().tobytes() in known for image in held_out.images)
+def in_turn(pieces: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Any]:
+    """What the pieces return, without the processes, which are slow to start."""
+    return {name: function(*arguments) for name, (function, arguments) in pieces.items()}
 
 
-def test_the_data_are_scikit_learns() -> None:
-    datasets = pytest.importorskip("sklearn.datasets")
-    original = datasets.load_digits()
-    ours = torch.cat([load_digits("train").labels, load_digits("held_out").labels])
-    assert torch.bincount(ours).tolist() == torch.bincount(torch.from_numpy(original.target)).tolist()
-
-
-def test_prompts_name_the_digits_that_answer_them() -> None:
-    prompts, wanted = mixed_prompts(40)
-    assert prompts[0] == digit_prompts(0)[0]
-    assert wanted[0].nonzero().flatten().tolist() == [0]
-    assert set(prompts[1::2]) == {""}
-    assert bool(wanted[1::2].all())
-    assert [row["prompt"] == "" for row in training_prompts()].count(True) == 120
-
-
-def test_the_teacher_is_a_small_plain_pipeline() -> None:
-    files = [file for file in TEACHER_FOLDER.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 8_000_000
-    assert {file.suffix for file in files} <= {".json", ".md", ".txt", ".safetensors"}
-    assert (TEACHER_FOLDER / "tokenizer" / "vocab.json").is_file()
-    assert (TEACHER_FOLDER / "tokenizer" / "merges.txt").is_file()
-    teacher = load_teacher()
-    # The oldest supported transformers initialises weights without this prefix at random, and only warns.
-    weights = load_file(TEACHER_FOLDER / "text_encoder" / "model.safetensors")
-    assert all(name.startswith("text_model.") for name in weights)
-    assert type(teacher).__name__ == "StableDiffusionPipeline"
-    assert teacher.scheduler.config.prediction_type == "v_prediction"
-    assert teacher.scheduler.config.clip_sample is False
-    assert teacher.unet.config.sample_size == 8
-
-
-def test_the_teachers_quality() -> None:
-    """10 DDIM steps, no guidance, and as many real images as the floor of the distance."""
-    held_out, train, teacher = load_digits("held_out"), load_digits("train"), load_teacher()
-    count = 200
-    prompts, labels = balanced_prompts(count)
-    generator = torch.Generator().manual_seed(0)
-    images = teacher(prompts, num_inference_steps=10, guidance_scale=1.0, generator=generator, output_type="pt").images
-    chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:count]
-    for name in ("A", "B"):
-        reference = digit_features(name, held_out.images)
-        floor = frechet_distance(digit_features(name, train.images[chosen]), reference)
-        distance = frechet_distance(digit_features(name, images), reference)
-        assert distance <= 2.5 * floor, (distance, floor)
-    assert digit_accuracy(images, labels) >= digit_accuracy(held_out.images, held_out.labels) - 0.01
-
-
-def test_judged_and_reference_images_have_other_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 20)
-    monkeypatch.setattr("rdm_rl.demo.run.TEACHER_STEPS", 2)
-    first, again, other = Evaluation(0), Evaluation(0), Evaluation(1)
-    assert torch.equal(first.reference, again.reference)
-    assert len({first.judged_seed, first.reference_seed, other.judged_seed, other.reference_seed}) == 4
-
-
-def test_the_stock_schedulers_start_from_noise() -> None:
-    teacher = load_teacher()
-    for scheduler in stock_schedulers(teacher).values():
-        scheduler.set_timesteps(4)
-        assert scheduler.timesteps[0] == 999
-
-
-def test_other_numbers_of_steps_have_settings_too(tmp_path: Path) -> None:
-    assert demo_config(2, tmp_path).num_inference_steps == 2
+def test_a_piece_that_fails_ends_the_others() -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="invalid literal"):
+        side_by_side({"bad": (int, ("x",)), "endless": (time.sleep, (600,))})
+    assert time.monotonic() - start < 300
 
 
 def test_the_demo_writes_what_it_promises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rdm_rl.demo.run.NUM_IMAGES", 20)
-    monkeypatch.setattr("rdm_rl.demo.run.TEACHER_STEPS", 3)
+    monkeypatch.setattr(ScenesEvaluation, "num_images", 20)
+    monkeypatch.setattr(ScenesEvaluation, "teacher_steps", 3)
+    monkeypatch.setattr("rdm_rl.demo.run.side_by_side", in_turn)
     monkeypatch.setattr("rdm_rl.evaluation.pictures.PANELS", PANELS[:2])  # All take as long to draw as all the rest.
     short = {
         "max_steps": 1,
@@ -107,21 +39,23 @@ def test_the_demo_writes_what_it_promises(
         "warm_start_num_states": 8,
         "warm_start_ode_steps": 2,
         "fake_score_warmup_steps": 1,
-        "fake_score_updates_per_policy_update": 1,
         "per_device_train_batch_size": 8,
         "disable_tqdm": True,
         "logging_steps": 1,
     }
-    report = run_demo(tmp_path / "out", seed=3, **short)
-    assert report == tmp_path / "out" / "report.html"
-    for steps in (4, 1):
-        student = tmp_path / "out" / f"student-{steps}step"
+    folder = tmp_path / "out"
+    assert run_demo(folder, seed=3, **short) == folder / "report.html"
+    for name in ("warm-start", "dmd", "gndm", "gndmr"):
+        student = folder / f"student-{name}"
         assert (student / "pytorch_lora_weights.safetensors").is_file()
         assert (student / "scheduler" / "scheduler_config.json").is_file()
     for name in ("samples.png", "curves.png", "metrics.json", "report.md"):
-        assert (tmp_path / "out" / name).stat().st_size > 0
-    rows = {row.name: row for row in read_rows(tmp_path / "out" / "metrics.json")}
-    assert rows["student, 4 steps"].network_evaluations == 4
-    assert rows["warm start, 1 step"].kind == "baseline"
-    assert rows["real training images"].kind == "data"
-    assert "student, 1 step" in capsys.readouterr().out
+        assert (folder / name).stat().st_size > 0
+    rows = {row.name: row for row in read_rows(folder / "metrics.json")}
+    assert rows["teacher, 3 steps"].network_evaluations == 6
+    assert rows["GNDMR, 1 step"].network_evaluations == 1
+    assert [rows[name].kind for name in ("warm start, 1 step", "real images")] == ["baseline", "data"]
+    assert "GNDM, 1 step" in capsys.readouterr().out
+
+    evaluate_students([folder / "student-gndm"], [3])
+    assert "student-gndm" in capsys.readouterr().out

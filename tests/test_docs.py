@@ -16,7 +16,7 @@ import pytest
 
 from rdm_rl.cli import main as cli
 from rdm_rl.cli.reference import settings_tables, with_tables
-from rdm_rl.demo.metrics import SamplerMetrics
+from rdm_rl.evaluation.sampler_metrics import SamplerMetrics
 from rdm_rl.rewards import registry
 from rdm_rl.trainers.methods import METHODS
 from tests.helpers import ROOT, table_rows, tiny_trainer

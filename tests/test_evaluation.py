@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rdm_rl.demo.data import load_digits
-from rdm_rl.demo.judge import first_of_each, judge
-from rdm_rl.demo.metrics import SamplerMetrics, format_rows, summarize
 from rdm_rl.demo.report import Report, cautions, headlines, html_report, metrics_json, read_rows, write_report
+from rdm_rl.digits.data import load_digits
+from rdm_rl.digits.judge import judge
 from rdm_rl.evaluation import image_grid, training_curves
 from rdm_rl.evaluation.pictures import (
     DARK,
@@ -26,6 +25,7 @@ from rdm_rl.evaluation.pictures import (
     present_panels,
     tiled,
 )
+from rdm_rl.evaluation.sampler_metrics import SamplerMetrics, format_rows, summarize
 
 TRAIN, HELD_OUT = load_digits("train"), load_digits("held_out")
 COUNT = 400
@@ -57,7 +57,6 @@ def a_row(name: str = "student, 4 steps", **values: object) -> SamplerMetrics:
         "seconds_per_image": 0.0041,
         "distance_to_data": 6.54,
         "accuracy": 0.987,
-        "digit_counts": (50,) * 10,
     }
     return SamplerMetrics(name=name, **(defaults | values))  # type: ignore[arg-type]
 
@@ -68,7 +67,7 @@ def a_report(**values: object) -> Report:
         a_row("teacher, 50 steps", kind="teacher", num_inference_steps=50, network_evaluations=100),
         a_row(),
     ]
-    images = first_of_each(HELD_OUT.images, HELD_OUT.labels, 2)
+    images = HELD_OUT.images[:20].reshape(2, 10, 3, 32, 32)
     defaults: dict[str, object] = {
         "rows": rows,
         "pictures": {"real digits": images, "student, 4 steps": images},
@@ -97,7 +96,7 @@ def test_real_images_are_near_and_noise_is_far() -> None:
     assert max(bad.precision, bad.recall, bad.density, bad.coverage) < 0.1
     assert real.accuracy > 0.99
     assert bad.accuracy < 0.3
-    assert sum(real.digit_counts) == real.num_images == COUNT
+    assert real.num_images == COUNT
 
 
 def test_wrong_prompts_lower_only_the_accuracy() -> None:
@@ -108,13 +107,12 @@ def test_wrong_prompts_lower_only_the_accuracy() -> None:
     assert wrong.distance_to_data == right.distance_to_data
 
 
-def test_a_dropped_digit_lowers_recall_and_shows_in_the_counts() -> None:
+def test_a_dropped_digit_lowers_recall() -> None:
     images, labels = TRAIN.images[TRAIN.labels != 3], TRAIN.labels[TRAIN.labels != 3]
     complete = judge(TRAIN.images[: len(labels)], TRAIN.labels[: len(labels)], name="a", data_images=HELD_OUT.images)
     dropped = judge(images, labels, name="b", data_images=HELD_OUT.images)
     assert dropped.recall < complete.recall
     assert dropped.distance_to_data > complete.distance_to_data
-    assert dropped.digit_counts[3] <= 2
 
 
 def test_the_networks_disagree_in_numbers_and_agree_in_order() -> None:
@@ -159,7 +157,6 @@ def test_repetitions_are_averaged_over_what_was_measured() -> None:
     assert first.mean.recall == pytest.approx(0.3)
     assert first.spread["recall"] == pytest.approx(0.2 / 2**0.5)
     assert isnan(first.mean.density)
-    assert first.mean.digit_counts == (150,) * 10
     assert second.spread == {}
 
 
@@ -234,14 +231,6 @@ def test_grid_refuses_rows_that_do_not_fit() -> None:
         image_grid({})
     with pytest.raises(ValueError, match="column captions"):
         image_grid({"a": torch.zeros(2, 3, 8, 8)}, ["0"])
-
-
-def test_first_of_each_takes_the_first_and_says_what_is_missing() -> None:
-    images = first_of_each(HELD_OUT.images, HELD_OUT.labels, 3)
-    sevens = HELD_OUT.images[HELD_OUT.labels == 7]
-    assert torch.equal(images[:, 7], sevens[:3])
-    with pytest.raises(ValueError, match="at least 51"):
-        first_of_each(HELD_OUT.images, HELD_OUT.labels, 51)
 
 
 def test_curves_show_what_was_logged(tmp_path: Path) -> None:

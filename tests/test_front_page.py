@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import rdm_rl
-from rdm_rl.demo.run import LORA_RANK, TEACHER_FOLDER, Evaluation, demo_config, training_prompts
+from rdm_rl.digits.students import LORA_RANK, TEACHER_FOLDER, DigitsEvaluation, digits_config, training_prompts
 from rdm_rl.student import load_student
 from tests.helpers import ROOT, table_rows
 
@@ -28,7 +28,7 @@ def test_the_script_is_the_demo_s_recipe(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(rdm_rl, "RDMTrainer", Noted)
     exec(compile(SCRIPT, "README.md", "exec"), {})
-    script, demo = made["args"], demo_config(1, "runs/digits", use_cpu=made["args"].use_cpu)
+    script, demo = made["args"], digits_config(1, "runs/digits", use_cpu=made["args"].use_cpu)
     surroundings = {"save_strategy", "disable_tqdm", "logging_steps", "logging_dir"}
     differing = {
         each.name
@@ -47,7 +47,7 @@ def test_the_script_gives_the_row_of_the_table(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     exec(compile(SCRIPT, "README.md", "exec"), {})
     student = load_student("runs/digits", TEACHER_FOLDER)
-    evaluation = Evaluation(0)
+    evaluation = DigitsEvaluation(0)
     (row,) = (
         row
         for row in evaluation.judge({"student, 1 step": evaluation.draw(student.pipeline, 1)})

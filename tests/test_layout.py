@@ -7,7 +7,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # From the top. A module belongs to the longest prefix of its name; what has no room of its own is the method.
-ROOMS = ("rdm_rl", "families", "networks", "student", "rewards", "evaluation", "trainers", "demo", "scenes", "cli")
+ROOMS = (
+    "rdm_rl",
+    "families",
+    "networks",
+    "student",
+    "rewards",
+    "evaluation",
+    "trainers",
+    "digits",
+    "scenes",
+    "demo",
+    "cli",
+)
 
 
 def room(module: str) -> int:

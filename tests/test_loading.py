@@ -296,7 +296,7 @@ def test_what_is_registered_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_folder_called_teacher_is_not_the_embedded_one(base: Path, tmp_path: Path) -> None:
-    from rdm_rl.demo.data import TEACHER_FOLDER
+    from rdm_rl.digits.data import TEACHER_FOLDER
     from rdm_rl.student import base_of
 
     (tmp_path / TEACHER_FOLDER.name).symlink_to(base)

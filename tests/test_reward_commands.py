@@ -85,7 +85,7 @@ def test_mistakes_are_explained_in_a_line(image: Path, capsys: pytest.CaptureFix
         ("ink --prompt a --option device", "is not of the form key=value"),
         ("no_such_module:reward --prompt a", "there is no module 'no_such_module'"),
         ("nowhere.py:reward --prompt a", "'nowhere.py' does not exist"),
-        ("rdm_rl.demo.rewards:inc --prompt a", "has no 'inc'. Did you mean 'ink'"),
+        ("rdm_rl.digits.rewards:inc --prompt a", "has no 'inc'. Did you mean 'ink'"),
     ):
         name, *rest = words.split()
         assert main(["rewards", "test", name, "--image", str(image), *rest]) == 2

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rdm_rl.demo.data import NETWORKS_FILE, Digits, digit_prompts, load_digits
-from rdm_rl.demo.recognisers import WIDTHS, digit_features, load_network
-from rdm_rl.demo.rewards import (
+from rdm_rl.digits.data import NETWORKS_FILE, Digits, digit_prompts, load_digits
+from rdm_rl.digits.recognisers import WIDTHS, digit_features, load_network
+from rdm_rl.digits.rewards import (
     REWARD_NETWORK_FILE,
     REWARD_NETWORK_WIDTH,
     DigitLogProb,
@@ -20,7 +20,7 @@ from rdm_rl.demo.rewards import (
     named_digit,
     symmetry,
 )
-from rdm_rl.demo.run import training_prompts
+from rdm_rl.digits.students import training_prompts
 from rdm_rl.rewards.protocol import RewardInfo
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_digits_teacher.py"

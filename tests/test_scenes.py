@@ -13,6 +13,7 @@ from rdm_rl.scenes.data import (
     ATTRIBUTES,
     DATA_FILE,
     GROUNDS,
+    GUIDANCE_SCALE,
     INKS,
     NETWORKS_FILE,
     OPEN,
@@ -24,7 +25,7 @@ from rdm_rl.scenes.data import (
     wanted_attributes,
 )
 from rdm_rl.scenes.recognisers import fulfilled, load_network, recognised_attributes
-from rdm_rl.scenes.teacher import GUIDANCE_SCALE, load_teacher
+from rdm_rl.scenes.students import ScenesEvaluation
 from tests.helpers import EXAMPLES, example
 
 
@@ -126,14 +127,14 @@ def test_the_teacher_is_a_small_plain_pipeline() -> None:
     assert {file.suffix for file in files} <= {".json", ".md", ".txt", ".safetensors"}
     weights = load_file(TEACHER_FOLDER / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in weights)
-    teacher = load_teacher()
+    teacher = ScenesEvaluation.load_teacher()
     assert {teacher.unet.dtype, teacher.vae.dtype, teacher.text_encoder.dtype} == {torch.float32}
     assert teacher.scheduler.config.prediction_type == "v_prediction"
     assert teacher.scheduler.config.clip_sample is False
 
 
 def test_the_encoder_is_a_linear_map_of_patches_without_randomness() -> None:
-    vae, images = load_teacher().vae, 2 * scenes(3)[0] - 1
+    vae, images = ScenesEvaluation.load_teacher().vae, 2 * scenes(3)[0] - 1
     with torch.no_grad():
         latents = vae.encode(torch.cat([images, images[:1] + images[1:2] - images[2:]])).latent_dist
     first, second, third, combined = latents.mean
@@ -144,7 +145,7 @@ def test_the_encoder_is_a_linear_map_of_patches_without_randomness() -> None:
 def test_every_word_of_a_prompt_is_one_token() -> None:
     attributes = random_attributes(200, seeded_generator(4, "tests/scenes"))
     prompts = scene_prompts(attributes, seeded_generator(5, "tests/scenes"))
-    tokens = load_teacher().tokenizer(prompts).input_ids
+    tokens = ScenesEvaluation.load_teacher().tokenizer(prompts).input_ids
     assert [len(ids) for ids in tokens] == [len(prompt.split()) + 2 for prompt in prompts]
 
 
@@ -153,7 +154,7 @@ def test_the_teacher_draws_what_prompts_ask_for() -> None:
     prompts = scene_prompts(attributes, seeded_generator(3, "tests/scenes"))
     generator = torch.Generator().manual_seed(0)
     call = {"num_inference_steps": 10, "guidance_scale": GUIDANCE_SCALE, "output_type": "pt"}
-    images = load_teacher()(prompts, generator=generator, **call).images
+    images = ScenesEvaluation.load_teacher()(prompts, generator=generator, **call).images
     assert fulfilled(images, prompts).all(1).float().mean() >= 0.7
 
 

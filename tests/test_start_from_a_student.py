@@ -291,7 +291,7 @@ def test_a_distilled_student_survives_more_training(tmp_path: Path) -> None:
     The embedded digits, a two-step student of a short run, ten more updates for a reward: with ``rdm`` beside the
     reward the student's images move far less than with the reward alone at the same rate.
     """
-    from rdm_rl.demo.data import TEACHER_FOLDER
+    from rdm_rl.digits.data import TEACHER_FOLDER
 
     config = LoraConfig(r=8, lora_alpha=8)
     rows = PROMPTS

@@ -20,7 +20,7 @@ from rdm_rl.cli import main as cli
 from rdm_rl.cli.help import train_help
 from rdm_rl.cli.parser import FIRST_GROUP, OWN_GROUP, SettingsParser
 from rdm_rl.cli.train import TrainArguments, load_prompts, make_rewards, train_parser
-from rdm_rl.demo.data import TEACHER_FOLDER
+from rdm_rl.digits.data import TEACHER_FOLDER
 from rdm_rl.settings import groups, help_of
 from rdm_rl.trainers.inherited import HONOURED, INHERITED, UNUSED
 from tests.helpers import ROOT

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdm_rl.demo.data import DATA_FILE
+from rdm_rl.digits.data import DATA_FILE
 from rdm_rl.noise_schedule import FlowMatching
 from rdm_rl.randomness import seeded_generator
 

@@ -246,12 +246,12 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 def base_model(student: Path) -> str:
     """The model that a student belongs to, as far as its folder says so."""
-    from rdm_rl.demo.data import TEACHER_FOLDER
+    from rdm_rl.cli.embedded import EMBEDDED, embedded_teacher
     from rdm_rl.student import base_of
 
-    base = base_of(student)
-    if base in (None, "digits"):
-        return str(TEACHER_FOLDER)
+    base = base_of(student) or EMBEDDED[0]
+    if base in EMBEDDED:
+        return str(embedded_teacher(base))
     if not Path(base).exists() and base.count("/") != 1:
         raise ValueError(f"The student {str(student)!r} is an adapter of a model called {base!r}: give its --model.")
     return base

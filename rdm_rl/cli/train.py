@@ -7,9 +7,9 @@ from typing import Any
 
 from peft import LoraConfig
 
+from rdm_rl.cli.embedded import EMBEDDED, embedded_prompts, embedded_teacher
 from rdm_rl.cli.help import TRAIN_PROG, TRAIN_SUMMARY
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.demo.data import TEACHER_FOLDER
 from rdm_rl.families.hub import one_line_errors
 from rdm_rl.rewards.registry import get_reward
 from rdm_rl.settings import Count, Folder, Whole, check, convert, setting
@@ -25,14 +25,14 @@ class SourceSettings:
 
     model_name_or_path: Folder = setting(
         MISSING,
-        "The pipeline: a folder, a hub name, or a `.safetensors` file with the whole model; `digits` is the embedded "
-        "teacher.",
+        "The pipeline: a folder, a hub name, or a `.safetensors` file with the whole model; `digits` and `scenes` "
+        "are the embedded teachers.",
     )
     dataset: Folder = setting(
         MISSING,
         "Prompts: a file (`.txt` with one a line, `.csv`, `.tsv`, `.json`, `.jsonl`, `.ndjson`, `.parquet`; "
-        "gzipped, too: `.csv.gz`), a folder that `datasets` wrote, a hub name, or `digits`. In a YAML file, a path "
-        "beside that file.",
+        "gzipped, too: `.csv.gz`), a folder that `datasets` wrote, a hub name, or `digits` or `scenes`. In a YAML "
+        "file, a path beside that file.",
     )
     teacher: Folder | None = setting(
         None,
@@ -101,7 +101,8 @@ class TrainArguments(
     @property
     def model(self) -> str:
         """The pipeline's folder or hub name."""
-        return str(TEACHER_FOLDER) if self.model_name_or_path == "digits" else self.model_name_or_path
+        name = self.model_name_or_path
+        return str(embedded_teacher(name)) if name in EMBEDDED else name
 
 
 def load_prompts(arguments: TrainArguments) -> Any:
@@ -112,10 +113,8 @@ def load_prompts(arguments: TrainArguments) -> Any:
         OSError: If the hub does not give a data set.
         ValueError: If the prompts cannot be read.
     """
-    if arguments.dataset == "digits":
-        from rdm_rl.demo.run import training_prompts
-
-        return training_prompts()
+    if arguments.dataset in EMBEDDED:
+        return embedded_prompts(arguments.dataset)
     try:
         return read_prompts(
             arguments.dataset,

@@ -1,1 +1,1 @@
-"""The embedded default: a tiny text-to-image Stable Diffusion of handwritten digits, and its distillation."""
+"""``rdm-rl demo``: students of the embedded scenes, side by side."""

@@ -271,7 +271,7 @@ class PromptEncoding(ABC):
 def _facts(tokenizer: PreTrainedTokenizerBase) -> list[object]:
     """What a tokenizer makes of texts: its tokens, how long a text may be and how it is filled up, and a probe."""
     length, side, filler = tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token_id
-    return [tokenizer.get_vocab(), length, side, filler, tokenizer(_PROBE).input_ids]
+    return [tokenizer.get_vocab(), length, side, filler, tokenizer(_PROBE, verbose=False).input_ids]
 
 
 def _token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_once: int = 1000) -> Iterator[int]:

@@ -1,1 +1,1 @@
-"""The second embedded problem, harder than the demo's: two handwritten digits in colour, placed by the prompt."""
+"""The second embedded problem, the demo's: two handwritten digits in colour, placed by the prompt."""

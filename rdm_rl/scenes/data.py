@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rdm_rl.demo.data import DIGIT_WORDS
+from rdm_rl.digits.data import DIGIT_WORDS
 
 DATA_FILE = Path(__file__).parent / "digits.npz"
 TEACHER_FOLDER = Path(__file__).parent / "teacher"
+GUIDANCE_SCALE = 3.0  # What the teacher is used with.
 NETWORKS_FILE = Path(__file__).parent / "networks.safetensors"
 
 IMAGE_SIZE = 24

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rdm_rl.demo.recognisers import network_weights
+from rdm_rl.digits.recognisers import network_weights
 from rdm_rl.scenes.data import ATTRIBUTES, NETWORKS_FILE, OPEN, wanted_attributes
 
 WIDTHS = {"A": 20, "B": 24, "C": 28}

@@ -3,7 +3,7 @@
 A and B give features for Fréchet distances and precision/recall; C names the digit. They were trained independently
 (own seed, own width) on the training images, by ``examples/train_digits_teacher.py``. Settings are chosen on A;
 results are reported on B and C. None of them is ever a reward. Network D, which is one, judges nothing and lives in
-:mod:`rdm_rl.demo.rewards`.
+:mod:`rdm_rl.digits.rewards`.
 
 Images are of shape (N, 3, 32, 32), in [0, 1], of any floating type and on any device; answers are on the CPU.
 """
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rdm_rl.demo.data import NETWORKS_FILE
+from rdm_rl.digits.data import NETWORKS_FILE
 from rdm_rl.evaluation.features import Features
 
 WIDTHS = {"A": 16, "B": 20, "C": 24}
@@ -113,7 +113,7 @@ def digit_accuracy(images: Tensor, labels: Tensor) -> float:
         ValueError: If there is not one label for each image.
 
     Example:
-        >>> from rdm_rl.demo.data import load_digits
+        >>> from rdm_rl.digits.data import load_digits
         >>> held_out = load_digits("held_out")
         >>> digit_accuracy(held_out.images, held_out.labels) > 0.99
         True

@@ -3,13 +3,12 @@
 from math import nan
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from rdm_rl.demo.metrics import Kind, SamplerMetrics
-from rdm_rl.demo.recognisers import digit_features, recognised_digits
+from rdm_rl.digits.recognisers import digit_features, recognised_digits
 from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
+from rdm_rl.evaluation.sampler_metrics import Kind, SamplerMetrics
 
 
 def check_images(name: str, images: Tensor) -> None:
@@ -69,7 +68,7 @@ def judge(
         ValueError: If shapes or the range of values do not fit.
 
     Example:
-        >>> from rdm_rl.demo.data import load_digits
+        >>> from rdm_rl.digits.data import load_digits
         >>> train, held_out = load_digits("train"), load_digits("held_out")
         >>> row = judge(train.images, train.labels, name="real", kind="data", data_images=held_out.images)
         >>> row.distance_to_data < 10, row.accuracy
@@ -101,26 +100,4 @@ def judge(
         ),
         **vars(overlap),
         accuracy=float(wanted[asked, seen[asked]].double().mean()),
-        digit_counts=tuple(torch.bincount(seen, minlength=10).tolist()),
     )
-
-
-def first_of_each(images: Tensor, labels: Tensor, count: int = 2) -> Tensor:
-    """The first images of each digit, shape (count, 10, C, H, W): what a grid shows, without anybody choosing.
-
-    Args:
-        images: Images, shape (N, C, H, W).
-        labels: The digit that each shows or was asked to show, shape (N,), int64 in 0..9.
-        count: How many of each digit.
-
-    Raises:
-        ValueError: If a digit has fewer images than that.
-
-    Example:
-        >>> first_of_each(torch.zeros(40, 3, 8, 8), torch.arange(40) % 10, count=2).shape
-        torch.Size([2, 10, 3, 8, 8])
-    """
-    rows = [(labels.cpu() == digit).nonzero().flatten()[:count] for digit in range(10)]
-    if any(len(row) < count for row in rows):
-        raise ValueError(f"Every digit needs at least {count} images; got {[len(row) for row in rows]} for 0 to 9.")
-    return images.cpu()[torch.stack(rows, 1)]

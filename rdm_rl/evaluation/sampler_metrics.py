@@ -30,8 +30,7 @@ class SamplerMetrics:
         recall: Share of real images that the sampler covers.
         density: How deep in the real images' neighbourhoods the samples lie; 1 for equal distributions.
         coverage: Share of real images with a sample nearby.
-        accuracy: Share of images that show the digit asked for.
-        digit_counts: How many images a recogniser reads as each digit, 0 to 9; empty if not measured.
+        accuracy: Share of images that show what was asked for.
     """
 
     name: str
@@ -47,7 +46,6 @@ class SamplerMetrics:
     density: float = nan
     coverage: float = nan
     accuracy: float = nan
-    digit_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +96,7 @@ def _summary(rows: Sequence[SamplerMetrics]) -> Summary:
     }
     means: dict[str, Any] = {name: fmean(values) if values else nan for name, values in measured.items()}
     return Summary(
-        mean=replace(
-            rows[0],
-            digit_counts=tuple(sum(counts) for counts in zip(*(row.digit_counts for row in rows), strict=True)),
-            **means,
-        ),
+        mean=replace(rows[0], **means),
         spread={name: stdev(values) for name, values in measured.items() if len(values) > 1},
         repetitions=len(rows),
     )
@@ -118,7 +112,7 @@ COLUMNS = (
     Column(key="recall", title="recall", better="higher"),
     Column(key="density", title="density", better="near 1"),
     Column(key="coverage", title="coverage", better="higher"),
-    Column(key="accuracy", title="right digit, %", better="higher", decimals=1, factor=100.0),
+    Column(key="accuracy", title="as asked, %", better="higher", decimals=1, factor=100.0),
 )
 
 

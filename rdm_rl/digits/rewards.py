@@ -1,7 +1,7 @@
 """Rewards for the embedded digits: ``digit_logprob``, and two that are easily gamed, :func:`ink` and :func:`symmetry`.
 
 The recogniser behind ``digit_logprob`` is network D, which exists only to reward. The networks that judge students (A,
-B and C in :mod:`rdm_rl.demo.recognisers`) are never rewards, and D judges nothing: a student that has learnt to
+B and C in :mod:`rdm_rl.digits.recognisers`) are never rewards, and D judges nothing: a student that has learnt to
 please a network looks good to that network whatever it draws.
 """
 
@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rdm_rl.demo.data import DIGIT_WORDS, NETWORKS_FILE
-from rdm_rl.demo.recognisers import DigitNetwork
+from rdm_rl.digits.data import DIGIT_WORDS, NETWORKS_FILE
+from rdm_rl.digits.recognisers import DigitNetwork
 from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import RewardInfo
 
