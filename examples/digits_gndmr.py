@@ -5,8 +5,8 @@
     python examples/digits_gndmr.py --output_dir runs/gndm --weight 0                  # the control: no reward
 
 The reward ``digit_logprob`` asks a recogniser, ``ink`` wants bright pictures and ``symmetry`` symmetrical ones. Those
-that are not trained have the weight 0: they are watched in the log. The settings are the demo's
-(``rdm_rl/digits/students.py``), with 20 updates of distribution matching alone first. It writes ``report.html`` (table,
+that are not trained have the weight 0: they are watched in the log. The settings are those of
+``rdm_rl/digits/students.py``, with 20 updates of distribution matching alone first. It writes ``report.html`` (table,
 samples, curves) with its parts, ``log.json``, and the student as plain diffusers. About three minutes on one CPU core.
 """
 

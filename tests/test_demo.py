@@ -34,7 +34,7 @@ def test_the_demo_writes_what_it_promises(
     monkeypatch.setattr("rdm_rl.demo.run.side_by_side", in_turn)
     monkeypatch.setattr("rdm_rl.evaluation.pictures.PANELS", PANELS[:2])  # All take as long to draw as all the rest.
     short = {
-        "max_steps": 1,
+        "max_steps": 9,  # The reward joins after 8.
         "warm_start_steps": 1,
         "warm_start_num_states": 8,
         "warm_start_ode_steps": 2,
@@ -59,3 +59,5 @@ def test_the_demo_writes_what_it_promises(
 
     evaluate_students([folder / "student-gndm"], [3])
     assert "student-gndm" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="rdm-rl evaluate"):
+        evaluate_students([folder], [3])

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="distil the embedded teacher and report how well it went")
     demo.add_argument("--output_dir", type=Path, help="where everything goes; default: demo-output")
     demo.add_argument("--seed", type=int, default=0, help="seed of training and evaluation")
-    judged = "judge this saved student of the embedded teacher instead of training any; repeat for more"
+    judged = "judge this saved student of an embedded teacher instead of training any; repeat for more"
     demo.add_argument("--student", type=Path, action="append", help=judged)
     demo.add_argument("--seeds", type=int, nargs="+", default=[0], help="with --student: one repetition for each")
     demo.set_defaults(run=_demo)
