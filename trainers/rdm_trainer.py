@@ -681,7 +681,8 @@ class RDMTrainer(StudentRun):
         count = self.args.fake_score_updates_per_policy_update
         rollouts: list[Rollout] = []
         losses = []
-        bar = trange(self.args.fake_score_warmup_steps or 0, desc="fake score: warm-up", disable=self.hides_progress)
+        steps = self.args.fake_score_warmup_steps or 0
+        bar = trange(steps, desc="fake score: warm-up", disable=self.hides_progress or not steps)
         for update in bar:
             if update % count == 0:  # As in training: so many updates on each rollout.
                 rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update // count, "warmup")]

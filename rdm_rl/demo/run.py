@@ -23,7 +23,7 @@ from rdm_rl.trainers.methods import method_settings
 
 EVALUATIONS: dict[str, type[Evaluation]] = {"digits": DigitsEvaluation, "scenes": ScenesEvaluation}
 WARM_START = "warm start"
-FEW_STEPS = (1, 2, 4)
+FEW_STEPS = (1, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
