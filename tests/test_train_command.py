@@ -121,7 +121,7 @@ def test_the_help_shows_the_values_that_a_run_would_have(tmp_path: Path, capsys:
     ):
         assert shown in text
     assert "run.yaml beside the script" in text
-    assert "digits is the embedded teacher. [needed]" in text
+    assert "digits and scenes are the embedded teachers. [needed]" in text
 
 
 # ----- where settings come from -----
