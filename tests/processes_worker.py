@@ -145,7 +145,6 @@ def sharding(base: str, other: str, folder: Path) -> dict[str, Any]:
         trainer.save_model()
         result[name] = {
             **state_of(trainer),
-            "evaluation": trainer.evaluate(),
             "rollout": rollout.x_0,
             "share": kept / sum(one.numel() for one in networks.module("teacher").parameters()),
             "pictures": trainer.generate(["a", "b"], generator=torch.Generator().manual_seed(1)),
@@ -154,6 +153,7 @@ def sharding(base: str, other: str, folder: Path) -> dict[str, Any]:
         result[name]["whole_policy"] = whole.state_dict()
         result[name]["kind"] = type(whole).__name__
         if name == "shared":
+            result["evaluation"] = trainer.evaluate()
             result["teacher_images"] = with_cache_on_one_process(trainer, rollout, folder)
     resumed = sharded_case("full", base, other, folder / "resumed", shard=True)
     resumed.train(folder / "full" / "checkpoint-1")

@@ -47,7 +47,7 @@ def whole(base: Path, other: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         batch = next(trainer.prompt_batches(0))
         rollout = trainer.generate_rollout(batch)
         trainer.train()
-        runs[name] = trainer, {**state_of(trainer), "evaluation": trainer.evaluate(), "rollout": rollout.x_0}
+        runs[name] = trainer, {**state_of(trainer), "rollout": rollout.x_0}
     return runs
 
 
@@ -76,7 +76,11 @@ def test_sharded_networks_train_as_whole_ones_do(name: str, whole: Whole, cut: l
     assert torch.equal(expected["rollout"], got["rollout"])
     for kind in ("weights", "average"):
         assert differences(expected[kind], got[kind]) < 1e-5, kind
-    assert got["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-3)
+
+
+def test_sharded_networks_are_evaluated_together(whole: Whole, cut: list[dict[str, Any]]) -> None:
+    expected = pytest.approx(whole["shared"][0].evaluate(), rel=1e-3)
+    assert cut[0]["evaluation"] == cut[1]["evaluation"] == expected
 
 
 @each

@@ -66,7 +66,9 @@ def make_reward_context(
             anywhere,
         )
 
-    by_size = {size.latent_shape[1:]: images_at(size, args.teacher_cache_dir) for size in sizes}
+    by_size: dict[tuple[int, ...], TeacherImages] = {
+        size.latent_shape[1:]: images_at(size, args.teacher_cache_dir) for size in sizes
+    }
 
     @cache
     def of_evaluations() -> TeacherImages:

@@ -404,7 +404,8 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, History], theme: Th
     place = {"loc": "best"} if lines < 3 else below
     if lines:
         axes.legend(
-            fontsize=7.5, labelcolor=theme.ink, facecolor=theme.background, edgecolor="none", framealpha=0.75, **place
+            **{"fontsize": 7.5, "labelcolor": theme.ink, "handlelength": 2.8, "edgecolor": "none"},
+            **{"facecolor": theme.background, "framealpha": 0.75, **place},
         )
 
 
