@@ -34,7 +34,7 @@ from torch import Tensor
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
+from rdm_rl.cli.train import TrainArguments, load_eval_prompts, load_prompts, lora_config, make_rewards
 from rdm_rl.records import Direction, Judgement, Rollout
 
 
@@ -80,6 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
         make_rewards(arguments.reward_funcs, arguments.reward_options),
         args,
         load_prompts(arguments),
+        load_eval_prompts(arguments),
         teacher=arguments.teacher,
         teacher_adapter=arguments.teacher_adapter,
         policy_init=arguments.policy_init,

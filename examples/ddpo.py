@@ -46,7 +46,7 @@ from torch import Tensor
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
+from rdm_rl.cli.train import TrainArguments, load_eval_prompts, load_prompts, lora_config, make_rewards
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.randomness import seeded_generators
 from rdm_rl.records import PromptBatch
@@ -140,6 +140,7 @@ def main(words: Sequence[str] | None = None) -> None:
         make_rewards(arguments.reward_funcs, arguments.reward_options),
         args,
         data,
+        load_eval_prompts(arguments),
         teacher=arguments.teacher,
         teacher_adapter=arguments.teacher_adapter,
         policy_init=arguments.policy_init,

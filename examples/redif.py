@@ -4,8 +4,8 @@
     accelerate launch examples/redif.py --config examples/redif.yaml --reward_gradient pathwise --eta 0  # DRaFT
 
 The settings are those of ``ReDiFConfig`` and of ``rdm-rl train``; flags win over the YAML file, which spells the
-recommended preset out and says what the paper's code has instead. The last ``--held_out`` rows are not trained on: they
-measure the alignment (``eval/alignment/*`` in the log).
+recommended preset out and says what the paper's code has instead. The last ``--held_out`` rows are not trained on:
+evaluations measure the student on them (``eval_rewards/*`` in the log), unless ``--eval_dataset`` names others.
 
 =========  ============================================================================================================
 hardware   One GPU. Not run by us on Stable Diffusion: what follows is computed or quoted, not measured.
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from rdm_rl import ReDiFConfig, ReDiFTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
+from rdm_rl.cli.train import TrainArguments, load_eval_prompts, load_prompts, lora_config, make_rewards
 
 
 @dataclass
@@ -33,13 +33,13 @@ class ReDiFArguments(TrainArguments):
     """What is trained on what; see :class:`~rdm_rl.cli.train.TrainArguments`.
 
     Args:
-        held_out: So many rows at the end of the data set are kept from training and measure the alignment.
+        held_out: So many rows at the end of the data set are kept from training, for evaluations.
     """
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["teacher_clip"], metadata={"help": "Rewards; at least one compares with the teacher."}
     )
-    held_out: int = field(default=16, metadata={"help": "Rows kept from training for the alignment."})
+    held_out: int = field(default=16, metadata={"help": "Rows kept from training for evaluations."})
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -59,15 +59,15 @@ def main(words: Sequence[str] | None = None) -> None:
         make_rewards(arguments.reward_funcs, arguments.reward_options),
         args,
         train,
-        held_out,
+        load_eval_prompts(arguments) or held_out,
         teacher=arguments.teacher,
         teacher_adapter=arguments.teacher_adapter,
         policy_init=arguments.policy_init,
         peft_config=lora_config(arguments),
     )
-    before = trainer.measure_alignment()
+    before = trainer.evaluate()
     trainer.train()
-    after = trainer.measure_alignment()
+    after = trainer.evaluate()
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         for name, value in after.items():

@@ -27,7 +27,7 @@ from pathlib import Path
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import run_script
 from rdm_rl.cli.parser import SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, lora_config, make_rewards
+from rdm_rl.cli.train import TrainArguments, load_eval_prompts, load_prompts, lora_config, make_rewards
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -39,6 +39,7 @@ def main(words: Sequence[str] | None = None) -> None:
         reward_funcs=make_rewards(arguments.reward_funcs, arguments.reward_options),
         args=args,
         train_dataset=load_prompts(arguments),
+        eval_dataset=load_eval_prompts(arguments),
         teacher=arguments.teacher,  # None: the model itself
         teacher_adapter=arguments.teacher_adapter,
         policy_init=arguments.policy_init,

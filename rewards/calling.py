@@ -462,8 +462,8 @@ class RewardCallSettings:
     teacher_num_inference_steps: Count = setting(50, "Steps of the teacher's images, for rewards that ask for them.")
     teacher_cache_dir: Folder | None = setting(
         None,
-        "Where the teacher's images are kept on disk, for rewards that ask for them. Default: nowhere, or for "
-        "`ReDiFConfig` in `output_dir/teacher-images`.",
+        "Where the teacher's images are kept on disk, for rewards that ask for them and for evaluations. Default: "
+        "those of evaluations, and with `ReDiFConfig` all, in `output_dir/teacher-images`; others nowhere.",
     )
     teacher_cache_gib: Positive | None = setting(
         20.0, "Most disk space that they take, in GiB; the least recently used go first. `none` is without a limit."

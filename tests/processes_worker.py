@@ -26,7 +26,16 @@ from rdm_rl.records import Experience, LossOutput, Rollout
 from rdm_rl.rewards.images import ImageDecoder
 from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
 from rdm_rl.trainers.signals import TrainingStopped
-from tests.helpers import CHECKPOINTING, brightness, log_numbers, made_once, one_rollout, tiny_trainer, trained_weights
+from tests.helpers import (
+    CHECKPOINTING,
+    PROMPTS,
+    brightness,
+    log_numbers,
+    made_once,
+    one_rollout,
+    tiny_trainer,
+    trained_weights,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +50,8 @@ GNDMR: dict[str, Any] = {
     "adam_epsilon": 1e-5,
     "save_strategy": "steps",
     "save_steps": 1,
+    "per_device_eval_batch_size": 2,
+    "teacher_num_inference_steps": 2,
 }
 # What runs sharded: one base, a separate teacher with the fake score on it, and three networks.
 QUICK = {
@@ -64,7 +75,9 @@ def left_right(images: Any, prompts: list[str]) -> list[float]:
 
 def gndmr(base: str, folder: Path, *, given: dict[str, Any] | None = None, **settings: Any) -> RDMTrainer:
     rewards = ["rdm", brightness(), left_right]
-    return tiny_trainer(base, folder, given={"reward_funcs": rewards, **(given or {})}, **{**GNDMR, **settings})
+    # Of two processes, the second has prompts for one of two batches alone.
+    own = {"reward_funcs": rewards, "eval_dataset": PROMPTS[:5], **(given or {})}
+    return tiny_trainer(base, folder, given=own, **{**GNDMR, **settings})
 
 
 def state_of(trainer: RDMTrainer) -> dict[str, Any]:
@@ -97,6 +110,7 @@ def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
     trainer.save_model()
     return {
         **state_of(trainer),
+        "evaluation": trainer.evaluate(),
         "sample_ids": [id for batch in batches for id in batch.sample_ids],
         "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
         "world": trainer.accelerator.num_processes,
@@ -139,6 +153,7 @@ def sharding(base: str, other: str, folder: Path) -> dict[str, Any]:
         result[name]["whole_policy"] = whole.state_dict()
         result[name]["kind"] = type(whole).__name__
         if name == "shared":
+            result["evaluation"] = trainer.evaluate()
             result["teacher_images"] = with_cache_on_one_process(trainer, rollout, folder)
     resumed = sharded_case("full", base, other, folder / "resumed", shard=True)
     resumed.train(folder / "full" / "checkpoint-1")

@@ -418,15 +418,17 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(folder, tmp_path
 
 def test_settings_that_move_or_drop_what_is_kept(folder, usual, tmp_path) -> None:
     words = ["--offload", "text_encoders", "--optim", "sgd", "--ema_decay", "0", "--eval_strategy", "steps"]
+    words += ["--per_device_eval_batch_size", "16"]
     found = planned(folder, tmp_path, *words)
     assert found["kept"]["optimiser state"] == found["kept"]["averaged policy"] == 0
     gone = sum(usual["kept"][name] for name in ("optimiser state", "averaged policy", "text encoders"))
     assert usual["phases"]["rollout"]["stays"] - found["phases"]["rollout"]["stays"] == gone
     # SGD is not fused, so its step needs a copy.
     assert found["phases"]["optimiser step"]["working"] == 2 * usual["kept"]["policy"]
-    # A grid of 8 pictures is decoded in parts, as rewards' images are.
-    assert found["phases"]["sample grid"]["working"] == usual["phases"]["reward images"]["working"]
-    assert "sample grid" not in usual["phases"]
+    # As many samples as in training pass through the same networks.
+    alike = [usual["phases"][name]["working"] for name in ("rollout", "teacher and fake score", "reward images")]
+    assert found["phases"]["evaluation"]["working"] == max(alike)
+    assert "evaluation" not in usual["phases"]
 
 
 def test_settings_that_lower_working_memory(folder, usual, tmp_path) -> None:

@@ -50,7 +50,7 @@ def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str,
         "sample_ids": [id for batch in batches for id in batch.sample_ids],
         "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
     }
-    return {**state_of(trainer), **ids}, folder
+    return {**state_of(trainer), **ids, "evaluation": trainer.evaluate()}, folder
 
 
 @pytest.mark.invariant
@@ -67,6 +67,11 @@ def test_processes_agree_bit_for_bit(two: Any) -> None:
     for name in ("weights", "average", "optimizers", "log"):
         assert same(first[name], second[name]), name
     assert [process["main"] for process in (first, second)] == [True, False]
+
+
+def test_processes_evaluate_together(one: Any, two: Any) -> None:
+    alone, (first, second) = one[0]["evaluation"], two[0]
+    assert first["evaluation"] == second["evaluation"] == pytest.approx(alone, rel=1e-3)
 
 
 def test_groups_are_whole_and_the_batch_is_the_same(one: Any, two: Any) -> None:

@@ -15,7 +15,6 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -42,6 +41,7 @@ from tests.helpers import (
 
 # No warm start and no warm-up: only what is under test moves the weights.
 COLD = {"warm_start": "none", "fake_score_warmup_steps": 0}
+EVALUATED = {"eval_strategy": "steps", "per_device_eval_batch_size": 2, "teacher_num_inference_steps": 2}
 
 
 def weights(trainer: RDMTrainer) -> dict[str, dict[str, torch.Tensor]]:
@@ -336,7 +336,7 @@ class Every(RDMTrainer):
 
 
 def test_every_hook_is_called_and_acts(base: Path, tmp_path: Path) -> None:
-    trainer = tiny_trainer(base, tmp_path, kind=Every, max_steps=2, eval_strategy="steps", eval_steps=1, **COLD)
+    trainer = tiny_trainer(base, tmp_path, kind=Every, max_steps=2, eval_steps=1, **EVALUATED, **COLD)
     before = weights(trainer)
     trainer.train()
     trainer.save_model(tmp_path / "student")
@@ -363,7 +363,7 @@ def test_every_hook_is_called_and_acts(base: Path, tmp_path: Path) -> None:
         assert row["policy/loss"] == pytest.approx(2.0, rel=1e-5)
         assert (row["policy/own"], row["fake_score/own"], row["own/number"], row["own/logged"]) == (11, 12, 13, 15)
         assert (row["rewards/rdm/own"], row["mine/own"], row["fake_score/loss"]) == (16, 17, 0)
-    assert [row["eval/own"] for row in trainer.state.log_history if "eval/own" in row] == [14.0, 14.0]
+    assert [row["eval_own"] for row in trainer.state.log_history if "eval_own" in row] == [14.0, 14.0]
     assert not changed(before["fake_score"], trainer.networks.state_dict("fake_score")), "its loss was zeroed"
     assert changed(before["policy"], trainer.networks.state_dict("policy"))
     assert (tmp_path / "student" / "own.txt").exists()
@@ -458,13 +458,13 @@ def test_callbacks_see_the_run(base: Path, tmp_path: Path) -> None:
                 return lambda args, state, control, **_: events.append((name, state.global_step))
             return super().__getattribute__(name)
 
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    settings = {**EVALUATED, "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     tiny_trainer(base, tmp_path, given={"callbacks": [Recorder()]}, max_steps=2, **settings, **COLD).train()
     assert events[:2] == [("on_init_end", 0), ("on_train_begin", 0)]
     assert events[-1] == ("on_train_end", 2)
     middle = [name for name, _ in events[2:-1]]
     assert middle.count("on_step_begin") == middle.count("on_step_end") == 2
-    assert middle.count("on_log") == 2
+    assert middle.count("on_log") == 3  # Of two updates and an evaluation.
     assert [one for one in events if one[0] in ("on_evaluate", "on_save")] == [("on_evaluate", 2), ("on_save", 2)]
 
 
@@ -479,10 +479,10 @@ def test_a_callback_can_ask_for_everything(base: Path, tmp_path: Path) -> None:
         def on_step_end(self, args, state, control, **_) -> None:
             control.should_log = control.should_save = control.should_evaluate = state.global_step == 1
 
-    settings = {"max_steps": 2, "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no"}
+    settings = {**EVALUATED, "max_steps": 2, "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no"}
     trainer = tiny_trainer(base, tmp_path, given={"callbacks": [Asks()]}, **settings, **COLD)
     trainer.train()
-    assert [row["step"] for row in trainer.state.log_history] == [1]
+    assert [row["step"] for row in trainer.state.log_history] == [1, 1]  # The update's, and the evaluation's.
     assert (tmp_path / "checkpoint-1").is_dir()
     assert not (tmp_path / "checkpoint-2").exists()
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000001.png"]
@@ -717,37 +717,18 @@ def test_the_lag_repeats_the_last_rollout_with_the_current_policy(base: Path, tm
     assert "fake_score/lag" not in trainer.state.log_history[0]
 
 
-def test_grids_are_written_at_eval_steps(base: Path, tmp_path: Path) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "per_device_eval_batch_size": 3}
-    trainer = tiny_trainer(base, tmp_path, max_steps=4, given={"eval_dataset": PROMPTS[5:]}, **settings, **COLD)
-    assert trainer.eval_prompts == ["the digit 5", "the digit 6", "the digit 7"]
-    trainer.train()
-    grids = sorted((tmp_path / "samples").iterdir())
-    assert [path.name for path in grids] == ["step-000000.png", "step-000002.png", "step-000004.png"]
-    pictures = [np.asarray(Image.open(path)) for path in grids]
-    assert pictures[0].shape == pictures[2].shape
-    assert not np.array_equal(pictures[0], pictures[2])
-
-
-def test_evaluating_does_not_change_the_run(base: Path, tmp_path: Path) -> None:
-    plain = tiny_trainer(base, tmp_path / "plain", **COLD)
-    watched = tiny_trainer(base, tmp_path / "watched", eval_strategy="steps", eval_steps=1, eval_on_start=True, **COLD)
-    plain.train()
-    watched.train()
-    assert same(weights(plain), weights(watched))
-
-
 def test_tensorboard_gets_numbers_and_grids(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer = tiny_trainer(base, tmp_path, report_to="tensorboard", eval_strategy="steps", eval_steps=2, **COLD)
+    trainer = tiny_trainer(base, tmp_path, report_to="tensorboard", eval_steps=2, **EVALUATED, **COLD)
     trainer.train()
     (folder,) = {path.parent for path in (tmp_path / "events").rglob("events.*")}
     events = EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()
-    assert {"train/policy/loss", "train/fake_score/lag", "train/rewards/rdm/gap"} <= set(tags["scalars"])
+    expected = {"train/policy/loss", "train/fake_score/lag", "train/rewards/rdm/gap", "eval/pixels/paired"}
+    assert expected <= set(tags["scalars"])
     assert [one.step for one in events.Scalars("train/policy/loss")] == [1, 2]
     assert tags["images"] == ["samples"]
     assert [one.step for one in events.Images("samples")] == [2]

@@ -312,7 +312,7 @@ def test_a_match_of_ones_own_is_enough(base: Path, tmp_path: Path) -> None:
         return (teacher_images - images).mean((1, 2, 3)).tolist()
 
     trainer = redif_trainer(base, tmp_path, declare(darker, wants_teacher_images=True))
-    assert {*trainer.measure_alignment()} == {"alignment/darker"}
+    assert {*trainer.evaluate()} == {"eval_pixels/paired", "eval_rewards/darker/mean"}
     assert PlainReward("darker", darker).wants_teacher_images
 
 
@@ -322,14 +322,13 @@ def test_a_match_of_ones_own_is_enough(base: Path, tmp_path: Path) -> None:
 def test_the_alignment_is_that_of_the_student_without_randomness(base: Path, tmp_path: Path) -> None:
     spy = Spy()
     trainer = redif_trainer(base, tmp_path, spy)
-    (name, value), *others = trainer.measure_alignment().items()
-    assert (name, others) == ("alignment/Spy", [])
+    numbers = trainer.evaluate()
     ((images, teacher_images),) = spy.seen
-    assert value == pytest.approx(TeacherMSE()(images, [], teacher_images).mean().item())
+    expected = TeacherMSE()(images, [], teacher_images).mean().item()
+    assert numbers["eval_rewards/Spy/mean"] == pytest.approx(expected)
     assert len(images) == 3  # per_device_eval_batch_size
     torch.manual_seed(1)
-    assert trainer.evaluate() == {name: value}
-    assert trainer.evaluate() == {name: value}
+    assert trainer.evaluate() == numbers
 
 
 def test_watching_changes_nothing(base: Path, tmp_path: Path) -> None:
@@ -342,9 +341,9 @@ def test_watching_changes_nothing(base: Path, tmp_path: Path) -> None:
         runs.append(trainer)
     blind, watched = runs
     assert same(trained_weights(blind), trained_weights(watched))
-    seen = [entry for entry in watched.state.log_history if "eval/alignment/TeacherMSE" in entry]
+    seen = [entry for entry in watched.state.log_history if "eval_rewards/TeacherMSE/mean" in entry]
     assert [entry["step"] for entry in seen] == [0, 1, 2, 3]
-    assert len({entry["eval/alignment/TeacherMSE"] for entry in seen}) > 1  # It follows the student.
+    assert len({entry["eval_rewards/TeacherMSE/mean"] for entry in seen}) > 1  # It follows the student.
     assert {file.name for file in (tmp_path / "watched" / "samples").iterdir()} == {
         f"step-00000{step}.png" for step in range(4)
     }
@@ -378,7 +377,7 @@ def test_the_example_runs_as_a_script(base: Path, tmp_path: Path, capsys: pytest
     words += ["--bf16", "false", "--max_steps", "1", "--per_device_train_batch_size", "2", "--num_generations", "2"]
     words += ["--teacher_num_inference_steps", "2", "--logging_steps", "1", "--eval_strategy", "no"]
     run_example("redif", *words)
-    assert re.search(r"alignment/teacher_mse: -\d\.\d+ before, -\d\.\d+ after", capsys.readouterr().out)
+    assert re.search(r"teacher_mse/mean: -\d\.\d+ before, -\d\.\d+ after", capsys.readouterr().out)
     weights = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert any(value.any() for name, value in weights.items() if "lora_B" in name)
     use = json.loads((tmp_path / "run" / "student.json").read_text())

@@ -78,6 +78,11 @@ def test_sharded_networks_train_as_whole_ones_do(name: str, whole: Whole, cut: l
         assert differences(expected[kind], got[kind]) < 1e-5, kind
 
 
+def test_sharded_networks_are_evaluated_together(whole: Whole, cut: list[dict[str, Any]]) -> None:
+    expected = pytest.approx(whole["shared"][0].evaluate(), rel=1e-3)
+    assert cut[0]["evaluation"] == cut[1]["evaluation"] == expected
+
+
 @each
 def test_processes_agree_and_each_holds_half_of_a_frozen_network(name: str, cut: list[dict[str, Any]]) -> None:
     """A little more where an adapter, which stays whole, is on it."""

@@ -19,7 +19,7 @@ from rdm_rl import RDMConfig, ReDiFConfig
 from rdm_rl.cli import main as cli
 from rdm_rl.cli.help import train_help
 from rdm_rl.cli.parser import FIRST_GROUP, OWN_GROUP, SettingsParser
-from rdm_rl.cli.train import TrainArguments, load_prompts, make_rewards, train_parser
+from rdm_rl.cli.train import TrainArguments, load_eval_prompts, load_prompts, make_rewards, train_parser
 from rdm_rl.digits.data import TEACHER_FOLDER
 from rdm_rl.settings import groups, help_of
 from rdm_rl.trainers.inherited import HONOURED, INHERITED, UNUSED
@@ -167,14 +167,15 @@ def test_a_file_s_data_set_lies_beside_it(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "beside").mkdir()
     (tmp_path / "elsewhere").mkdir()
     file = tmp_path / "beside" / "run.yaml"
-    file.write_text("dataset: prompts.txt\nmodel_name_or_path: digits\nuse_cpu: true\n", encoding="utf-8")
+    settings = "dataset: prompts.txt\neval_dataset: prompts.txt\nmodel_name_or_path: digits\nuse_cpu: true\n"
+    file.write_text(settings, encoding="utf-8")
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "prompts.txt").write_text("a fox\n", encoding="utf-8")
     arguments, _ = parser().parse(["--config", "../beside/run.yaml"])
     assert load_prompts(arguments) == [{"prompt": "a fox"}]  # Nothing beside it: as with a flag.
     (tmp_path / "beside" / "prompts.txt").write_text("an owl\n", encoding="utf-8")
     arguments, _ = parser().parse(["--config", "../beside/run.yaml"])
-    assert load_prompts(arguments) == [{"prompt": "an owl"}]
+    assert load_prompts(arguments) == load_eval_prompts(arguments) == [{"prompt": "an owl"}]
     arguments, _ = parser().parse(["--config", "../beside/run.yaml", "--dataset", "prompts.txt"])
     assert load_prompts(arguments) == [{"prompt": "a fox"}]
 
@@ -263,6 +264,10 @@ def test_prompts_from_data_sets(tmp_path: Path) -> None:
     DatasetDict({"train": rows, "few": rows.select([0])}).save_to_disk(tmp_path / "splits")
     assert prompts_of(tmp_path / "saved", prompt_column="caption") == ["a fox", "an owl"]
     assert prompts_of(tmp_path / "splits", prompt_column="caption", dataset_split="few") == ["a fox"]
+    arguments = TrainArguments("digits", "digits", prompt_column="caption", eval_dataset_split="few")
+    assert load_eval_prompts(arguments) is None
+    arguments.eval_dataset = str(tmp_path / "splits")
+    assert list(load_eval_prompts(arguments)["prompt"]) == ["a fox"]
     with pytest.raises(ValueError, match=r"has the columns \['caption', 'digit'\], not 'prompt': set prompt_column"):
         prompts_of(tmp_path / "saved")
     with pytest.raises(OSError, match=r"dataset='owner/prompts' cannot be loaded: .*HF_HUB_OFFLINE is set"):

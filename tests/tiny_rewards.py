@@ -6,6 +6,7 @@ import torch
 import transformers
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+from rdm_rl.evaluation import Features
 from tests.helpers import tiny_tokenizer
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 190}
@@ -78,3 +79,6 @@ def brightness(images, prompts):
 
 
 brightness.differentiable = True
+
+COLOUR = Features("colour", lambda images: images.mean((2, 3)))
+"""Features that can be computed by hand."""

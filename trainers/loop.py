@@ -149,7 +149,10 @@ class TrainingLoop(ABC):
         return int(self.state.global_step) % self.args.num_iterations == 0
 
     def _evaluate_and_log(self) -> None:
-        measured = {f"eval/{name}": value for name, value in self.evaluate().items()}
+        start = time.perf_counter()
+        # The prefix of transformers, by which trackers file them.
+        measured = {f"eval_{name.removeprefix('eval_')}": value for name, value in self.evaluate().items()}
+        self._window.leave_out(time.perf_counter() - start)
         if measured:
             self.log(measured)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
@@ -333,6 +336,10 @@ class MetricWindow:
         self._steps += 1
         for name, value in metrics.items():
             self._values[name].append(value)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count seconds that have passed without updates."""
+        self._start += seconds
 
     def flush(self) -> tuple[int, float, dict[str, float]]:
         """The number of updates, the seconds they took, and the mean of each number; starts a new window."""

@@ -17,6 +17,7 @@ from rdm_rl.renoise import DistributionMatchingSettings
 from rdm_rl.rewards.calling import RewardCallSettings
 from rdm_rl.settings import Count, Folder, Size, check, convert
 from rdm_rl.trainers import processes
+from rdm_rl.trainers.evaluation import EvaluationSettings
 from rdm_rl.trainers.faults import FaultSettings
 from rdm_rl.trainers.inherited import HONOURED
 from rdm_rl.trainers.methods import method_settings
@@ -40,6 +41,7 @@ SETTLED: dict[str, tuple[Any, ...]] = {
 @dataclass
 class RDMConfig(  # In reverse, as a dataclass orders its fields.
     MemorySettings,
+    EvaluationSettings,
     FaultSettings,
     SanitySettings,
     WarmStartSettings,

@@ -30,6 +30,7 @@ from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
 from rdm_rl.trainers.checkpointing import find_checkpoint, read_settings, set_aside
+from rdm_rl.trainers.evaluation import check_eval_columns, load_eval_features
 from rdm_rl.trainers.faults import directions_cause, samples_cause
 from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer
 from rdm_rl.trainers.processes import shared_failures
@@ -71,7 +72,8 @@ class RDMTrainer(StudentRun):
         args: The settings; None for the defaults.
         train_dataset: Rows with a ``prompt``, a ``datasets.Dataset`` or a list of dictionaries, say, or the name of a
             file of prompts (see :mod:`rdm_rl.trainers.prompt_files`); other columns travel with the rollout.
-        eval_dataset: Rows with a ``prompt`` for the sample grids; None uses the first rows of the training set.
+        eval_dataset: Rows with a ``prompt`` for evaluations, which measure all of them; None uses the first
+            ``per_device_eval_batch_size`` rows of the training set.
         teacher: Another pipeline of the same family and latent space as the teacher; None for ``model``.
         teacher_adapter: A LoRA that only the teacher has, of a style, say: a folder, a file, a hub name, or
             ``owner/name/file.safetensors``.
@@ -124,15 +126,19 @@ class RDMTrainer(StudentRun):
         check_reward_settings(args, self.rewards)
         self.weighting = choose_weighting(args, self.reward_weights, weighting)
         self.reward_spreads = defaultdict(lambda: RunningMean(decay=0.95))
-        looked_at = self.prompts
+        evaluated, count = self.prompts, min(args.per_device_eval_batch_size, len(self.prompts))
         if eval_dataset is not None:
-            looked_at = PromptSource(eval_dataset, 0, "eval_dataset", self.prompts.columns)
-        eval_rows = [looked_at[index] for index in range(min(args.per_device_eval_batch_size, len(looked_at)))]
+            evaluated = PromptSource(eval_dataset, 0, "eval_dataset", self.prompts.columns)
+            count = len(evaluated)
+        eval_rows = [evaluated[index] for index in range(count)]
         self.eval_prompts = [row["prompt"] for row in eval_rows]
         self.eval_columns = other_columns(eval_rows, 1)
+        if eval_dataset is not None:
+            check_eval_columns(self.rewards, self.eval_columns)
         check_models(args, model, teacher, teacher_adapter, policy_init, peft_config)
 
         super().__init__(args, len(self.prompts))
+        self.eval_features = load_eval_features(args.eval_features, self.device)
         self._models = load_networks(
             *(args, model, teacher, teacher_adapter, policy_init, peft_config),
             matches_distributions="rdm" in rewards,
@@ -151,7 +157,7 @@ class RDMTrainer(StudentRun):
         self.start_callbacks(callbacks, self.networks.module("policy"))
         self._run = token_hex(8)
         self._last_checkpoint: Path | None = None
-        context = make_reward_context(
+        self.context = make_reward_context(
             self.networks,
             args,
             self.teacher_guidance_scale,
@@ -163,7 +169,7 @@ class RDMTrainer(StudentRun):
             anywhere=self.on_any_process if args.shard else bool,
         )
         for reward in self.rewards.values():
-            reward.bind(context)
+            reward.bind(self.context)
         warn_of_reward_settings(args, self.rewards, self.reward_weights, self.weighting)
         self._optimizer_factories = optimizers
         self.optimizers: dict[Role, RoleOptimizer] = {}

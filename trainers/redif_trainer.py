@@ -5,20 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rdm_rl.policy import NoisePool, SamplerName
-from rdm_rl.randomness import seeded_generators
 from rdm_rl.rdm import RewardScale
-from rdm_rl.records import PromptBatch
-from rdm_rl.rewards.kinds import AskedReward
 from rdm_rl.rewards.registry import RewardSpec, find_reward
 from rdm_rl.settings import Count, Finite, Size, Whole, convert, setting
 from rdm_rl.trainers.methods import method_settings
 from rdm_rl.trainers.optimization import Decay
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
-from rdm_rl.trainers.student_run import EVALUATION_SEED
 
 _RECOMMENDED = method_settings("redif")
 
@@ -127,16 +121,15 @@ class ReDiFConfig(RDMConfig):
 class ReDiFTrainer(RDMTrainer):
     """Trains a few-step student to make the teacher's image of the same prompt and the same initial noise.
 
-    A thin :class:`~rdm_rl.RDMTrainer`: it needs a reward that is given ``teacher_images``, and its :meth:`evaluate`
-    measures the alignment. The arguments are those of :class:`~rdm_rl.RDMTrainer`.
+    A thin :class:`~rdm_rl.RDMTrainer`: it needs a reward that is given ``teacher_images``. The arguments are those of
+    :class:`~rdm_rl.RDMTrainer`.
 
     Args:
         model: The pipeline; it is also the teacher.
         reward_funcs: At least one teacher-match reward; others may stand beside it.
         args: The settings; None for :class:`ReDiFConfig`.
         train_dataset: Rows with a ``prompt``.
-        eval_dataset: Rows that are not trained on, for the alignment, of which the first
-            ``per_device_eval_batch_size`` are used; None uses the first training rows.
+        eval_dataset: Rows that are not trained on, for evaluations; None uses the first training rows.
         options: What :class:`~rdm_rl.RDMTrainer` takes besides.
 
     Raises:
@@ -167,36 +160,3 @@ class ReDiFTrainer(RDMTrainer):
                 "with wants_teacher_images = True."
             )
         super().__init__(model, reward_funcs, args or ReDiFConfig(), train_dataset, eval_dataset, **options)
-
-    def evaluate(self) -> dict[str, float]:
-        """The sample grid, and the rewards of the student that is saved: from fixed noise, without randomness.
-
-        Returns:
-            ``alignment/<reward>`` for each reward that compares with the teacher's images.
-        """
-        return super().evaluate() | self.measure_alignment()
-
-    def measure_alignment(self) -> dict[str, float]:
-        """The mean reward on the evaluation prompts, each with one fixed initial noise.
-
-        Returns:
-            A number for each reward that compares with the teacher's images.
-        """
-        count = len(self.eval_prompts)
-        batch = PromptBatch(
-            prompts=self.eval_prompts,
-            conditioning=self.family.encode(self.eval_prompts),
-            group_ids=torch.arange(count),
-            sample_ids=range(count),
-            columns=self.eval_columns,
-            noise_seeds=[EVALUATION_SEED + index for index in range(count)],
-            stream="evaluation",
-        )
-        chains = self.sample_student(batch, generator=seeded_generators(EVALUATION_SEED, "evaluation", 0, range(count)))
-        numbers = {}
-        for name, reward in self.rewards.items():
-            if isinstance(reward, AskedReward) and reward.wants_teacher_images:
-                values = reward.start(chains, -1, gradient=False)().values
-                if not bool(values.isnan().all()):
-                    numbers[f"alignment/{name}"] = values.nanmean().item()
-        return numbers

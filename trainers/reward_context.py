@@ -1,6 +1,7 @@
 """What rewards are given of a run: its networks, its decoder, and the teacher's images."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 
 from rdm_rl.families import Family
 from rdm_rl.networks.roles import Networks
+from rdm_rl.records import Rollout
 from rdm_rl.rewards.images import ImageDecoder, load_tiny_decoder
 from rdm_rl.rewards.protocol import RewardContext
 from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
+from rdm_rl.trainers.evaluation import EVALUATION
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.setup import teacher_key
 
@@ -52,24 +55,39 @@ def make_reward_context(
         decoder_network = tiny.network
     decoder = ImageDecoder(decode, args.decode_batch_size)
     teacher = networks.teacher_family
-    images_by_size: dict[tuple[int, ...], TeacherImages] = {
-        family.latent_shape[1:]: TeacherImages(
+
+    def images_at(size: Family, folder: str | Path | None) -> TeacherImages:
+        return TeacherImages(
             networks.predictor("teacher", teacher_guidance_scale),
-            (teacher if family.resolution is None else teacher.at(family.resolution)).schedule,
+            (teacher if size.resolution is None else teacher.at(size.resolution)).schedule,
             decoder,
             args.teacher_num_inference_steps,
-            _teacher_cache(networks, args, teacher_guidance_scale, family, decoder_network),
+            _teacher_cache(networks, args, teacher_guidance_scale, size, decoder_network, folder),
             anywhere,
         )
-        for family in sizes
+
+    by_size: dict[tuple[int, ...], TeacherImages] = {
+        size.latent_shape[1:]: images_at(size, args.teacher_cache_dir) for size in sizes
     }
+
+    @cache
+    def of_evaluations() -> TeacherImages:
+        """Few, and the same in every evaluation: they are always kept."""
+        if args.teacher_cache_dir is not None:
+            return by_size[family.latent_shape[1:]]
+        return images_at(family, Path(args.output_dir) / "teacher-images")
+
+    def teacher_images(rollout: Rollout) -> Tensor:
+        images = of_evaluations() if rollout.batch.stream == EVALUATION else by_size[rollout.states.shape[-2:]]
+        return images(rollout)
+
     return RewardContext(
         networks=networks,
         args=args,
         teacher_guidance_scale=teacher_guidance_scale,
         global_step=global_step,
         decoder=decoder,
-        teacher_images=lambda rollout: images_by_size[rollout.states.shape[-2:]](rollout),
+        teacher_images=teacher_images,
         last_checkpoint=last_checkpoint,
         distribution_matching=distribution_matching,
     )
@@ -81,9 +99,10 @@ def _teacher_cache(
     teacher_guidance_scale: float,
     family: Family,
     decoder: nn.Module | None,
+    folder: str | Path | None,
 ) -> TeacherCache | None:
     """Where the teacher's images at a resolution are kept; no other teacher, decoder or setting has the name."""
-    if args.teacher_cache_dir is None:
+    if folder is None:
         return None
     key = teacher_key(
         networks,
@@ -95,4 +114,4 @@ def _teacher_cache(
         start=float(family.student_times(args.num_inference_steps, args.sampler)[0]),
     )
     limit = None if args.teacher_cache_gib is None else args.teacher_cache_gib * 2**30
-    return TeacherCache(args.teacher_cache_dir, key, limit)
+    return TeacherCache(folder, key, limit)

@@ -127,10 +127,10 @@ def check_reward_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]
         raise ValueError(
             f"teacher_cache_gib={args.teacher_cache_gib} is set, but no images are kept: set teacher_cache_dir, too."
         )
-    if args.teacher_cache_dir is not None and not wanting:
+    if args.teacher_cache_dir is not None and not (wanting or args.eval_on_start or args.eval_strategy != "no"):
         raise ValueError(
-            f"teacher_cache_dir={args.teacher_cache_dir!r} is set, but no reward asks for the teacher's images. Leave "
-            "it out, or use a reward such as 'teacher_clip'."
+            f"teacher_cache_dir={args.teacher_cache_dir!r} is set, but no reward asks for the teacher's images, and no "
+            "evaluation. Leave it out, use a reward such as 'teacher_clip', or set eval_strategy='steps'."
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rdm_rl.evaluation.features import Features
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family
 from rdm_rl.families.encoding import EMPTY_PROMPT
@@ -21,12 +22,14 @@ from rdm_rl.manifest import read_manifest
 from rdm_rl.networks.roles import Networks, Role
 from rdm_rl.networks.sharding import gather
 from rdm_rl.policy import Sampler, make_sampler, rollout
-from rdm_rl.randomness import Generators, drawn_index, seeded_generators
+from rdm_rl.randomness import Generators, drawn_index
 from rdm_rl.records import PromptBatch, Rollout
 from rdm_rl.rewards.kinds import TrainingReward
+from rdm_rl.rewards.protocol import RewardContext
 from rdm_rl.student import public_name, save_student
 from rdm_rl.trainers.callbacks import log_image
 from rdm_rl.trainers.checkpointing import read_checkpoint, rotate_checkpoints, write_checkpoint
+from rdm_rl.trainers.evaluation import evaluate_student
 from rdm_rl.trainers.faults import update_cause, weights_cause
 from rdm_rl.trainers.loop import TrainingLoop
 from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer, make_optimizer, make_scheduler
@@ -36,7 +39,6 @@ from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import RunningMean, Weighting
 
 logger = logging.getLogger(__name__)
-EVALUATION_SEED = 12345
 _ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
@@ -57,6 +59,9 @@ class StudentRun(TrainingLoop):
     average: PolicyAverage | None
     reference: PolicyAverage | None
     eval_prompts: list[str]
+    eval_columns: dict[str, list[Any]]
+    eval_features: list[Features]
+    context: RewardContext
     model_name: str
     _models: LoadedModels
     _fingerprints: Mapping[str, str]
@@ -285,7 +290,9 @@ class StudentRun(TrainingLoop):
             group_ids=torch.arange(len(prompts)),
             sample_ids=range(len(prompts)),
         )
-        sample = self.sample_student(batch, generator=generator).sample
+        return self._decode(self.sample_student(batch, generator=generator).sample)
+
+    def _decode(self, sample: Tensor) -> Tensor:
         return torch.cat([self.family.decode(part) for part in sample.split(self.args.decode_batch_size)])
 
     @torch.no_grad()
@@ -327,20 +334,28 @@ class StudentRun(TrainingLoop):
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Draw a grid of samples with fixed noise, save it, and send it to the trackers.
+        """Measure the student on the evaluation prompts, and save a grid of the first and send it to the trackers.
+
+        The student is the one that :meth:`save_model` saves, and each prompt has a noise of its own, always the same.
+        All processes must ask together.
 
         Returns:
-            Numbers for the log; a subclass may measure something here.
+            Numbers, the same on every process: the distance to the teacher's images of the same noises
+            (``eval_pixels/paired``), the mean of every reward of images (``eval_rewards/<name>/mean``), and two
+            distances for each of ``eval_features`` (``docs/metrics.md``). What a subclass adds is logged with ``eval_``
+            before it.
         """
-        generator = seeded_generators(EVALUATION_SEED, "evaluation", 0, range(len(self.eval_prompts)))
-        images = self.generate(self.eval_prompts, generator=generator)
-        if self.accelerator.is_main_process:
-            grid = image_grid({f"step {self.state.global_step}": images.cpu()}, self.eval_prompts)
-            folder = Path(self.args.output_dir) / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            grid.save(folder / f"step-{self.state.global_step:06d}.png")
-            log_image(self.callback_handler, "samples", grid, self.state.global_step)
-        return {}
+        numbers = evaluate_student(self, self._show_samples)
+        return {f"eval_{name}": value for name, value in numbers.items()}
+
+    def _show_samples(self, chains: Rollout) -> None:
+        """Save a grid of finished samples, and send it to the trackers."""
+        images = {f"step {self.state.global_step}": self._decode(chains.sample).cpu()}
+        grid = image_grid(images, chains.batch.prompts)
+        folder = Path(self.args.output_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid.save(folder / f"step-{self.state.global_step:06d}.png")
+        log_image(self.callback_handler, "samples", grid, self.state.global_step)
 
     @property
     def teacher_guidance_scale(self) -> float:

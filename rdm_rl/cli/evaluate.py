@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from rdm_rl.cli.main import base_model
 from rdm_rl.cli.train import make_rewards
 from rdm_rl.evaluation.comparison import compare
-from rdm_rl.evaluation.features import Features, load_features
+from rdm_rl.evaluation.features import find_features
 from rdm_rl.evaluation.images import ImageFolder, Model, open_folder
 from rdm_rl.evaluation.pictures import History
 from rdm_rl.evaluation.report import format_results, write_report
@@ -66,7 +65,7 @@ def evaluate_command(options: argparse.Namespace, command: str) -> None:
             batch_size=options.batch_size,
         ),
         reference=options.reference or ("teacher" if teacher != "none" else None),
-        features=[_features(source, options) for source in options.features],
+        features=[find_features(source, options.device) for source in options.features],
         rewards=rewards,
         real_images=options.real_images,
         seeds=options.seeds,
@@ -140,15 +139,6 @@ def _load_teacher(base: str, student: Path | None, options: argparse.Namespace) 
     size = {} if student is None else call_of(student)
     call |= {side: size[side] for side in ("height", "width") if side in size}
     return SavedStudent(family.pipeline, call)
-
-
-def _features(source: str, options: argparse.Namespace) -> Features:
-    """Features of a model, or an object of one's own by ``module:attribute``."""
-    module, colon, attribute = source.partition(":")
-    if colon:
-        made: Features = getattr(import_module(module), attribute)
-        return made
-    return load_features(source, device=options.device)
 
 
 def _log(student: Path) -> History:

@@ -124,8 +124,8 @@ class SettingsParser(TrlParser):
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Take a file's settings for defaults, over those of the method and of the script; nothing is left over.
 
-        A ``dataset`` that lies beside the file is found from any folder. Where flags choose the rewards, the file's
-        ``reward_options`` of others are left out.
+        A ``dataset`` or ``eval_dataset`` that lies beside the file is found from any folder. Where flags choose the
+        rewards, the file's ``reward_options`` of others are left out.
 
         Raises:
             ValueError: If a setting or the method is unknown.
@@ -134,9 +134,10 @@ class SettingsParser(TrlParser):
         method = self._method or settings.get("method")
         if method is not None:
             settings = {**method_settings(method), **settings, "method": method}
-        if self._file is not None and "dataset" in config:
-            beside = Path(self._file).parent / config["dataset"]
-            settings["dataset"] = str(beside) if beside.exists() else config["dataset"]
+        for name in ("dataset", "eval_dataset"):
+            if self._file is not None and config.get(name) is not None:
+                beside = Path(self._file).parent / config[name]
+                settings[name] = str(beside) if beside.exists() else config[name]
         if isinstance(settings.get("reward_options"), dict):
             settings["reward_options"] = self._options_in_use(settings["reward_options"])
         strange = super().set_defaults_with_config(**settings)

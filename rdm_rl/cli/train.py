@@ -48,6 +48,10 @@ class SourceSettings:
     )
     dataset_split: str = setting("train", "Split of a data set that has several.")
     prompt_column: str = setting("prompt", "Name of the text column.")
+    eval_dataset: Folder | None = setting(
+        None, "Prompts for evaluations, named as `dataset` is. Default: the first of the training's."
+    )
+    eval_dataset_split: str | None = setting(None, "Its split. Default: `dataset_split`.")
     dataset_encoding: str | None = setting(
         None, "Encoding of a file of prompts: `cp1252`, `latin-1`, ... Default: UTF-8, or what a byte order mark says."
     )
@@ -113,17 +117,36 @@ def load_prompts(arguments: TrainArguments) -> Any:
         OSError: If the hub does not give a data set.
         ValueError: If the prompts cannot be read.
     """
-    if arguments.dataset in EMBEDDED:
-        return embedded_prompts(arguments.dataset)
+    return _prompts("dataset", arguments.dataset, arguments.dataset_split, arguments)
+
+
+def load_eval_prompts(arguments: TrainArguments) -> Any:
+    """The prompts of evaluations, as :func:`load_prompts` gives those of training; None if the arguments name none.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        OSError: If the hub does not give a data set.
+        ValueError: If the prompts cannot be read.
+    """
+    if arguments.eval_dataset is None:
+        return None
+    split = arguments.eval_dataset_split or arguments.dataset_split
+    return _prompts("eval_dataset", arguments.eval_dataset, split, arguments)
+
+
+def _prompts(setting: str, source: str, split: str, arguments: TrainArguments) -> Any:
+    """The prompts that one setting names."""
+    if source in EMBEDDED:
+        return embedded_prompts(source)
     try:
         return read_prompts(
-            arguments.dataset,
+            source,
             prompt_column=arguments.prompt_column,
-            dataset_split=arguments.dataset_split,
+            dataset_split=split,
             dataset_encoding=arguments.dataset_encoding,
         )
     except ConnectionError:  # Of the hub: what is here is read without one.
-        with one_line_errors("dataset", arguments.dataset):
+        with one_line_errors(setting, source):
             raise
 
 
@@ -188,6 +211,7 @@ def train_command(words: Sequence[str]) -> None:
         make_rewards(arguments.reward_funcs, arguments.reward_options),
         args,
         load_prompts(arguments),
+        load_eval_prompts(arguments),
         teacher=arguments.teacher,
         teacher_adapter=arguments.teacher_adapter,
         policy_init=arguments.policy_init,

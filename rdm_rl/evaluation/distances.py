@@ -103,6 +103,20 @@ def _check_sets(features: Tensor, reference: Tensor) -> None:
         raise ValueError("A distance between distributions needs at least two samples in each set.")
 
 
+def pixel_distance(images: Tensor, reference: Tensor) -> Tensor:
+    """How far each image is from its partner in pixels: the root of the mean squared difference, shape (N,).
+
+    Args:
+        images: Images, shape (N, 3, H, W).
+        reference: Their partners, shape (N, 3, H, W).
+
+    Example:
+        >>> pixel_distance(torch.zeros(2, 3, 4, 4), torch.tensor([0.0, 0.5]).view(2, 1, 1, 1).expand(2, 3, 4, 4))
+        tensor([0.0000, 0.5000])
+    """
+    return (images - reference).square().flatten(1).mean(1).sqrt()
+
+
 def paired_distance(features: Tensor, reference: Tensor) -> Tensor:
     """How far each image is from its partner: one minus the cosine of their features, shape (N,), from 0 to 2.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,27 @@ def load_features(
         return pooled.flatten(1)
 
     return Features(public_name(str(source)).rpartition("/")[-1], features)
+
+
+def find_features(source: str, device: str | torch.device = "cpu") -> Features:
+    """The features that a word of a setting or of a command line names.
+
+    Args:
+        source: What :func:`load_features` takes, or ``module:attribute`` for a :class:`Features` object.
+        device: Where a network that is loaded runs.
+
+    Raises:
+        ImportError: If there is no such module.
+        AttributeError: If there is no such object in it.
+        OSError: If a network cannot be had.
+        ValueError: If it reads no images.
+
+    Example:
+        >>> find_features("rdm_rl.demo.recognisers:FEATURES").name
+        'digits B'
+    """
+    module, colon, attribute = source.partition(":")
+    if not colon:
+        return load_features(source, device=device)
+    features: Features = getattr(import_module(module), attribute)
+    return features

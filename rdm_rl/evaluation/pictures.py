@@ -5,7 +5,7 @@ and needs no display. Images are of shape (N, 3, H, W), in [0, 1]; ``histories``
 with the key ``step`` and the metrics logged at that step), or several by the name of the run, drawn over each other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -250,6 +250,21 @@ PANELS = (
         from_zero=False,
     ),
     Panel(
+        title="Evaluations: distance to the teacher",
+        metrics={"eval_*/paired": "{}"},
+        reading="How far the student's image is from the teacher's of the same prompt and noise, on the evaluation "
+        "prompts. It falls at first and levels off above zero; a steady rise: the student leaves the teacher.",
+        smooth=False,
+    ),
+    Panel(
+        title="Evaluations: rewards",
+        metrics={"eval_rewards/*/mean": "{}"},
+        reading="The mean of each reward on the evaluation prompts, with the same noises every time. One that stays "
+        "level while it rises in training has been learnt for the training's prompts or noise alone.",
+        smooth=False,
+        from_zero=False,
+    ),
+    Panel(
         title="Agreement of rewards with distribution matching",
         metrics={"rewards/*/cosine_to_rdm": "{}"},
         reading="The cosine between the direction of each reward and that of distribution matching. Near 0 they do not "
@@ -340,10 +355,17 @@ def present_panels(histories: Mapping[str, History] | History) -> list[Panel]:
         for pattern, label in panel.metrics.items():
             # A metric with a panel of its own does not appear under a pattern as well.
             matches = [key for key in metrics if key == pattern or (key not in claimed and fnmatchcase(key, pattern))]
-            present |= {key: label.format(key.removeprefix("rewards/").removesuffix("/mean")) for key in matches}
+            present |= {key: label.format(_short(key)) for key in matches}
         if present:
             panels.append(replace(panel, metrics=present))
     return panels
+
+
+def _short(metric: str) -> str:
+    """A metric's name without what a panel's title says."""
+    for prefix, suffix in (("eval_", "/paired"), ("rewards/", "/mean")):
+        metric = metric.removeprefix(prefix).removesuffix(suffix)
+    return metric
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, History], theme: Theme) -> None:
@@ -378,11 +400,18 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, History], theme: Th
     _plain_axes(axes, theme)
     lines = len(axes.get_legend_handles_labels()[1])
     # Two lines leave room for a legend among them, more do not.
-    place = {"loc": "best"} if lines < 3 else {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": _legend_columns(runs)}
+    place = {"loc": "best"} if lines < 3 else below
     if lines:
         axes.legend(
-            fontsize=7.5, labelcolor=theme.ink, facecolor=theme.background, edgecolor="none", framealpha=0.75, **place
+            **{"fontsize": 7.5, "labelcolor": theme.ink, "handlelength": 2.8, "edgecolor": "none"},
+            **{"facecolor": theme.background, "framealpha": 0.75, **place},
         )
+
+
+def _legend_columns(runs: Iterable[str]) -> int:
+    """How many names of runs have room side by side."""
+    return 2 if max(map(len, runs)) < 16 else 1
 
 
 def _plain_axes(axes: Axes, theme: Theme) -> None:
@@ -430,11 +459,13 @@ def curves_figure(
     if not panels:
         raise ValueError("There is nothing to draw: the log holds no metric that a panel knows.")
     columns = min(columns, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.1 * columns, 2.7 * lines), layout="constrained", facecolor=theme.background)
+    lines, runs = -(-len(panels) // columns), as_runs(histories)
+    entries = len(runs) * max((len(panel.metrics) for panel in panels), default=0)
+    legend = 0.16 * (entries // _legend_columns(runs)) if entries > 2 else 0.0
+    figure = Figure(figsize=(4.1 * columns, (2.7 + legend) * lines), layout="constrained", facecolor=theme.background)
     FigureCanvasAgg(figure)
     for index, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, as_runs(histories), theme)
+        _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, runs, theme)
     return figure
 
 
@@ -465,8 +496,8 @@ class Point:
     """One model in a plot of two numbers.
 
     Args:
-        name: What stands beside it.
-        x: Horizontal place.
+        name: What the legend calls it.
+        x: Horizontal place, a distance: at least 0.
         y: Vertical place.
         x_error: Half the interval of ``x``; NaN for none.
         y_error: Half the interval of ``y``; NaN for none.
@@ -490,26 +521,20 @@ def points_figure(points: Sequence[Point], *, x_label: str, y_label: str, theme:
         y_label: What is up.
         theme: The colours.
     """
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained", facecolor=theme.background)
+    figure = Figure(figsize=(4.1, 2.9 + 0.2 * len(points)), layout="constrained", facecolor=theme.background)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, point in enumerate(points):
         color = theme.lines[number % len(theme.lines)]
         errors = [None if not isfinite(error) else [error] for error in (point.x_error, point.y_error)]
+        # Intervals lie under all dots, and are pale: those of similar models cover each other.
+        axes.errorbar([point.x], [point.y], xerr=errors[0], yerr=errors[1], fmt="none", ecolor=color, alpha=0.45)
         face = theme.background if point.hollow else color
-        axes.errorbar(
-            [point.x], [point.y], xerr=errors[0], yerr=errors[1], fmt="o", color=color, markerfacecolor=face, capsize=3
-        )
-        axes.annotate(
-            point.name,
-            (point.x, point.y),
-            (7, 7),
-            textcoords="offset points",
-            fontsize=9,
-            color=theme.ink,
-            clip_on=False,
-        )
-    axes.margins(0.2)
+        axes.plot([point.x], [point.y], "o", color=color, markerfacecolor=face, zorder=3, label=point.name)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -0.04 * high), high)  # An interval may end below 0, and no distance does.
+    # Beside the dots, names would cover each other.
+    figure.legend(loc="outside lower left", fontsize=8.5, labelcolor=theme.ink, frameon=False, handletextpad=0.2)
     axes.set_xlabel(x_label, fontsize=9, color=theme.ink)
     axes.set_ylabel(y_label, fontsize=9, color=theme.ink)
     _plain_axes(axes, theme)

@@ -278,7 +278,9 @@ def _figures(row: Result, teacher: Result) -> list[tuple[str, str]]:
         figures.append((f"{row.values[name].value:.3g}", f"{text}{teacher.values[name].value:.3g})"))
     for name, difference in row.differences.items():
         if name.removeprefix("reward/") not in row.trained_on and difference.excludes_zero:
-            text = f"{name.removeprefix('reward/')} above {teacher.name}, ± {difference.half_width:.2g}"
+            text = (
+                f"{name.removeprefix('reward/')} above {teacher.name}, ±\N{NO-BREAK SPACE}{difference.half_width:.2g}"
+            )
             figures.append((f"{difference.value:+.3g}", text))
     return figures[:4]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rdm_rl.evaluation.distances import diversity, paired_distance, set_distances
+from rdm_rl.evaluation.distances import diversity, paired_distance, pixel_distance, set_distances
 from rdm_rl.evaluation.features import Features
 from rdm_rl.evaluation.images import ImageFolder, ImageSet, Model, Request, draw, open_folder, requests
 from rdm_rl.evaluation.intervals import Estimate, by_halves, mean_by_prompt, paired_difference
@@ -196,8 +196,7 @@ def _look(
             if images.answers:
                 others = None if partner is None else _stacked([partner.read(number) for number in numbers])
                 if others is not None and others.shape == batch.shape:
-                    squares = (batch - others.to(batch)).square().flatten(1).mean(1)
-                    values.setdefault("pixels/paired", []).append(squares.sqrt().cpu())
+                    values.setdefault("pixels/paired", []).append(pixel_distance(batch, others.to(batch)).cpu())
                 rows = _rows(asked, columns, numbers, per_prompt)
                 for name, judge in judges.items():
                     if judge.wants_teacher_images and others is None:

@@ -36,10 +36,10 @@ NEEDS: dict[str, set[str]] = {
     "reward gradient": {"reward models"},
     "policy update": set(),
     "optimiser step": set(),
-    "sample grid": set(),
+    "evaluation": {"frozen networks", "reward models"},
 }
 TRAINS = {"fake-score update": "fake score", "policy update": "policy"}
-DECODES = {"reward images", "reward gradient", "sample grid"}
+DECODES = {"reward images", "reward gradient"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def phases(parts: Mapping[str, int], passes: Mapping[str, tuple[int, int]], setu
     gradients = {phase: sizes.get(part, 0) for phase, part in TRAINS.items() if phase in passes}
     working = {"optimiser step": max(gradients.values(), default=0) * (1 if setup.fused else 2)}
     for name, measured in passes.items():
-        share = setup.decoded if name in DECODES else setup.batch
+        share = setup.decoded if name in DECODES else 1.0 if name == "evaluation" else setup.batch
         working[name] = int(measured[setup.checkpointing] * share) + gradients.get(name, 0)
     if "text_encoders" in setup.offload:
         working["encode prompts"] = 0  # What encoders need beside their weights is not counted.

@@ -328,7 +328,7 @@ def _measure(
     scale = args.teacher_guidance_scale
     scale = networks.teacher_family.teacher_guidance_scale if scale is None else scale
 
-    def samples(role: Role, guidance: float) -> int:
+    def samples(role: Role, guidance: float, count: int = count) -> int:
         family = networks.family_of(role)
         twice = guidance > 1 and family.has_guidance and not family.embeds_guidance(networks.module(role))
         return 2 * count if twice else count
@@ -340,7 +340,8 @@ def _measure(
         getattr(reward, "differentiable", False) and weights[name] for name, reward in plain.items()
     )
     policy, teacher = samples("policy", args.guidance_scale), samples("teacher", scale)
-    decoded, shown = (min(size, args.decode_batch_size) for size in (count, args.per_device_eval_batch_size))
+    evaluated: int = args.per_device_eval_batch_size
+    decoded, shown = (min(size, args.decode_batch_size) for size in (count, evaluated))
     fixed = {
         "rollout": passes.forward("policy", policy),
         "teacher and fake score": max(passes.forward("teacher", teacher), passes.forward("fake_score", count)),
@@ -348,7 +349,11 @@ def _measure(
     if sees_images:
         fixed["reward images"] = passes.decode(decoded, gradient=False)
     if args.eval_strategy != "no" or args.eval_on_start:
-        fixed["sample grid"] = passes.decode(shown, gradient=False)
+        fixed["evaluation"] = max(
+            passes.decode(shown, gradient=False),
+            passes.forward("policy", samples("policy", args.guidance_scale, evaluated)),
+            passes.forward("teacher", samples("teacher", scale, evaluated)),
+        )
 
     def updates() -> tuple[int, dict[str, int]]:
         activations, working = passes.update("policy", policy)
