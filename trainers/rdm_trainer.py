@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerCallback
 from rdm_rl.families.resolution import read_resolutions
 from rdm_rl.networks.roles import Role
 from rdm_rl.policy import kl_divergence, make_sampler
-from rdm_rl.randomness import normal, seeded_generator, seeded_generators
+from rdm_rl.randomness import drawn_index, normal, seeded_generator, seeded_generators
 from rdm_rl.ratio import check_unmoved, ratio_metrics
 from rdm_rl.rdm import distribution_matching, fake_score_loss, normalize_rewards, policy_loss
 from rdm_rl.records import Conditioning, Direction, Experience, Judgement, LossOutput, PromptBatch, Rollout
@@ -298,10 +298,14 @@ class RDMTrainer(StudentRun):
 
     def _update_fake_score_on(self, rollouts: Sequence[Rollout], number: int) -> dict[str, float]:
         """The fake score's updates on new samples, a rollout for each micro-batch."""
-        count = self.args.fake_score_updates_per_policy_update
-        metrics = self._fake_score_health(rollouts[0]) if count and self.is_logging_step() else {}
+        count, metrics = self.args.fake_score_updates_per_policy_update, dict[str, float]()
+        if count and self._last_rollout is not None and self.is_logging_step():
+            metrics["fake_score/lag"] = self._fake_score_lag(self._last_rollout)
         for index in range(count):
-            metrics |= self._update_fake_score(rollouts, "fake_score", number * count + index)
+            seen = self._update_fake_score(rollouts, "fake_score", number * count + index)
+            if index == 0 and "fake_score/loss" in seen:  # Before it has learnt them.
+                metrics["fake_score/fresh_loss"] = seen["fake_score/loss"]
+            metrics |= seen
         self._last_rollout = rollouts[0]
         return metrics
 
@@ -657,23 +661,28 @@ class RDMTrainer(StudentRun):
         return metrics
 
     @torch.no_grad()
-    def _fake_score_health(self, fresh: Rollout) -> dict[str, float]:
-        """The fake score's loss on fresh samples, and its lag behind the policy.
+    def _fake_score_lag(self, rollout: Rollout) -> float:
+        """How much worse the fake score knows the policy as it is than as it was in the last rollout.
 
-        For the lag, the current policy repeats the rollout that the fake score last saw, from the same prompts and
-        noise, and both are judged at the same times and noise: only the policy's updates since differ. Two rollouts
-        of other prompts would differ by chance far more than by that.
+        One step of that rollout, the one that the fake score last saw, is made again from the recorded states, and both
+        predictions are judged at the same times and noise: only the policy's updates since differ. Two rollouts of
+        other prompts would differ by chance far more than by that, and a whole rollout made again costs K passes.
         """
         update = self.state.global_step
-        metrics = {"fake_score/fresh_loss": self._fake_score_loss(fresh, "health", update).loss.item()}
-        if self._last_rollout is not None:
-            again, seen = self.generate_rollout(self._last_rollout.batch), self._last_rollout
-            now, before = (self._fake_score_loss(rollout, "health", update).loss.item() for rollout in (again, seen))
-            metrics["fake_score/lag"] = now - before
-        return metrics
+        step = drawn_index(len(rollout.times), self.args.seed, "health/step", update)
+        seen = replace(
+            rollout,
+            times=rollout.times[step : step + 1],
+            states=rollout.states[step : step + 1],
+            x_0=rollout.x_0[step : step + 1],
+            transitions=(),
+        )
+        again = replace(seen, x_0=self.replay_step(rollout, step).unsqueeze(0))
+        now, before = (self._fake_score_loss(made, "health", update).loss.item() for made in (again, seen))
+        return now - before
 
     def is_logging_step(self) -> bool:
-        """Whether an update on the coming rollout will be logged: health numbers cost a rollout and three passes."""
+        """Whether an update on the coming rollout will be logged: the fake score's lag costs three passes."""
         args, first = self.args, self.state.global_step + 1
         return args.logging_strategy == "steps" and any(
             step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
