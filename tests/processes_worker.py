@@ -82,6 +82,23 @@ def sharded_case(name: str, base: str, other: str, folder: Path, **settings: Any
     return gndmr(base, folder, given=given, **{**QUICK, **SHARDED[name], **settings})
 
 
+def ids_of(trainer: RDMTrainer) -> dict[str, Any]:
+    """Which samples and groups a process has in the first update."""
+    batches = list(trainer.prompt_batches(0))
+    return {
+        "sample_ids": [id for batch in batches for id in batch.sample_ids],
+        "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
+    }
+
+
+def alone(base: Path, folder: Path) -> dict[str, Any]:
+    """What one process ends with that accumulates the gradients of two batches."""
+    trainer = gndmr(str(base), folder / "run", gradient_accumulation_steps=2)
+    ids = ids_of(trainer)
+    trainer.train()
+    return {**state_of(trainer), **ids}
+
+
 def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     with warnings.catch_warnings(record=True) as seen:
@@ -92,13 +109,15 @@ def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
     parameters[0].data.add_(rank)  # As if the processes had drawn other weights.
     trainer.share_parameters(parameters)
     assert torch.equal(parameters[0], first)
-    batches = list(trainer.prompt_batches(0))
+    ids = ids_of(trainer)
     trainer.train()
     trainer.save_model()
+    resumed = gndmr(base, folder / "resumed", save_strategy="no")
+    resumed.train(folder.parent / "alone" / "run" / "checkpoint-1")
     return {
         **state_of(trainer),
-        "sample_ids": [id for batch in batches for id in batch.sample_ids],
-        "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
+        **ids,
+        "resumed": state_of(resumed),
         "world": trainer.accelerator.num_processes,
         "timeout": torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
         "warnings": [str(one.message) for one in seen],
@@ -211,7 +230,10 @@ JOBS = {"processes": processes, "faults": faults, "signalled": signalled, "shard
 
 
 def two_processes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    """The folder that both jobs fill in two processes with gloo, which then fail: most of a launch is its start."""
+    """The folder that one process, and then all jobs in two with gloo, fill; the two then fail.
+
+    Most of a launch is its start.
+    """
 
     def launch(folder: Path) -> None:
         pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
@@ -220,6 +242,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
             for parameter in pipeline.unet.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         pipeline.save_pretrained(folder / "other")
+        torch.save(alone(base, folder / "alone"), folder / "alone" / "0.pt")
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
         done = subprocess.run(
             [*words, __file__, str(base), str(folder / "other"), str(folder)],

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from torch import Tensor
 
@@ -40,23 +41,15 @@ def two(launched: Path) -> tuple[list[dict[str, Any]], Path]:
 
 
 @pytest.fixture(scope="module")
-def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def one(launched: Path) -> dict[str, Any]:
     """What one process ends with that accumulates the gradients of two batches."""
-    folder = tmp_path_factory.mktemp("one")
-    trainer = gndmr(str(base), folder / "run", gradient_accumulation_steps=2)
-    batches = list(trainer.prompt_batches(0))
-    trainer.train()
-    ids = {
-        "sample_ids": [id for batch in batches for id in batch.sample_ids],
-        "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
-    }
-    return {**state_of(trainer), **ids}, folder
+    return torch.load(launched / "alone" / "0.pt", weights_only=False)
 
 
 @pytest.mark.invariant
 def test_one_process_and_two_train_the_same_weights(one: Any, two: Any) -> None:
     """Sums in another order are all that differs. Measured: 1e-7 for weights that move by 5e-4 in an update."""
-    (alone, _), (together, _) = one, two
+    alone, (together, _) = one, two
     assert [process["world"] for process in together] == [2, 2]
     for name in ("weights", "average"):
         assert largest_difference(alone[name], together[0][name]) < 1e-5
@@ -70,14 +63,14 @@ def test_processes_agree_bit_for_bit(two: Any) -> None:
 
 
 def test_groups_are_whole_and_the_batch_is_the_same(one: Any, two: Any) -> None:
-    alone, (first, second) = one[0], two[0]
+    alone, (first, second) = one, two[0]
     assert not set(first["group_ids"]) & set(second["group_ids"])
     for name in ("sample_ids", "group_ids"):
         assert first[name] + second[name] == alone[name]
 
 
 def test_rewards_and_statistics_are_of_all_processes(one: Any, two: Any) -> None:
-    alone, together = one[0]["log"], two[0][0]["log"]
+    alone, together = one["log"], two[0][0]["log"]
     assert len(alone) == len(together) == 3  # The fake score's warm-up, and two updates.
     for expected, got in zip(alone, together, strict=True):
         assert expected.keys() == got.keys()
@@ -100,17 +93,36 @@ def test_one_process_saves(two: Any) -> None:
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(base: Path, two: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ],
+    ids=["batches as before", "all at once", "smaller batches"],
+)
+def test_a_run_goes_on_in_one_process(cut: dict[str, int], base: Path, two: Any, tmp_path: Path) -> None:
     together, folder = two
-    trainer = gndmr(str(base), tmp_path, gradient_accumulation_steps=2)
+    trainer = gndmr(str(base), tmp_path, **cut, save_strategy="no")
     trainer.train(folder / "run" / "checkpoint-1")
     got = state_of(trainer)
-    assert largest_difference(got["weights"], together[0]["weights"]) < 1e-5
+    for name in ("weights", "average"):
+        assert largest_difference(got[name], together[0][name]) < 1e-5
     assert len(got["log"]) == 3
 
 
+def test_a_run_goes_on_in_two_processes(one: Any, two: Any) -> None:
+    first, second = (process["resumed"] for process in two[0])
+    assert same(first, second)
+    for name in ("weights", "average"):
+        assert largest_difference(first[name], one[name]) < 1e-5
+
+
 def test_but_not_with_another_number_of_samples(base: Path, two: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 .now 1.*set gradient_accumulation_steps=2"):
+    with pytest.raises(
+        ValueError, match=r"samples of an update=8 .now 4., num_processes=2 .now 1.*set gradient_acc\w+=2"
+    ):
         gndmr(str(base), tmp_path).train(two[1] / "run" / "checkpoint-1")
 
 
