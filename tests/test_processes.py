@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +17,9 @@ from torch import Tensor
 
 from rdm_rl import RDMConfig
 from rdm_rl.trainers.checkpointing import checkpoint_damage, checkpoints
-from rdm_rl.trainers.processes import check_processes, processes_asked_for
+from rdm_rl.trainers.processes import check_processes, processes_asked_for, shared_failures
 from tests.helpers import same
-from tests.processes_worker import ROOT, gndmr, results, state_of, two_processes
+from tests.processes_worker import ROOT, gndmr, launch, results, state_of, two_processes
 
 # Of the samples of one update, these are the numbers of the first micro-batch of one process alone.
 OF_THE_FIRST_BATCH = {"fake_score/fresh_loss", "fake_score/lag"}
@@ -152,6 +154,34 @@ def test_a_failure_on_one_process_ends_the_others(launched: Path) -> None:
     assert "RuntimeError: Process 1 of 2 failed: RewardError: The reward 'fragile' failed" in errors, "of the other one"
     seconds = (launched / "ended").stat().st_mtime - (launched / "failing").stat().st_mtime
     assert seconds < 200  # Waiting for a process that is gone takes 30 minutes.
+
+
+@pytest.mark.parametrize(
+    ("speak", "message"),
+    [({0, 2}, "Process 1, 3 of 4 ended or hung"), ({0, 1, 2, 3}, "Another process ended or hung")],
+    ids=["two are silent", "all wait"],
+)
+def test_those_that_waited_say_who_is_missing(speak: set[int], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+    monkeypatch.setattr("rdm_rl.trainers.processes.SECONDS_TO_SPEAK", 0.2)
+
+    def wait(rank: int) -> str:
+        with pytest.raises(RuntimeError) as caught, shared_failures(rank, 4):
+            raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms")
+        return str(caught.value)
+
+    with ThreadPoolExecutor() as pool:
+        assert all(text.startswith(message) for text in pool.map(wait, speak))
+
+
+@pytest.mark.long
+def test_a_process_that_hangs_ends_the_run(base: Path, tmp_path: Path) -> None:
+    """With its number, ``ddp_timeout`` after it stopped, and the launcher's 30 seconds."""
+    status, errors = launch("hang", str(base), "", str(tmp_path))
+    assert status != 0
+    assert "RuntimeError: Process 1 of 2 ended or hung, and left no word" in errors
+    assert time.time() - (tmp_path / "hanging").stat().st_mtime < 10 + 30 + 30
 
 
 SCRIPT = """
