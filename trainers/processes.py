@@ -112,7 +112,9 @@ def shared_failures(rank: int, count: int) -> Iterator[None]:
             with suppress(RuntimeError):  # The process that kept the store may be gone; this error is raised anyway.
                 store.set("failure", f"Process {rank} of {count} failed: {type(error).__name__}: {error}")
             raise
-        raise RuntimeError(_failure_in(store, rank, count)) from error
+        cause = _failure_in(store, rank, count)
+        os.write(2, f"{cause}\n".encode())  # A launcher ends the rest at once, and is quicker than a traceback.
+        raise RuntimeError(cause) from error
 
 
 def _failure_in(store: distributed_c10d.Store, rank: int, count: int) -> str:

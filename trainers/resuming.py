@@ -100,9 +100,9 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
         if before != after and (switched or name not in _FOLDERS):
             changed.append(Change(name, before, after, "state" if switched and name in _SWITCHES else kind_of(name)))
     # Random numbers and the place in the data belong to the samples, which are the same however they are cut.
-    samples = [prod(made_with[name] for name in KINDS["cut"]) for made_with in (saved, now)]
-    if samples[0] != samples[1]:
-        changed.append(Change("samples of an update", *samples, "state"))
+    before, after = (prod(made_with[name] for name in KINDS["cut"]) for made_with in (saved, now))
+    if before != after:
+        changed.append(Change("samples of an update", before, after, "state"))
     return changed
 
 
