@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from rdm_rl.demo.run import LORA_RANK, training_prompts
+from rdm_rl.digits.students import LORA_RANK, training_prompts
 from rdm_rl.families.sd import StableDiffusionFamily
 
 

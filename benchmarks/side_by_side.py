@@ -30,8 +30,8 @@ from contenders import ConsistencyScript, Contender, Modelopt, Textbook
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from step_cost import in_turns, make_trainer, middle, ratios
 
-from rdm_rl.demo.data import TEACHER_FOLDER
-from rdm_rl.demo.run import LORA_RANK
+from rdm_rl.digits.data import TEACHER_FOLDER
+from rdm_rl.digits.students import LORA_RANK
 from rdm_rl.networks.roles import Role
 
 GIB = 2**30

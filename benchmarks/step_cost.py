@@ -23,8 +23,8 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from rdm_rl import RDMConfig, RDMTrainer
-from rdm_rl.demo.data import TEACHER_FOLDER
-from rdm_rl.demo.run import LORA_RANK, training_prompts
+from rdm_rl.digits.data import TEACHER_FOLDER
+from rdm_rl.digits.students import LORA_RANK, training_prompts
 from rdm_rl.networks.roles import Role
 from rdm_rl.records import Conditioning
 

@@ -1,4 +1,4 @@
-"""What several processes do in the tests: ``torchrun processes_worker.py JOB BASE OTHER FOLDER``.
+"""What several processes do in the tests: ``torchrun processes_worker.py all|hang BASE OTHER FOLDER``.
 
 Each process leaves what it has in ``FOLDER/<rank>.pt``. The tests import this file, too, and make the same runs in one
 process, or compare.
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,23 @@ def sharded_case(name: str, base: str, other: str, folder: Path, **settings: Any
     return gndmr(base, folder, given=given, **{**QUICK, **SHARDED[name], **settings})
 
 
+def ids_of(trainer: RDMTrainer) -> dict[str, Any]:
+    """Which samples and groups a process has in the first update."""
+    batches = list(trainer.prompt_batches(0))
+    return {
+        "sample_ids": [id for batch in batches for id in batch.sample_ids],
+        "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
+    }
+
+
+def alone(base: Path, folder: Path) -> dict[str, Any]:
+    """What one process ends with that accumulates the gradients of two batches."""
+    trainer = gndmr(str(base), folder / "run", gradient_accumulation_steps=2)
+    ids = ids_of(trainer)
+    trainer.train()
+    return {**state_of(trainer), **ids, "evaluation": trainer.evaluate()}
+
+
 def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     with warnings.catch_warnings(record=True) as seen:
@@ -105,14 +123,16 @@ def processes(base: str, other: str, folder: Path) -> dict[str, Any]:
     parameters[0].data.add_(rank)  # As if the processes had drawn other weights.
     trainer.share_parameters(parameters)
     assert torch.equal(parameters[0], first)
-    batches = list(trainer.prompt_batches(0))
+    ids = ids_of(trainer)
     trainer.train()
     trainer.save_model()
+    resumed = gndmr(base, folder / "resumed", save_strategy="no")
+    resumed.train(folder.parent / "alone" / "run" / "checkpoint-1")
     return {
         **state_of(trainer),
+        **ids,
+        "resumed": state_of(resumed),
         "evaluation": trainer.evaluate(),
-        "sample_ids": [id for batch in batches for id in batch.sample_ids],
-        "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
         "world": trainer.accelerator.num_processes,
         "timeout": torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
         "warnings": [str(one.message) for one in seen],
@@ -131,6 +151,20 @@ def fail(base: str, folder: Path) -> None:
         return [0.5 + 0.1 * index for index in range(len(prompts))]
 
     gndmr(base, folder / "failed", given={"reward_funcs": ["rdm", fragile]}, save_strategy="no").train()
+
+
+def hang(base: str, folder: Path) -> None:
+    """A run of which one process does not come back from its second reward."""
+    calls = []
+
+    def slow(images: Any, prompts: list[str]) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            (folder / "hanging").touch()
+            time.sleep(600)
+        return [0.5 + 0.1 * index for index in range(len(prompts))]
+
+    gndmr(base, folder / "run", given={"reward_funcs": ["rdm", slow]}, save_strategy="no", ddp_timeout=10).train()
 
 
 def sharding(base: str, other: str, folder: Path) -> dict[str, Any]:
@@ -225,30 +259,39 @@ def signalled(base: str, other: str, folder: Path) -> dict[str, Any]:
 JOBS = {"processes": processes, "faults": faults, "signalled": signalled, "sharding": sharding}
 
 
-def two_processes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    """The folder that both jobs fill in two processes with gloo, which then fail: most of a launch is its start."""
+def launch(*words: str) -> tuple[int, str]:
+    """Run this file's main program in two processes with gloo; their status, and what they said of errors."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    return done.returncode, done.stderr
 
-    def launch(folder: Path) -> None:
+
+def two_processes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """The folder that one process, and then all jobs in two with gloo, fill; the two then fail.
+
+    Most of a launch is its start.
+    """
+
+    def fill(folder: Path) -> None:
         pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in pipeline.unet.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         pipeline.save_pretrained(folder / "other")
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-        done = subprocess.run(
-            [*words, __file__, str(base), str(folder / "other"), str(folder)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=400,
-        )
-        assert done.returncode != 0
+        torch.save(alone(base, folder / "alone"), folder / "alone" / "0.pt")
+        status, errors = launch("all", str(base), str(folder / "other"), str(folder))
+        assert status != 0
         (folder / "ended").touch()
-        (folder / "errors.txt").write_text(done.stderr, encoding="utf-8")
+        (folder / "errors.txt").write_text(errors, encoding="utf-8")
 
-    return made_once(tmp_path_factory, "two_processes", launch)
+    return made_once(tmp_path_factory, "two_processes", fill)
 
 
 def results(folder: Path, job: str) -> list[dict[str, Any]]:
@@ -258,7 +301,9 @@ def results(folder: Path, job: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    base, other, folder = sys.argv[1:]
+    what, base, other, folder = sys.argv[1:]
+    if what == "hang":
+        sys.exit(hang(base, Path(folder)))
     for name, job in JOBS.items():
         (Path(folder) / name).mkdir(exist_ok=True)
         torch.save(job(base, other, Path(folder) / name), Path(folder) / name / f"{os.environ['RANK']}.pt")

@@ -404,16 +404,23 @@ def test_a_damaged_checkpoint_costs_its_updates_alone(
 def test_every_setting_is_of_one_kind() -> None:
     listed = [name for names in KINDS.values() for name in names]
     declared = {name for members in groups(RDMConfig).values() for name in members}
-    assert sorted(listed) == sorted({*declared, *HONOURED})
+    assert sorted(listed) == sorted({*declared, *HONOURED, "num_processes"})
     assert KINDS.keys() == RULES.keys()
     assert {kind_of(name) for name in ("hooks_of_a_subclass", "rewards", "prompts")} == {"method"}
     assert {kind_of(each.name) for each in fields(RDMConfig) if each.name not in listed} == {"free"}
 
 
 SETTINGS = {
-    **{"allow_config_change": False, "num_processes": 1, "gradient_accumulation_steps": 2, "num_generations": 2},
+    **{"num_processes": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2},
     **{"dm_normalization": "group", "reward_weights": [1.0, 0.5], "beta": 0.0, "ema_decay": 0.999, "optim": "sgd"},
-    **{"teacher_cache_dir": "a", "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2, "rewards": ["rdm", "a"]},
+    **{
+        "allow_config_change": False,
+        "teacher_cache_dir": "a",
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "save_steps": 2,
+        "rewards": ["rdm", "a"],
+    },
 }
 
 
@@ -424,9 +431,23 @@ SETTINGS = {
         ({"optim": "adamw_torch", "allow_config_change": True}, "optim='sgd'", None),
         ({"ema_decay": 0.0, "allow_config_change": True}, r"ema_decay=0\.999 .now 0\.0.", None),
         ({"beta": 0.1, "allow_config_change": True}, "beta", None),
-        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=2 .now 1.", None),
-        ({"num_processes": 2}, r"An update has 2 batch.es.*set gradient_accumulation_steps=1", None),
-        ({"num_processes": 2, "gradient_accumulation_steps": 1}, None, []),
+        ({"gradient_accumulation_steps": 1}, r"an update=8 .now 4., gradient_accumulation_steps=2 .now 1.", None),
+        ({"num_processes": 2}, r"num_processes=1 .now 2.*set gradient_accumulation_steps=1\.", None),
+        (
+            {"per_device_train_batch_size": 16, "allow_config_change": True},
+            r"an update=8 .now 32.*value\. Resume",
+            None,
+        ),
+        (
+            {"num_processes": 2, "gradient_accumulation_steps": 1},
+            None,
+            ["gradient_accumulation_steps", "num_processes"],
+        ),
+        (
+            {"num_processes": 4, "per_device_train_batch_size": 1},
+            None,
+            ["num_processes", "per_device_train_batch_size"],
+        ),
         ({"dm_normalization": "sample", "learning_rate": 1e-4}, "dm_normalization='group' .now 'sample'", None),
         ({"reward_weights": [1.0, 0.1]}, r"reward_weights=\[1\.0, 0\.5\] .now \[1\.0, 0\.1\]", None),
         ({"rewards": ["rdm"]}, r"rewards=\['rdm', 'a'\] .now \['rdm'\]", None),

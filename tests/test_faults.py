@@ -107,9 +107,12 @@ def test_an_update_of_what_is_not_finite_is_left_out(
 def test_too_many_in_succession_end_the_run(fault: str, base: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 9, "max_skipped_updates": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = faulty(base, tmp_path, fault, lasting=9, **settings, save_total_limit=1)
-    with pytest.raises(FloatingPointError, match=r"at update 3: .*makes 2 in succession.*Resume from .*learning_rate"):
+    message = r"at update 3: .*makes 2 in succession.*Resume from .*learning_rate"
+    with pytest.raises(FloatingPointError, match=message):
         trainer.train()
     assert not checkpoint_damage(tmp_path / "checkpoint-2")
+    with pytest.raises(FloatingPointError, match=message):  # A run that is resumed has not forgotten the first.
+        faulty(base, tmp_path, fault, lasting=9, **settings).train(True)
 
 
 @pytest.mark.parametrize("fault", ["one sample", "policy"])

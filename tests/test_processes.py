@@ -3,20 +3,23 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from torch import Tensor
 
 from rdm_rl import RDMConfig
 from rdm_rl.trainers.checkpointing import checkpoint_damage, checkpoints
-from rdm_rl.trainers.processes import check_processes, processes_asked_for
+from rdm_rl.trainers.processes import check_processes, processes_asked_for, shared_failures
 from tests.helpers import same
-from tests.processes_worker import ROOT, gndmr, results, state_of, two_processes
+from tests.processes_worker import ROOT, gndmr, launch, results, state_of, two_processes
 
 # Of the samples of one update, this is the number of the first micro-batch of one process alone.
 OF_THE_FIRST_BATCH = {"fake_score/lag"}
@@ -40,23 +43,15 @@ def two(launched: Path) -> tuple[list[dict[str, Any]], Path]:
 
 
 @pytest.fixture(scope="module")
-def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def one(launched: Path) -> dict[str, Any]:
     """What one process ends with that accumulates the gradients of two batches."""
-    folder = tmp_path_factory.mktemp("one")
-    trainer = gndmr(str(base), folder / "run", gradient_accumulation_steps=2)
-    batches = list(trainer.prompt_batches(0))
-    trainer.train()
-    ids = {
-        "sample_ids": [id for batch in batches for id in batch.sample_ids],
-        "group_ids": [id for batch in batches for id in batch.group_ids.tolist()],
-    }
-    return {**state_of(trainer), **ids, "evaluation": trainer.evaluate()}, folder
+    return torch.load(launched / "alone" / "0.pt", weights_only=False)
 
 
 @pytest.mark.invariant
 def test_one_process_and_two_train_the_same_weights(one: Any, two: Any) -> None:
     """Sums in another order are all that differs. Measured: 1e-7 for weights that move by 5e-4 in an update."""
-    (alone, _), (together, _) = one, two
+    alone, (together, _) = one, two
     assert [process["world"] for process in together] == [2, 2]
     for name in ("weights", "average"):
         assert largest_difference(alone[name], together[0][name]) < 1e-5
@@ -70,19 +65,19 @@ def test_processes_agree_bit_for_bit(two: Any) -> None:
 
 
 def test_processes_evaluate_together(one: Any, two: Any) -> None:
-    alone, (first, second) = one[0]["evaluation"], two[0]
+    alone, (first, second) = one["evaluation"], two[0]
     assert first["evaluation"] == second["evaluation"] == pytest.approx(alone, rel=1e-3)
 
 
 def test_groups_are_whole_and_the_batch_is_the_same(one: Any, two: Any) -> None:
-    alone, (first, second) = one[0], two[0]
+    alone, (first, second) = one, two[0]
     assert not set(first["group_ids"]) & set(second["group_ids"])
     for name in ("sample_ids", "group_ids"):
         assert first[name] + second[name] == alone[name]
 
 
 def test_rewards_and_statistics_are_of_all_processes(one: Any, two: Any) -> None:
-    alone, together = one[0]["log"], two[0][0]["log"]
+    alone, together = one["log"], two[0][0]["log"]
     assert len(alone) == len(together) == 3  # The fake score's warm-up, and two updates.
     for expected, got in zip(alone, together, strict=True):
         assert expected.keys() == got.keys()
@@ -105,17 +100,36 @@ def test_one_process_saves(two: Any) -> None:
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(base: Path, two: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ],
+    ids=["batches as before", "all at once", "smaller batches"],
+)
+def test_a_run_goes_on_in_one_process(cut: dict[str, int], base: Path, two: Any, tmp_path: Path) -> None:
     together, folder = two
-    trainer = gndmr(str(base), tmp_path, gradient_accumulation_steps=2)
+    trainer = gndmr(str(base), tmp_path, **cut, save_strategy="no")
     trainer.train(folder / "run" / "checkpoint-1")
     got = state_of(trainer)
-    assert largest_difference(got["weights"], together[0]["weights"]) < 1e-5
+    for name in ("weights", "average"):
+        assert largest_difference(got[name], together[0][name]) < 1e-5
     assert len(got["log"]) == 3
 
 
+def test_a_run_goes_on_in_two_processes(one: Any, two: Any) -> None:
+    first, second = (process["resumed"] for process in two[0])
+    assert same(first, second)
+    for name in ("weights", "average"):
+        assert largest_difference(first[name], one[name]) < 1e-5
+
+
 def test_but_not_with_another_number_of_samples(base: Path, two: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 .now 1.*set gradient_accumulation_steps=2"):
+    with pytest.raises(
+        ValueError, match=r"samples of an update=8 .now 4., num_processes=2 .now 1.*set gradient_acc\w+=2"
+    ):
         gndmr(str(base), tmp_path).train(two[1] / "run" / "checkpoint-1")
 
 
@@ -142,9 +156,40 @@ def test_a_failure_on_one_process_ends_the_others(launched: Path) -> None:
     errors = (launched / "errors.txt").read_text(encoding="utf-8")
     assert "The reward 'fragile' failed" in errors
     assert "the reward's server is gone" in errors
-    assert "RuntimeError: Process 1 of 2 failed: RewardError: The reward 'fragile' failed" in errors, "of the other one"
+    assert "Process 1 of 2 failed: RewardError: The reward 'fragile' failed" in errors, "of the other one"
     seconds = (launched / "ended").stat().st_mtime - (launched / "failing").stat().st_mtime
     assert seconds < 200  # Waiting for a process that is gone takes 30 minutes.
+
+
+@pytest.mark.parametrize(
+    ("speak", "message"),
+    [({0, 2}, "Process 1, 3 of 4 ended or hung"), ({0, 1, 2, 3}, "Another process ended or hung")],
+    ids=["two are silent", "all wait"],
+)
+def test_those_that_waited_say_who_is_missing(
+    speak: set[int], message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+    monkeypatch.setattr("rdm_rl.trainers.processes.SECONDS_TO_SPEAK", 0.2)
+
+    def wait(rank: int) -> str:
+        with pytest.raises(RuntimeError) as caught, shared_failures(rank, 4):
+            raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms")
+        return str(caught.value)
+
+    with ThreadPoolExecutor() as pool:
+        assert all(text.startswith(message) for text in pool.map(wait, speak))
+    assert capfd.readouterr().err.count(message) == len(speak), "even if the launcher ends them in the next moment"
+
+
+@pytest.mark.long
+def test_a_process_that_hangs_ends_the_run(base: Path, tmp_path: Path) -> None:
+    """With its number, ``ddp_timeout`` after it stopped, and the launcher's 30 seconds."""
+    status, errors = launch("hang", str(base), "", str(tmp_path))
+    assert status != 0
+    assert "Process 1 of 2 ended or hung, and left no word" in errors
+    assert time.time() - (tmp_path / "hanging").stat().st_mtime < 10 + 30 + 30
 
 
 SCRIPT = """

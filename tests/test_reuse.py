@@ -277,6 +277,20 @@ def test_a_resumed_run_is_the_uninterrupted_run(rewards: list, settings: dict, b
     assert same(log_numbers(whole), log_numbers(again))
 
 
+def test_a_run_does_not_go_on_inside_a_rollout(base: Path, tmp_path: Path) -> None:
+    def trainer(steps: int, **settings: Any) -> RDMTrainer:
+        settings = {**REUSE, "max_steps": steps, "save_strategy": "steps", "save_steps": 1, **settings}
+        return quick_trainer(base, tmp_path, ["rdm"], **settings)
+
+    trainer(3).train()
+    trainer(3).train(True)  # It is finished.
+    with pytest.raises(ValueError, match=r"of update 3, inside a rollout of num_iterations=2.*a multiple of 2"):
+        trainer(4).train(True)
+    changed = trainer(4, allow_config_change=True)
+    changed.train(True)
+    assert changed.state.global_step == 4
+
+
 def test_the_policy_moves_in_every_update(base: Path, tmp_path: Path) -> None:
     seen: list[Mapping[str, Tensor]] = []
 

@@ -9,7 +9,7 @@ file                           content
 ``fake_score.safetensors``     weights of the fake score
 ``ema.safetensors``            averaged weights of the policy, if averaging is on
 ``reference.safetensors``      weights of the policy before the first update, with ``beta``
-``optimizers.pt``              both optimisers, schedules, loss scalers, the weighting, reward spreads
+``optimizers.pt``              both optimisers, schedules, loss scalers, the weighting, reward spreads, skips
 ``last_samples.safetensors``   the samples that the fake score last saw, for its lag
 ``trainer_state.json``         step, epoch and log history, in transformers' format
 ``rdm_config.json``            the settings, and what else the run was made with
@@ -23,7 +23,7 @@ A checkpoint is written under another name, brought to the disk and then renamed
 all, and it is used only if every file is what its manifest says.
 
 Weights and optimiser states are whole, whether the networks were sharded or not, and a run may go on with another
-number of processes if the samples of an update stay as many.
+number of processes, or other batches, if the samples of an update stay as many.
 """
 
 import json
@@ -220,7 +220,7 @@ def write_checkpoint(
             file.write_text(json.dumps(made_with, indent=2), encoding="utf-8")
         with written_whole(draft / "trainer_state.json") as file:
             trainer_state.save_to_json(str(file))
-        method = {name: value for name, value in made_with.items() if kind_of(name) in ("state", "method")}
+        method = {name: value for name, value in made_with.items() if kind_of(name) in ("state", "cut", "method")}
         names = {"step": trainer_state.global_step, "run": run, "settings": fingerprint(None, **method)}
         write_manifest(draft, draft.iterdir(), **names)
         if folder.exists():  # The two renamings follow each other at once; nothing is deleted before both are done.

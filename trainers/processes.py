@@ -1,6 +1,7 @@
 """The processes of a run: whether they are as many as were asked for, how long they wait, and why one has ended."""
 
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,9 @@ _FOREIGN = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
 
+
+# How long a process that others broke off from waits to hear from the rest, so that it can say who is missing.
+SECONDS_TO_SPEAK = 5.0
 
 # What `accelerate launch --mixed_precision` or its configuration asked for. Read once: transformers may change it.
 LAUNCHED_PRECISION = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -94,7 +98,7 @@ def shared_failures(rank: int, count: int) -> Iterator[None]:
         count: How many there are.
 
     Raises:
-        RuntimeError: If another process ended; its error, where it left one.
+        RuntimeError: If another process ended or hung; its error, where it left one, else its number.
     """
     if count < 2:
         yield
@@ -108,16 +112,25 @@ def shared_failures(rank: int, count: int) -> Iterator[None]:
             with suppress(RuntimeError):  # The process that kept the store may be gone; this error is raised anyway.
                 store.set("failure", f"Process {rank} of {count} failed: {type(error).__name__}: {error}")
             raise
-        raise RuntimeError(_failure_in(store)) from error
+        cause = _failure_in(store, rank, count)
+        os.write(2, f"{cause}\n".encode())  # A launcher ends the rest at once, and is quicker than a traceback.
+        raise RuntimeError(cause) from error
 
 
-def _failure_in(store: distributed_c10d.Store) -> str:
-    """What the process that failed first has left."""
-    with suppress(RuntimeError):
-        if store.check(["failure"]):
+def _failure_in(store: distributed_c10d.Store, rank: int, count: int) -> str:
+    """What the process that failed first has left, or which processes have not even said that they wait."""
+    silent = "Another process"
+    with suppress(RuntimeError):  # As above.
+        store.set(f"waits/{rank}", "")
+        until = time.monotonic() + SECONDS_TO_SPEAK
+        while not (failed := store.check(["failure"])) and time.monotonic() < until:
+            time.sleep(0.1)
+        if failed:
             return str(store.get("failure").decode())
+        numbers = [str(other) for other in range(count) if not store.check([f"waits/{other}"])]
+        silent = f"Process {', '.join(numbers)} of {count}" if numbers else silent
     return (
-        "Another process ended or hung, and left no word: it was killed (out of memory, say), or did not come within "
+        f"{silent} ended or hung, and left no word: it was killed (out of memory, say), or did not come within "
         "ddp_timeout. Its own output may say more. Resume from the last checkpoint."
     )
 

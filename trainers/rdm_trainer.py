@@ -20,6 +20,7 @@ from tqdm import trange
 from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl.families.resolution import read_resolutions
+from rdm_rl.manifest import read_manifest
 from rdm_rl.networks.roles import Role
 from rdm_rl.policy import kl_divergence, make_sampler
 from rdm_rl.randomness import drawn_index, normal, seeded_generator, seeded_generators
@@ -36,7 +37,7 @@ from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOp
 from rdm_rl.trainers.processes import shared_failures
 from rdm_rl.trainers.prompts import PromptSource, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
-from rdm_rl.trainers.resuming import Change, check_settings
+from rdm_rl.trainers.resuming import Change, check_place, check_settings
 from rdm_rl.trainers.reward_context import make_reward_context
 from rdm_rl.trainers.reward_settings import check_reward_settings, choose_weighting, warn_of_reward_settings
 from rdm_rl.trainers.sanity import check_run
@@ -233,7 +234,7 @@ class RDMTrainer(StudentRun):
         if self.args.sanity_check:
             check_run(self)  # Before a checkpoint is loaded: its optimisers would be written whole.
         if checkpoint is not None:
-            self._load_checkpoint(checkpoint, {change.name for change in changed if change.kind == "method"})
+            self._load_checkpoint(checkpoint, {change.name for change in changed if change.kind != "schedule"})
         self._begin_in_folder(checkpoint, changed)
         self.cache_prompts()
         if checkpoint is None:
@@ -259,7 +260,9 @@ class RDMTrainer(StudentRun):
         """The checkpoint that is meant, on all processes, and what has changed since it was written."""
         folder = self.on_first_process(lambda: find_checkpoint(self.args.output_dir, wish))
         now = {**json.loads(self.args.to_json_string()), **self.run_facts()}
-        return folder, check_settings(str(folder), read_settings(folder), now)
+        changed = check_settings(str(folder), read_settings(folder), now)
+        check_place(str(folder), read_manifest(folder)["step"], self.count_steps(), now)
+        return folder, changed
 
     def _begin_in_folder(self, checkpoint: Path | None, changed: Sequence[Change]) -> None:
         """Say what is continued, and move the checkpoints that are not out of the way."""

@@ -2,23 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 from transformers import TrainingArguments
 
-Kind = Literal["state", "method", "schedule", "free"]
+Kind = Literal["state", "cut", "method", "schedule", "free"]
 
 RULES: dict[Kind, str] = {
     "state": "The saved state fits no other value, or the place in the data is counted with it: refused.",
+    "cut": "How an update's samples are cut into batches: changed if their product, the samples of an update, stays; "
+    "otherwise refused with both products.",
     "method": "What is trained, and on what: old and new are named, and it is refused without `allow_config_change`.",
     "schedule": "Learning rates and length: changed as you like; old and new are printed.",
     "free": "Logging, saving, evaluation, memory and machine: changed as you like.",
 }
 KINDS: dict[Kind, frozenset[str]] = {
     "state": frozenset(
-        """num_inference_steps num_generations per_device_train_batch_size gradient_accumulation_steps
-        optim optim_args""".split()
+        "num_inference_steps num_generations optim optim_args".split(),
     ),
+    "cut": frozenset(("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")),
     "method": frozenset(
         """base_quantization policy_init_scale
         resolution sampler eta guidance_scale group_noise noise_pool ema_decay reward_weights reward_weighting
@@ -49,7 +52,7 @@ KINDS: dict[Kind, frozenset[str]] = {
 # Whether they are set at all decides over the state, or over how noise is drawn.
 _SWITCHES = ("ema_decay", "beta")
 _FOLDERS = ("teacher_cache_dir",)
-_NO_SETTINGS = frozenset(each.name for each in fields(TrainingArguments)) | {"num_processes"}
+_NO_SETTINGS = frozenset(each.name for each in fields(TrainingArguments))
 
 
 class Change(NamedTuple):
@@ -82,22 +85,24 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """What a run has otherwise than its checkpoint.
 
     Args:
-        saved: Settings and facts of the checkpoint by name, with ``num_processes``.
+        saved: Settings and facts of the checkpoint by name; those of the cut are all there.
         now: Those of the run; what one of the two does not know is not compared.
 
     Example:
-        >>> same = {"num_processes": 1, "gradient_accumulation_steps": 2, "learning_rate": 0.1}
-        >>> changes({**same, "num_replayed_steps": 1}, {**same, "num_replayed_steps": 2})
+        >>> cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_processes": 1}
+        >>> changes({**cut, "num_replayed_steps": 1}, {**cut, "num_replayed_steps": 2})
         [Change(name='num_replayed_steps', saved=1, now=2, kind='method')]
     """
     changed = []
     for name in sorted(saved.keys() & now.keys()):
         before, after = saved[name], now[name]
-        if name == "gradient_accumulation_steps":  # Each update takes so many batches for each process.
-            before, after = before * saved["num_processes"], after * now["num_processes"]
         switched = bool(before) != bool(after)
         if before != after and (switched or name not in _FOLDERS):
             changed.append(Change(name, before, after, "state" if switched and name in _SWITCHES else kind_of(name)))
+    # Random numbers and the place in the data belong to the samples, which are the same however they are cut.
+    before, after = (prod(made_with[name] for name in KINDS["cut"]) for made_with in (saved, now))
+    if before != after:
+        changed.append(Change("samples of an update", before, after, "state"))
     return changed
 
 
@@ -119,14 +124,11 @@ def check_settings(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) 
     fixed = [change for change in changed if change.kind == "state"]
     method = [change for change in changed if change.kind == "method"]
     if fixed:
-        hint, processes = "", now["num_processes"]
-        for change in fixed:
-            if change.name == "gradient_accumulation_steps" and change.saved % processes == 0:
-                hint = f"An update has {change.saved} batch(es), over {processes} process(es) here: set {change.name}="
-                hint += f"{change.saved // processes}. "
+        cut = [change for change in changed if change.kind == "cut"]
+        hint = _accumulation_hint(fixed, now)
         raise ValueError(
-            f"The checkpoint {name!r} was made with {_listed(fixed)}, and its state fits no other value. {hint}Resume "
-            "with the same, or start a new run."
+            f"The checkpoint {name!r} was made with {_listed([*fixed, *cut])}, and its state fits no other value. "
+            f"{hint}Resume with the same, or start a new run."
         )
     if method and not now["allow_config_change"]:
         raise ValueError(
@@ -135,6 +137,40 @@ def check_settings(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) 
             "(--allow_config_change)."
         )
     return [change for change in changed if change.kind != "free"]
+
+
+def check_place(name: str, step: int, steps: int, now: Mapping[str, Any]) -> None:
+    """Check that a checkpoint is at the end of a rollout, which is not saved.
+
+    Only the last one of a run can be inside of one: where ``max_steps`` ended it there.
+
+    Args:
+        name: The checkpoint, for messages.
+        step: Updates before it.
+        steps: Updates of the run that is to go on.
+        now: The run's settings.
+
+    Raises:
+        ValueError: If the run would go on inside a rollout.
+    """
+    reuse = now["num_iterations"]
+    if step % reuse and step < steps and not now["allow_config_change"]:
+        raise ValueError(
+            f"The checkpoint {name!r} is of update {step}, inside a rollout of num_iterations={reuse} updates, where "
+            f"its run ended; the rollout is not saved, so this run (max_steps={steps}) would not be the one that had "
+            f"not stopped. Resume from a checkpoint at a multiple of {reuse} (with save_steps there are some), or set "
+            "allow_config_change=True (--allow_config_change): the updates up to the next rollout are then made on a "
+            "new one of the same prompts."
+        )
+
+
+def _accumulation_hint(fixed: list[Change], now: Mapping[str, Any]) -> str:
+    """Which accumulation gives an update its samples again, if any does."""
+    at_once = now["per_device_train_batch_size"] * now["num_processes"]
+    for change in fixed:
+        if change.name == "samples of an update" and change.saved % at_once == 0:
+            return f"With these batches and processes, set gradient_accumulation_steps={change.saved // at_once}. "
+    return ""
 
 
 def _listed(changed: list[Change]) -> str:

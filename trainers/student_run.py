@@ -424,6 +424,7 @@ class StudentRun(TrainingLoop):
             "weighting": self.weighting.state_dict(),
             "reward_spreads": {name: spread.state() for name, spread in self.reward_spreads.items()},
             "ema_updates": 0 if self.average is None else self.average.updates,
+            "skipped": dict(self._skipped),
             "own": self.state_dict(),
         }
 
@@ -491,7 +492,7 @@ class StudentRun(TrainingLoop):
         return plain
 
     def _load_checkpoint(self, folder: Path, changed: Collection[str] = ()) -> None:
-        """Take everything back but what belongs to facts that have changed since."""
+        """Take everything back but what belongs to facts, or to a cut of the batch, that have changed since."""
         tensors, state, saved = read_checkpoint(folder)
         self._run = read_manifest(folder)["run"]
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
@@ -506,6 +507,7 @@ class StudentRun(TrainingLoop):
             self.reference.load(tensors["reference"], 0)
         if "weighting" not in changed:
             self.weighting.load_state_dict(state["weighting"])
+        self._skipped.update(state["skipped"])
         self.load_state_dict(state["own"])
         for name, spread in state["reward_spreads"].items():
             self.reward_spreads[name].load(spread)

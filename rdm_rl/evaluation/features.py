@@ -102,7 +102,7 @@ def find_features(source: str, device: str | torch.device = "cpu") -> Features:
         ValueError: If it reads no images.
 
     Example:
-        >>> find_features("rdm_rl.demo.recognisers:FEATURES").name
+        >>> find_features("rdm_rl.digits.recognisers:FEATURES").name
         'digits B'
     """
     module, colon, attribute = source.partition(":")
