@@ -191,7 +191,7 @@ class RDMTrainer(StudentRun):
             resume_from_checkpoint: True for the newest complete checkpoint in ``output_dir``, or a checkpoint's folder.
 
         Returns:
-            The last logged numbers.
+            The numbers that were logged last: of an update, and of the evaluation after it.
 
         Raises:
             RuntimeError: If this trainer has trained before; a warm start would undo what it learnt.
@@ -219,7 +219,8 @@ class RDMTrainer(StudentRun):
             raise
         if self.args.push_to_hub:
             self.push_to_hub()
-        return self.state.log_history[-1] if self.state.log_history else {}
+        history = self.state.log_history
+        return {name: value for row in history if row["step"] == history[-1]["step"] for name, value in row.items()}
 
     def _train(self, resume: str | Path | bool | None) -> None:
         """All phases of the run."""

@@ -265,7 +265,7 @@ PANELS = (
         from_zero=False,
     ),
     Panel(
-        title="Agreement of rewards with distribution matching",
+        title="Agreement of rewards with R_dm",
         metrics={"rewards/*/cosine_to_rdm": "{}"},
         reading="The cosine between the direction of each reward and that of distribution matching. Near 0 they do not "
         "disturb each other. When it becomes clearly negative, distribution matching is undoing what the reward does: "

@@ -173,7 +173,7 @@ def _column(name: str, values: Sequence[float], *, ranked: bool) -> Column:
 
 def _rewards_note(results: Results) -> str:
     note = "± is half of a 95 % interval over prompts. Network calls count samples: guidance takes two in a step."
-    if any(row.trained_on for row in results.rows):
+    if any(f"reward/{name}" in row.values for row in results.rows for name in row.trained_on):
         note += (
             " † marks a reward that the model was trained on: it says how well that went, not how good the images are."
         )
