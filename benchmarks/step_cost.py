@@ -66,7 +66,7 @@ def ratios(above, below):
 
 
 class SteppedTrainer(RDMTrainer):
-    """A trainer that makes updates when told to, and counts the passes of each: who, whether it learns, samples."""
+    """A trainer that makes updates when told to, and counts the passes of the last: who, whether it learns, samples."""
 
     logs = False
 
@@ -75,7 +75,7 @@ class SteppedTrainer(RDMTrainer):
         self.state.max_steps = 10_000
         self.create_optimizers()
         self._start_average()
-        self.passes = []
+        self.passes = Counter()
         for network in {self.networks.module(role) for role in get_args(Role)}:
             network.register_forward_pre_hook(self._count)
         self.family.decoder.decoder.register_forward_pre_hook(self._count)
@@ -84,21 +84,20 @@ class SteppedTrainer(RDMTrainer):
     def _count(self, module, inputs):
         roles = [role for role in get_args(Role) if self.networks.module(role) is module]
         who = "decoder" if not roles else roles[0] if len(roles) == 1 else self.networks._current
-        self.passes[-1][who, torch.is_grad_enabled(), len(inputs[0])] += 1
+        self.passes[who, torch.is_grad_enabled(), len(inputs[0])] += 1
 
     def is_logging_step(self):
         return self.logs
 
     def update(self, health=False):
         """One update; ``health`` adds what a logged one measures of the fake score."""
-        self.passes.append(Counter())
+        self.passes = Counter()
         self.logs = health
         self.training_step()
         self.state.global_step += 1
 
     def bare_pass(self, who, learns, samples):
         """A call that makes one pass and nothing else."""
-        self.passes.append(Counter())
         told = next(iter(self.prompt_batches(0))).conditioning
         tensors = {name: value.repeat(2, 1, 1)[:samples] for name, value in told.tensors.items()}
         x, t = torch.randn(samples, *self.family.latent_shape), torch.full((samples,), 0.5)
@@ -136,7 +135,7 @@ def overhead(folder, rounds):
     for title, rewards, settings in METHODS:
         trainer = make_trainer(folder, rewards, **settings)
         trainer.update()  # It makes the optimisers' state, and shows what is asked for.
-        passes = trainer.passes[0]
+        passes = trainer.passes
         works = {each: trainer.bare_pass(*each) for each in passes}
         logged = partial(trainer.update, health=True)
         taken = in_turns({"update": trainer.update, **works, "logged": logged}, rounds)

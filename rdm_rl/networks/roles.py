@@ -26,6 +26,7 @@ from rdm_rl.families.hub import sharing_a_base
 from rdm_rl.families.precision import to_precision
 from rdm_rl.families.quantization import is_quantized
 from rdm_rl.files import fingerprint
+from rdm_rl.networks.added import add_adapters_to_weights
 from rdm_rl.networks.offload import OffloadedNetwork
 from rdm_rl.networks.sharding import cut_like, holds_shards, shard, whole_copy
 from rdm_rl.policy import X0Predictor
@@ -438,4 +439,7 @@ def make_networks(
     networks = copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)
     if sharded:
         networks.shard(device)
+    elif copies is None:
+        for member in families:
+            add_adapters_to_weights(member.network)
     return networks
