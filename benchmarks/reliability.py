@@ -8,7 +8,7 @@
 So many runs are killed uniformly in time, while they write a checkpoint, and uniformly in time with two processes, one
 of which is killed and the other must end itself. Kills are SIGKILLs; a killed run is started again with
 ``resume_from_checkpoint=True`` (afresh, if it is told that there is no checkpoint yet) and must end with the student,
-the checkpoint and the log of a run that was left alone. Each run trains the tests' tiny Stable Diffusion on one thread,
+the checkpoint and the log of a run that was left alone. Each run trains a tiny pipeline of the tests on one thread,
 in a process forked from one that has everything imported.
 """
 
@@ -40,6 +40,7 @@ from rdm_rl.trainers.checkpointing import checkpoints, read_checkpoint
 from rdm_rl.trainers.methods import METHODS, method_settings
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 from tests.helpers import QUICK, TIMINGS, brightness, quick_trainer, same, tiny_sd, tiny_trainer
+from tests.tiny_pipelines import tiny_dit
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 LIMIT = 240  # Seconds that no run here takes, and that no process may wait for another one.
@@ -234,25 +235,19 @@ def resumes(base: Path, folder: Path) -> None:
     """Make each run whole, then again from its first checkpoint, and compare."""
     differ = []
     for number, (method, lora, settings) in enumerate(VARIANTS):
-        basis = {**method_settings(method), "warm_start": "none", "guidance_scale": 1.0, "save_strategy": "steps"}
-        steps = {name: min(basis[name], 3) for name in ("num_inference_steps", "num_replayed_steps") if name in basis}
-        basis |= {**steps, "max_steps": 6, "save_steps": 3, **settings}
+        basis = {**QUICK, **SAVING, **method_settings(method), "warm_start": "none", "guidance_scale": 1.0}
+        basis |= {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "num_inference_steps": 2}
+        basis |= {"num_replayed_steps": min(2, basis.get("num_replayed_steps", 1)), "ema_decay": 0.9, **settings}
         if "teacher_cache_dir" in basis:
             basis["teacher_cache_dir"] = str(folder / basis["teacher_cache_dir"])
-        for place, resume in ((folder / f"{number}-whole", None), (folder / f"{number}-parts", True)):
-            if resume:
-                shutil.copytree(checkpoints(folder / f"{number}-whole")[0], place / "checkpoint", dirs_exist_ok=True)
-            trainer = tiny_trainer(
-                base,
-                place,
-                lora=lora,
-                kind=ReDiFTrainer if method == "redif" else RDMTrainer,
-                given={"reward_funcs": REWARDS[method]},
-                **basis,
-            )
-            trainer.train(resume and place / "checkpoint")
+        whole, parts = folder / f"{number}-whole", folder / f"{number}-parts"
+        for place in (whole, parts):
+            given = {"reward_funcs": REWARDS[method]}
+            kind = ReDiFTrainer if method == "redif" else RDMTrainer
+            trainer = tiny_trainer(base, place, lora=lora, kind=kind, given=given, **basis)
+            trainer.train(checkpoints(whole)[0] if place == parts else None)
             trainer.save_model()
-        equal = same(*(ends(folder / f"{number}-{name}") for name in ("whole", "parts")))
+        equal = same(ends(whole), ends(parts))
         differ += [] if equal else [number]
         print(f"{method:7}{'LoRA' if lora else 'full'}  {'same' if equal else 'DIFFERS'}  {settings or ''}", flush=True)
     print(f"{len(VARIANTS) - len(differ)} of {len(VARIANTS)} are the same, bit for bit")
@@ -261,8 +256,8 @@ def resumes(base: Path, folder: Path) -> None:
 # ----- a long run -----
 
 
-def soak(base: Path, folder: Path, updates: int) -> None:
-    """Make many updates, and see what grows."""
+def soak(folder: Path, updates: int) -> None:
+    """Make many updates of a tiny DiT, whose updates are quick, and see what grows."""
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -275,7 +270,10 @@ def soak(base: Path, folder: Path, updates: int) -> None:
     settings = {**QUICK, **SAVING, "num_inference_steps": 2, "per_device_train_batch_size": 2, "ema_decay": 0.9}
     settings |= {"max_steps": updates, "save_steps": updates // 20, "logging_steps": 10}
     print("update   RSS MiB  files       KiB    log")
-    quick_trainer(base, folder, ["rdm", height], given={"callbacks": [Watch()]}, **settings).train()
+    prompts = [{"prompt": name} for name in ("zero", "one", "two", "three", "four", "five", "six")]
+    given = {"callbacks": [Watch()]}
+    trainer = quick_trainer(tiny_dit(), folder, ["rdm", height], given=given, train_dataset=prompts, **settings)
+    trainer.train()
     last = checkpoints(folder)[-1]
     print({file.name: f"{file.stat().st_size / 2**10:.0f} KiB" for file in sorted(last.iterdir())})
 
@@ -283,8 +281,7 @@ def soak(base: Path, folder: Path, updates: int) -> None:
 def main() -> None:
     """The parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["kills", "resumes", "soak"]
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=parts)
+    parser.add_argument("part", nargs="?", choices=["all", "kills", "resumes", "soak"], default="all")
     parser.add_argument("--count", type=int, nargs=3, default=[40, 40, 20], help="kills of each kind")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32))
     parser.add_argument("--updates", type=int, default=2000, help="of the soak")
@@ -293,16 +290,16 @@ def main() -> None:
     os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     with TemporaryDirectory() as name:
         folder, began = Path(name), time.monotonic()
-        if "kills" in args.parts:
+        if args.part in ("all", "kills"):
             base = tiny_sd(folder / "sources")  # Before anything joins processes: these are forked.
             for kind, (processes, inside_saves) in enumerate([(1, False), (1, True), (2, False)]):
                 if args.count[kind]:
                     kills(base, folder / str(kind), args.seed, args.count[kind], processes, inside_saves)
-        tiny_sd(folder / "sources").save_pretrained(folder / "base")
-        if "resumes" in args.parts:
+        if args.part in ("all", "resumes"):
+            tiny_sd(folder / "sources").save_pretrained(folder / "base")
             resumes(folder / "base", folder)
-        if "soak" in args.parts:
-            soak(folder / "base", folder / "run", args.updates)
+        if args.part in ("all", "soak"):
+            soak(folder / "run", args.updates)
         print(f"{(time.monotonic() - began) / 60:.1f} minutes")
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import main
@@ -385,6 +385,28 @@ def test_a_fresh_run_keeps_apart_from_an_earlier_one(
     kept = read_checkpoint(tmp_path / "earlier-1" / "checkpoint-2")[0]
     assert same(kept["policy"], earlier.networks.state_dict("policy"))
     assert not (tmp_path / "earlier-2").exists()
+
+
+class Counting(TrainerCallback, ExportableState):
+    """Counts updates."""
+
+    def __init__(self, unit: int) -> None:
+        self.unit, self.count = unit, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.count += self.unit
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"unit": self.unit}, "attributes": {"count": self.count}}
+
+
+def test_callbacks_have_their_state_back(base: Path, tmp_path: Path) -> None:
+    for resume in (None, tmp_path / "checkpoint-1"):
+        counting = [Counting(1), Counting(10)]
+        trainer = quick_trainer(base, tmp_path, ["rdm"], given={"callbacks": counting[:1]}, **QUICK_SAVING)
+        trainer.add_callback(counting[1])
+        trainer.train(resume)
+        assert [each.count for each in counting] == [2, 20]
 
 
 def test_a_damaged_checkpoint_costs_its_updates_alone(

@@ -1,6 +1,6 @@
 """Callbacks, trackers and progress bars, as transformers has them, for a loop of our own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,12 +101,32 @@ def _beginning_once(tracker: TrainerCallback) -> TrainerCallback:
 
 def make_state(handler: CallbackHandler, is_local_zero: bool, is_world_zero: bool) -> TrainerState:
     """A fresh trainer state that exports the callbacks that can be exported."""
-    stateful = [
-        callback for callback in [*handler.callbacks, TrainerControl()] if isinstance(callback, ExportableState)
-    ]
     return TrainerState(
-        is_local_process_zero=is_local_zero, is_world_process_zero=is_world_zero, stateful_callbacks=stateful
+        is_local_process_zero=is_local_zero,
+        is_world_process_zero=is_world_zero,
+        stateful_callbacks=callback_states(handler),
     )
+
+
+def callback_states(handler: CallbackHandler) -> dict[str, Any]:
+    """The present state of the callbacks that can be exported, by the name of their class, in transformers' format."""
+    stateful = [each for each in [*handler.callbacks, TrainerControl()] if isinstance(each, ExportableState)]
+    states: dict[str, Any] = TrainerState(stateful_callbacks=stateful).stateful_callbacks
+    return states
+
+
+def load_callback_states(handler: CallbackHandler, states: Mapping[str, Any]) -> None:
+    """Give callbacks the attributes back that they have exported; what they were made with stays as it is.
+
+    Args:
+        handler: The callbacks, several of one class in the order in which they were saved.
+        states: What :func:`callback_states` gave.
+    """
+    for name, saved in states.items():
+        same_class = [each for each in handler.callbacks if type(each).__name__ == name]
+        for callback, state in zip(same_class, saved if isinstance(saved, list) else [saved], strict=False):
+            for attribute in callback.state()["attributes"].keys() & state["attributes"].keys():
+                setattr(callback, attribute, state["attributes"][attribute])
 
 
 def log_image(handler: CallbackHandler, name: str, image: Image.Image, step: int) -> None:

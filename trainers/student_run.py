@@ -27,7 +27,7 @@ from rdm_rl.records import PromptBatch, Rollout
 from rdm_rl.rewards.kinds import TrainingReward
 from rdm_rl.rewards.protocol import RewardContext
 from rdm_rl.student import public_name, save_student
-from rdm_rl.trainers.callbacks import log_image
+from rdm_rl.trainers.callbacks import callback_states, load_callback_states, log_image
 from rdm_rl.trainers.checkpointing import read_checkpoint, rotate_checkpoints, write_checkpoint
 from rdm_rl.trainers.evaluation import evaluate_student
 from rdm_rl.trainers.faults import update_cause, weights_cause
@@ -457,6 +457,7 @@ class StudentRun(TrainingLoop):
             tensors["reference"] = self.reference.tensors()
         if self._last_rollout is not None:
             tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
+        self.state.stateful_callbacks = callback_states(self.callback_handler)
         writes = self.accelerator.is_main_process
         tensors, state = gather(
             (tensors, self.whole_state()), keep=writes
@@ -497,6 +498,7 @@ class StudentRun(TrainingLoop):
         self._run = read_manifest(folder)["run"]
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
         self.state.log_history = saved.log_history
+        load_callback_states(self.callback_handler, saved.stateful_callbacks)
         for role, optimizer in self.optimizers.items():
             self.networks.load_state_dict(role, tensors[role])
             optimizer.load_state_dict(state["optimizers"][role])
