@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py overhead    # step time / sum of its passes, each timed alone: 10 minutes
     python benchmarks/step_cost.py scaling     # against batch size (1x to 16x) and K (1 to 16), with a picture
-    python benchmarks/step_cost.py adapters    # a forward pass with adapters, without, and with merged ones
+    python benchmarks/step_cost.py adapters    # passes with adapters beside their layers, added to the weights, none
 
 Everything is timed in one process on one thread, in turns, in seconds of the processor: other work on the machine
 disturbs the ratios of a round little. Figures are medians of the rounds, with the lowest and the highest in brackets.
@@ -174,14 +174,24 @@ def scaling(folder, rounds):
     figure.savefig(PICTURE, dpi=80)
 
 
+def beside(trainer):
+    """The trainer, with adapters beside their layers, as PEFT has them, and not added to the weights."""
+    for layer in trainer.family.network.modules():
+        vars(layer).pop("forward", None)
+    return trainer
+
+
 def adapters(folder, rounds):
-    """A forward pass with adapters of several ranks, against one without: its time and its arithmetic."""
-    trainers = {rank: make_trainer(folder, rank=rank) for rank in (1, 4, LORA_RANK, 64)}
-    works = {f"rank {rank}": trainer.bare_pass("policy", False, 64) for rank, trainer in trainers.items()}
-    works["adapters off"] = trainers[LORA_RANK].bare_pass("teacher", False, 64)
+    """Passes with adapters beside their layers and added to the weights, against none: time and arithmetic."""
     plain = make_trainer(folder, rank=0)
-    works["no adapters"] = plain.bare_pass("teacher", False, 64)
-    works["inference mode"] = torch.inference_mode()(works[f"rank {LORA_RANK}"])
+    works = {"no adapters": plain.bare_pass("teacher", False, 64)}
+    for rank in (1, LORA_RANK, 64):
+        for how, change in (("beside", beside), ("added", lambda trainer: trainer)):
+            trainer = change(make_trainer(folder, rank=rank))
+            works[f"rank {rank}, {how}"] = trainer.bare_pass("policy", False, 64)
+            if rank == LORA_RANK:
+                works[f"adapters off, {how}"] = trainer.bare_pass("teacher", False, 64)
+                works[f"rank {rank}, {how}, and backward"] = trainer.bare_pass("policy", True, 64)
     counted = {}
     for name, work in works.items():
         with FlopCounterMode(display=False) as counter:

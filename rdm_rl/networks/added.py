@@ -41,12 +41,13 @@ def _is_plain(layer: nn.Module) -> bool:
     """Whether a module is an adapter layer whose adapters are products of two weights and nothing else."""
     if type(layer) not in (Linear, Conv2d):
         return False
-    base: Any = layer.base_layer
+    adapted: Any = layer
+    base = adapted.base_layer
     return (
         base.weight.dtype == torch.float32
-        and not layer.lora_variant
-        and not any(layer.lora_bias.values())
-        and not getattr(layer, "fan_in_fan_out", False)
+        and not adapted.lora_variant
+        and not any(adapted.lora_bias.values())
+        and not getattr(adapted, "fan_in_fan_out", False)
         and getattr(base, "groups", 1) == 1
     )
 
