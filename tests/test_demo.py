@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rdm_rl.demo.report import read_rows
-from rdm_rl.demo.run import evaluate_students, run_demo
+from rdm_rl.demo.run import STUDENTS, evaluate_students, run_demo
 from rdm_rl.demo.side_by_side import side_by_side
 from rdm_rl.evaluation.pictures import PANELS
 from rdm_rl.scenes.students import ScenesEvaluation
@@ -32,9 +33,11 @@ def test_the_demo_writes_what_it_promises(
     monkeypatch.setattr(ScenesEvaluation, "num_images", 20)
     monkeypatch.setattr(ScenesEvaluation, "teacher_steps", 3)
     monkeypatch.setattr("rdm_rl.demo.run.side_by_side", in_turn)
+    at_once = {**STUDENTS["GNDMR"].settings, "reward_start_step": 1}
+    monkeypatch.setitem(STUDENTS, "GNDMR", replace(STUDENTS["GNDMR"], settings=at_once))
     monkeypatch.setattr("rdm_rl.evaluation.pictures.PANELS", PANELS[:2])  # All take as long to draw as all the rest.
     short = {
-        "max_steps": 9,  # The reward joins after 8.
+        "max_steps": 2,
         "warm_start_steps": 1,
         "warm_start_num_states": 8,
         "warm_start_ode_steps": 2,
