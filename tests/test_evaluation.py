@@ -397,7 +397,7 @@ def test_headlines_compare_with_the_slowest_teacher_and_hide_no_student() -> Non
         a_row("teacher, 4 steps", kind="teacher", network_evaluations=8),
         a_row("teacher, 50 steps", kind="teacher", num_inference_steps=50, network_evaluations=100),
         a_row("warm start", kind="baseline"),
-        a_row("bad student", distance_to_data=99.0),
+        a_row("bad student", distance_to_teacher=99.0),
         a_row("good student", network_evaluations=1),
     ]
     bad, good = headlines(rows)

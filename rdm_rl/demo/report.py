@@ -170,22 +170,18 @@ def headlines(rows: Sequence[SamplerMetrics]) -> list[Headline]:
     if not teachers:
         return []
     teacher = max(teachers, key=lambda mean: mean.num_inference_steps or 0)
-    floor = next((mean.distance_to_data for mean in means if mean.kind == "data"), nan)
-    return [
-        Headline(name=mean.name, figures=_figures(mean, teacher, floor)) for mean in means if mean.kind == "student"
-    ]
+    return [Headline(name=mean.name, figures=_figures(mean, teacher)) for mean in means if mean.kind == "student"]
 
 
-def _figures(student: SamplerMetrics, teacher: SamplerMetrics, floor: float) -> list[tuple[str, str]]:
+def _figures(student: SamplerMetrics, teacher: SamplerMetrics) -> list[tuple[str, str]]:
     """The figures of one student, as far as they were measured."""
     figures = []
     few, many = student.network_evaluations, teacher.network_evaluations
     if few and many and many > few:
         figures.append((f"{many / few:.3g}× fewer", f"network calls for an image: {few} instead of {many}"))
-    if not isnan(student.distance_to_data):
-        real = "" if isnan(floor) else f", real images: {floor:.2f}"
-        text = f"distance to real images, lower is better (teacher: {teacher.distance_to_data:.2f}{real})"
-        figures.append((f"{student.distance_to_data:.2f}", text))
+    if not isnan(student.distance_to_teacher):
+        text = f"distance to the teacher, lower is better (two of its own draws: {teacher.distance_to_teacher:.2f})"
+        figures.append((f"{student.distance_to_teacher:.2f}", text))
     if not isnan(student.accuracy):
         text = f"show all that was asked for (teacher: {teacher.accuracy:.1%})".replace("%", " %")
         figures.append((f"{student.accuracy:.1%}".replace("%", " %"), text))
