@@ -1,7 +1,7 @@
 r"""Adapters of small networks, added to the weights within each pass: one product with a weight instead of three.
 
 An adapter beside its layer, as PEFT computes it, costs a small network more than its arithmetic says: on the embedded
-digits a forward pass with rank 1, with 2 % more arithmetic, takes 1.8 times as long as without, because every layer
+digits a forward pass with rank 1, with 2 % more arithmetic, takes 1.6 times as long as without, because every layer
 becomes three, each of which reads and writes whole activations. Here the layer is applied once, to
 :math:`W + s\, B A`, which is made anew in each pass, with its graph: so rollout and replay agree to the last bit, as
 they do beside, and adapters have the same gradients up to rounding. The price is a copy of the layer's weights until
