@@ -1,21 +1,25 @@
 """Few-step students of the scenes' teacher: the arms of distribution matching at equal network evaluations.
 
     python benchmarks/scene_students.py --steps 4                # 5 seeds: about an hour and a half on one core
+    python benchmarks/scene_students.py --steps 2
     python benchmarks/scene_students.py --steps 1
+    python benchmarks/scene_students.py --steps 1 --study rewards
     python benchmarks/scene_students.py --steps 4 --table        # only print the table again
     python benchmarks/scene_students.py --steps 4 --development --seeds 11    # network A, for choosing
 
-Four steps begin with the teacher's weights, one step after a warm start. All arms of a seed continue one checkpoint,
+Four steps begin with the teacher's weights, one and two after a warm start. All arms of a seed continue one checkpoint,
 taken after the fake score's warm-up, and go through the same prompts and noise. The averaged policy is judged on 300
 prompts that nothing was trained on: Fréchet distance on network B to the teacher's images of the same prompts (other
 noise), less that between two draws of the teacher (``excess``); the share of images that show all that was asked for,
-by network C; recall. Network evaluations are counted as in ``reuse.py``. Every arm is one JSON file, so an interrupted
+by network C; recall. ``--study rewards`` adds the reward ``scene_logprob`` by adaptive and by constant weights, and
+measures it, too. Network evaluations are counted as in ``reuse.py``. Every arm is one JSON file, so an interrupted
 run goes on where it was.
 """
 
 import argparse
 import json
 import statistics
+from math import nan
 from pathlib import Path
 
 import torch
@@ -38,11 +42,14 @@ from rdm_rl.scenes.data import (
     random_attributes,
     scene_prompts,
 )
+from rdm_rl.scenes.rewards import SceneLogProb
 from rdm_rl.scenes.students import LORA_RANK, ScenesEvaluation, training_prompts
+from rdm_rl.trainers.methods import method_settings
 
 NUM_IMAGES = 300
 SEEDS = [9200, 9201, 9202, 9203, 9204]  # No setting was chosen on these.
-FIGURES = ("excess", "asked", "recall")
+FIGURES = {"scales": ("excess", "asked", "recall"), "rewards": ("reward", "asked", "excess")}
+REFERENCES = {"scales": "dmd", "rewards": "gndm"}
 COMMON = {
     "per_device_train_batch_size": 32,
     "num_generations": 8,
@@ -61,11 +68,26 @@ STARTS = {
 }
 FEW = {4: 2, 2: 2, 1: 1}  # Updates of the fake score, as benchmarks/lab/lab.md recommends.
 UPDATES = 48
+# The constants are what the adaptive weights came to on a development seed.
+REWARD_WEIGHTS = {1: 0.04, 3: 0.125, 10: 0.42}
 
 
-def arms(steps):
+def arms(steps, study):
     """The settings of each arm, by name, and how many updates it makes."""
     few = FEW[steps]
+    if study == "rewards":
+        rdm = {"fake_score_updates_per_policy_update": few}
+        yield "gndm", UPDATES, {**rdm, "dm_normalization": "group_rms"}
+        rewarded = {**rdm, "reward_funcs": ["rdm", "scene_logprob"], "reward_start_step": 8}
+        for adaptive, constant in REWARD_WEIGHTS.items():
+            yield (
+                f"gndmr, {adaptive}",
+                UPDATES,
+                {**method_settings("gndmr"), **rewarded, "reward_weights": [1, adaptive]},
+            )
+            settings = {**method_settings("dmdr"), **rewarded, "dm_scale_floor": COMMON["dm_scale_floor"]}
+            yield f"dmdr, {constant}", UPDATES, {**settings, "reward_weights": [1, constant]}
+        return
     scales = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "none"}
     yield "dmd, 5 fake updates", {4: 31, 2: 30, 1: 22}[steps], {"dm_normalization": "sample"}  # As many evaluations.
     for name, normalization in scales.items():
@@ -75,7 +97,7 @@ def arms(steps):
             yield f"{name}, anchor", UPDATES, {**settings, "first_step_anchor": 0.05}
 
 
-def make_trainer(folder, seed, steps, max_steps, callbacks=(), look=None, **settings):
+def make_trainer(folder, seed, steps, max_steps, callbacks=(), look=None, reward_funcs="rdm", **settings):
     args = RDMConfig(
         output_dir=str(folder),
         seed=seed,
@@ -91,7 +113,7 @@ def make_trainer(folder, seed, steps, max_steps, callbacks=(), look=None, **sett
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK)
     return MeasuredTrainer(
         str(TEACHER_FOLDER),
-        "rdm",
+        reward_funcs,
         args,
         training_prompts(),
         peft_config=lora,
@@ -135,7 +157,8 @@ class Judge:
 
     def figures(self, images):
         figures = measure(images, self.prompts, self.reference, self.real, self.network)
-        return {"excess": figures["to_teacher"] - self.floor, **figures}
+        reward = SceneLogProb()(images, self.prompts).mean().item()
+        return {"excess": figures["to_teacher"] - self.floor, "reward": reward, **figures}
 
 
 def run_stock(folder, seed, steps, judge):
@@ -149,14 +172,14 @@ def run_stock(folder, seed, steps, judge):
     file_of(folder, "teacher", seed).write_text(json.dumps(judge.figures(judge.second)))
 
 
-def run_seed(folder, seed, steps, development, settings, only):
-    plan = [(name, *rest) for name, *rest in arms(steps) if not only or name in only]
+def run_seed(folder, seed, steps, study, development, settings, only):
+    plan = [(name, *rest) for name, *rest in arms(steps, study) if not only or name in only]
     if all(file_of(folder, name, seed).exists() for name, *_ in plan):
         return
-    judge, work = Judge(folder.parent, seed, development), folder / "work" / str(seed)
+    judge, work = Judge(folder.parent, seed, development), folder.parent / f"K{steps}" / "work" / str(seed)
     run_stock(folder, seed, steps, judge)
     start_file, checkpoint = work / "start.json", work / "checkpoint-0"
-    cache = {"warm_start_cache_dir": str(work / "solutions")} if steps < 4 or "warm_start_steps" in settings else {}
+    cache = {"warm_start_cache_dir": str(work / "solutions")} if steps < 4 else {}
     if not start_file.exists():
         start = make_trainer(work, seed, steps, 1, [StopAtOnce()], **{**cache, **settings})
         start.train()
@@ -171,7 +194,11 @@ def run_seed(folder, seed, steps, development, settings, only):
         def look(trainer, rows=rows):
             # All arms begin with the same student, so that it is judged once.
             begun = trainer.spent["updates"] > 0
-            figures = judge.figures(judge.of_student(trainer)) if begun else json.loads(start_file.read_text())
+            figures = (
+                judge.figures(judge.of_student(trainer))
+                if begun
+                else {"reward": nan, **json.loads(start_file.read_text())}
+            )
             rows.append({**trainer.spent, **figures})
 
         trainer = make_trainer(work, seed, steps, updates, look=look, **{**cache, **settings, **changed})
@@ -183,28 +210,29 @@ def run_seed(folder, seed, steps, development, settings, only):
         image_grid(shown, judge.prompts[:12]).save(file.with_suffix(".png"))
 
 
-def table(folder, seeds, steps):
-    """Every arm at the evaluations of ``dmd`` at its end, and its difference to it within the seeds."""
-    heads = " | ".join(f"{figure} | minus `dmd`" for figure in FIGURES)
-    lines = [f"| arm | seeds | {heads} |", f"|---|---|{'---|' * (2 * len(FIGURES))}"]
+def table(folder, seeds, steps, study):
+    """Every arm at the evaluations of the reference at its end, and its difference to it within the seeds."""
+    figures, first = FIGURES[study], REFERENCES[study]
+    heads = " | ".join(f"{figure} | minus `{first}`" for figure in figures)
+    lines = [f"| arm | seeds | {heads} |", f"|---|---|{'---|' * (2 * len(figures))}"]
     still = {"teacher, 50 steps": read(folder, "teacher", seeds)}
     for name, _, count in samplers(ScenesEvaluation.load_teacher()):
         if count == steps:
             still[f"stock, {name}"] = read(folder, f"stock {name}", seeds)
-    reference = {seed: run["curve"] for seed, run in read(folder, "dmd", seeds).items()}
+    reference = {seed: run["curve"] for seed, run in read(folder, first, seeds).items()}
     still[f"start of the students, {steps_text(steps)}"] = {seed: curve[0] for seed, curve in reference.items()}
     for name, rows in still.items():
         if rows:
-            cells = [f"{statistics.mean(row[figure] for row in rows.values()):.3g} | " for figure in FIGURES]
+            cells = [f"{statistics.mean(row.get(figure, nan) for row in rows.values()):.3g} | " for figure in figures]
             lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
-    for name, *_ in arms(steps):
+    for name, *_ in arms(steps, study):
         runs = {seed: run["curve"] for seed, run in read(folder, name, seeds).items() if seed in reference}
         cells = []
-        for figure in FIGURES if runs else ():
+        for figure in figures if runs else ():
             ends = {seed: reference[seed][-1] for seed in runs}
             values = {seed: at(runs[seed], end["evaluations"], figure) for seed, end in ends.items()}
             differences = [values[seed] - end[figure] for seed, end in ends.items()]
-            cells += [f"{statistics.mean(values.values()):.3g}", compared(differences) if name != "dmd" else ""]
+            cells += [f"{statistics.mean(values.values()):.3g}", compared(differences) if name != first else ""]
         if cells:
             lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -222,18 +250,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output/scene_students"))
     parser.add_argument("--steps", type=int, choices=sorted(STARTS), required=True, help="steps K of the students")
+    parser.add_argument("--study", choices=sorted(FIGURES), default="scales")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--arms", nargs="+", default=[], help="only these")
     parser.add_argument("--development", action="store_true", help="judge with network A")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings of all arms, to choose them")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
-    folder = options.output_dir / f"K{options.steps}"
+    folder = options.output_dir / (f"K{options.steps}" if options.study == "scales" else f"K{options.steps}-rewards")
     folder.mkdir(parents=True, exist_ok=True)
     if not options.table:
         for seed in options.seeds:
-            run_seed(folder, seed, options.steps, options.development, options.settings, options.arms)
-    print(table(folder, options.seeds, options.steps))
+            run_seed(folder, seed, options.steps, options.study, options.development, options.settings, options.arms)
+    print(table(folder, options.seeds, options.steps, options.study))
 
 
 if __name__ == "__main__":

@@ -338,7 +338,8 @@ def arguments_of(**overrides):
 def test_what_a_trainer_keeps_is_what_the_plan_says(lora, tmp_path) -> None:
     base = tiny_sd(tmp_path)
     base.save_pretrained(tmp_path / "base")
-    trainer = tiny_trainer(base, tmp_path / "out", lora=lora, max_steps=1, beta=0.1, warm_start="none")
+    given = {"peft_config": LoraConfig(r=4, lora_alpha=4) if lora else None}
+    trainer = tiny_trainer(base, tmp_path / "out", given=given, max_steps=1, beta=0.1, warm_start="none")
     trainer.train()
     args = tiny_config(tmp_path / "plan", beta=0.1)
     plan = make_plan(tmp_path / "base", arguments_of(full=not lora), args)

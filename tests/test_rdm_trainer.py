@@ -389,6 +389,7 @@ def test_own_reward_moves_the_policy_where_it_wants(base: Path, tmp_path: Path) 
         max_steps=5,
         ema_decay=0,
         num_inference_steps=1,
+        learning_rate=3e-3,
         **COLD,
     )
     start, t, prompts = latents(4, 4, 8, 8), torch.ones(4), trainer.family.encode(["a"]).repeat(4)
