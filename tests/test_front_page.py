@@ -29,7 +29,7 @@ def test_the_script_is_the_demo_s_recipe(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(rdm_rl, "RDMTrainer", Noted)
     exec(compile(SCRIPT, "README.md", "exec"), {})
     script, demo = made["args"], demo_config(1, "runs/digits", use_cpu=made["args"].use_cpu)
-    surroundings = {"save_strategy", "disable_tqdm", "logging_steps", "logging_dir"}
+    surroundings = {"save_strategy", "disable_tqdm", "logging_steps", "logging_dir", "adapter_pass"}
     differing = {
         each.name
         for each in fields(demo)

@@ -37,13 +37,13 @@ KINDS: dict[Kind, frozenset[str]] = {
     ),
     "free": frozenset(
         """decode_batch_size reward_batch_size reward_timeout on_reward_error teacher_cache_gib warm_start_cache_dir
-        model_config prompt_cache_dir offload shard save_ema sanity_check allow_config_change max_skipped_updates
-        stop_signals tf32 activation_checkpointing gradient_checkpointing use_cpu ddp_backend ddp_timeout output_dir
-        resume_from_checkpoint save_strategy save_steps save_total_limit eval_strategy eval_steps eval_delay
-        eval_on_start per_device_eval_batch_size logging_strategy logging_steps logging_first_step logging_dir
-        disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
-        push_to_hub hub_model_id hub_private_repo hub_revision hub_token do_train do_eval local_rank
-        remove_unused_columns""".split()
+        model_config prompt_cache_dir offload adapter_pass shard save_ema sanity_check allow_config_change
+        max_skipped_updates stop_signals tf32 activation_checkpointing gradient_checkpointing use_cpu ddp_backend
+        ddp_timeout output_dir resume_from_checkpoint save_strategy save_steps save_total_limit eval_strategy
+        eval_steps eval_delay eval_on_start per_device_eval_batch_size logging_strategy logging_steps
+        logging_first_step logging_dir disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+        trackio_static_space_id push_to_hub hub_model_id hub_private_repo hub_revision hub_token do_train do_eval
+        local_rank remove_unused_columns""".split()
     ),
 }
 # Whether they are set at all decides over the state, or over how noise is drawn.
