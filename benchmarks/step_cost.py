@@ -122,7 +122,8 @@ def make_trainer(folder, rewards=("rdm",), rank=LORA_RANK, model=str(TEACHER_FOL
         output_dir=str(folder),
         **{"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "eval_strategy": "no", "sanity_check": False},
         **{"warm_start": "none", "fake_score_warmup_steps": 0, "reward_start_step": 0, "pathwise_steps": "any"},
-        **{"per_device_train_batch_size": 64, "num_generations": 8, "teacher_guidance_scale": 1.0, **settings},
+        **{"per_device_train_batch_size": 64, "num_generations": 8, "teacher_guidance_scale": 1.0},
+        **{"adapter_pass": "added" if rank else "beside", **settings},
     )
     adapters = LoraConfig(r=rank, lora_alpha=rank) if rank else None
     return SteppedTrainer(model, list(rewards), args, training_prompts(), peft_config=adapters).begin()
@@ -174,20 +175,13 @@ def scaling(folder, rounds):
     figure.savefig(PICTURE, dpi=80)
 
 
-def beside(trainer):
-    """The trainer, with adapters beside their layers, as PEFT has them, and not added to the weights."""
-    for layer in trainer.family.network.modules():
-        vars(layer).pop("forward", None)
-    return trainer
-
-
 def adapters(folder, rounds):
     """Passes with adapters beside their layers and added to the weights, against none: time and arithmetic."""
     plain = make_trainer(folder, rank=0)
     works = {"no adapters": plain.bare_pass("teacher", False, 64)}
     for rank in (1, LORA_RANK, 64):
-        for how, change in (("beside", beside), ("added", lambda trainer: trainer)):
-            trainer = change(make_trainer(folder, rank=rank))
+        for how in ("beside", "added"):
+            trainer = make_trainer(folder, rank=rank, adapter_pass=how)
             works[f"rank {rank}, {how}"] = trainer.bare_pass("policy", False, 64)
             if rank == LORA_RANK:
                 works[f"adapters off, {how}"] = trainer.bare_pass("teacher", False, 64)

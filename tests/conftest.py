@@ -27,12 +27,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture
-def adapters_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters beside their layers, as in networks too large to have them added to the weights: as PEFT, to the bit."""
-    monkeypatch.setattr("rdm_rl.networks.added.SMALL", 0)
-
-
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes the folder of a tiny saved pipeline: ``bases("v_prediction", rescale_betas_zero_snr=True)``."""

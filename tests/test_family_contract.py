@@ -245,7 +245,6 @@ def test_everything_is_frozen(family: Family, kind: str) -> None:
                 assert kind in ("sd", "sd-v") or parameter.numel() == 1 or parameter.std() > 0, name
 
 
-@pytest.mark.usefixtures("adapters_beside")
 def test_a_saved_adapter_reads_back_exactly(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:
     """In the stock pipeline, with images of the student; a family without a loader saves the whole pipeline."""
     resolution = MAKERS[kind][1]

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rdm_rl.families import load_family
-from rdm_rl.networks import added
+from rdm_rl.networks.added import add_adapters_to_weights
 from rdm_rl.networks.roles import AdapterNetworks, Networks, SeparateNetworks
 from rdm_rl.records import Conditioning
 from tests.helpers import changed, latents, randomize, same, snapshot, tiny_sd
@@ -168,7 +168,7 @@ def test_adapters_that_are_added_to_the_weights_act_as_those_beside_them(tmp_pat
     beside, inside = adapters(tmp_path), adapters(tmp_path)
     for networks in (beside, inside):
         randomize(networks)
-    assert added.add_adapters_to_weights(inside.family.network)
+    add_adapters_to_weights(inside.family.network)
     assert same({"teacher": ask(beside, "teacher")}, {"teacher": ask(inside, "teacher")})
     for role in ("policy", "fake_score"):
         seen = []
@@ -181,17 +181,12 @@ def test_adapters_that_are_added_to_the_weights_act_as_those_beside_them(tmp_pat
             assert torch.equal(ask(inside, role), seen[1][0]), "a replay is what the rollout was"
 
 
-def test_only_small_networks_in_float32_add_adapters_to_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_in_half_precision_have_their_adapters_beside(tmp_path: Path) -> None:
     network = adapters(tmp_path).family.network
     layers = [layer for layer in network.modules() if hasattr(layer, "lora_A")]
-    for layer in layers:
-        layer.base_layer.to(torch.bfloat16)
-    assert added.add_adapters_to_weights(network)
-    monkeypatch.setattr(added, "SMALL", 100)
-    assert not added.add_adapters_to_weights(network.float())
-    assert not any("forward" in vars(layer) for layer in layers)
+    layers[0].base_layer.to(torch.bfloat16)
+    add_adapters_to_weights(network)
+    assert ["forward" in vars(layer) for layer in layers] == [False, *[True] * (len(layers) - 1)]
 
 
 def test_roles_nest_and_survive_errors(networks: Networks) -> None:

@@ -39,7 +39,6 @@ def test_one_or_several_in_any_spelling() -> None:
     assert read_resolutions(None) == []
 
 
-@pytest.mark.usefixtures("adapters_beside")
 @pytest.mark.parametrize("kind", [tiny_sd, tiny_sdxl, tiny_sd3, tiny_flux])
 def test_a_student_that_is_not_square_is_the_stock_pipeline_s(kind: Any, tmp_path: Path) -> None:
     """Its latents, the sizes that SDXL is told, the positions of SD3 and FLUX, and FLUX's shift of the times."""

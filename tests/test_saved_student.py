@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,14 +90,9 @@ def images(trainer: RDMTrainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def both(bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, dict, dict]]:
+def both(bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
     """Images of every case: by our trainer, by plain diffusers in another process, and by ours before training."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rdm_rl.networks.added.SMALL", 0)  # Adapters beside their layers, as in diffusers.
-        yield images_of_both(bases, tmp_path_factory.mktemp("students"))
-
-
-def images_of_both(bases: Callable[..., Path], folder: Path) -> tuple[dict, dict, dict]:
+    folder = tmp_path_factory.mktemp("students")
     ours, before, description = {}, {}, []
     for case in CASES:
         base = bases(case.prediction_type, **({"rescale_betas_zero_snr": True} if case.zero_snr else {}))

@@ -75,7 +75,6 @@ def prediction(trainer: RDMTrainer, role: str) -> Tensor:
         return family.forward(networks.module(role), latents(2, 4, 8, 8), T, family.encode(TEXTS))
 
 
-@pytest.mark.usefixtures("adapters_beside")
 @pytest.mark.parametrize(
     ("style", "lora"), [("peft", True), ("attention", True), ("kohya", True), ("kohya", False)], ids=str
 )
@@ -206,7 +205,6 @@ def test_a_latent_consistency_model_is_told_its_guidance(base: Path, tmp_path: P
     assert not torch.allclose(ours, expected[1], atol=1e-3)
 
 
-@pytest.mark.usefixtures("adapters_beside")
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("separate", [False, True], ids=["own-base", "other-teacher"])
 def test_a_style_belongs_to_the_teacher_alone(

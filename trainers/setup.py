@@ -115,6 +115,7 @@ def check_models(
             "teacher is one. Leave it out."
         )
     _check_quantization(args, (model, teacher), peft_config)
+    check_adapter_pass(args, peft_config)
     for setting, source in (("teacher_adapter", teacher_adapter), ("policy_init", policy_init)):
         if source is None:
             continue
@@ -190,6 +191,29 @@ def check_quantization_settings(args: RDMConfig, peft_config: LoraConfig | None)
         )
     if args.shard:
         raise ValueError(f"{setting} stores weights that shard=True cannot cut. Leave one of the two out.")
+
+
+def check_adapter_pass(args: RDMConfig, peft_config: LoraConfig | None) -> None:
+    """Raise where adapters cannot be added to the weights.
+
+    Args:
+        args: The settings.
+        peft_config: The adapters; None trains full copies.
+
+    Raises:
+        ValueError: If ``adapter_pass`` says so, and there are none or the weights are not whole ones in float32.
+    """
+    reasons = {
+        "without a peft_config (--full) there are no adapters": peft_config is None,
+        "bf16 or fp16 would round the adapters off": args.bf16 or args.fp16,
+        "base_quantization stores the weights otherwise": args.base_quantization is not None,
+        "shard=True leaves each process a part of them": args.shard,
+    }
+    for reason, holds in reasons.items():
+        if args.adapter_pass == "added" and holds:
+            raise ValueError(
+                f"adapter_pass='added' adds adapters to whole weights in float32, but {reason}. Set 'beside'."
+            )
 
 
 def _check_network_start(args: RDMConfig, policy_init: str | Path | None) -> None:
@@ -278,6 +302,7 @@ def load_networks(
         policy_init=None if adapter is None else str(adapter),
         policy_init_scale=args.policy_init_scale,
         teacher_adapter=None if teacher_adapter is None else str(teacher_adapter),
+        adapter_pass=args.adapter_pass,
         sharded=args.shard,
     )
     if "teacher" in args.offload:

@@ -31,6 +31,7 @@ COMMON_SETTINGS: dict[str, Any] = {
     "warm_start_learning_rate": 2e-3,
     "warm_start_steps": 150,
     "logging_steps": 2,
+    "adapter_pass": "added",  # The network is small.
 }
 # The fewer the steps, the more the warm start leaves to do. The rate falls to 0, and the averaged policy is judged;
 # twice as many updates are still no better (benchmarks/normalization.md).

@@ -1,11 +1,11 @@
-r"""Adapters of small networks, added to the weights within each pass: one product with a weight instead of three.
+r"""Adapters that are added to the weights within each pass: one product with a weight instead of three.
 
 An adapter beside its layer, as PEFT computes it, costs a small network more than its arithmetic says: on the embedded
 digits a forward pass with rank 1, with 2 % more arithmetic, takes 1.6 times as long as without, because every layer
 becomes three, each of which reads and writes whole activations. Here the layer is applied once, to
 :math:`W + s\, B A`, which is made anew in each pass, with its graph: so rollout and replay agree to the last bit, as
 they do beside, and adapters have the same gradients up to rounding. The price is a copy of the layer's weights until
-its backward pass, and the gradient of a whole weight on the way to A and B, which is why large networks are left alone.
+its backward pass, and the gradient of a whole weight on the way to A and B: large networks are better off beside.
 """
 
 from functools import partial
@@ -16,25 +16,16 @@ from peft.tuners.lora.layer import Conv2d, Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SMALL = 20_000_000  # Weights. The digits' network has 2.5 million, Stable Diffusion 1.5's 860.
 
-
-def add_adapters_to_weights(network: nn.Module) -> bool:
-    """Let the adapter layers of a small network in float32 add what is active to their weights in each pass.
+def add_adapters_to_weights(network: nn.Module) -> None:
+    """Let the adapter layers of a network in float32 add what is active to their weights in each pass.
 
     Args:
         network: A network with adapters; its other weights are frozen.
-
-    Returns:
-        Whether the network is small enough.
     """
-    weights = sum(weight.numel() for name, weight in network.named_parameters() if "lora_" not in name)
-    if weights > SMALL:
-        return False
     for layer in network.modules():
         if _is_plain(layer):
             layer.forward = partial(_forward, layer)
-    return True
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -8,6 +8,8 @@ from torch import nn
 
 from rdm_rl.settings import Folder, setting
 
+AdapterPass = Literal["beside", "added"]
+
 
 class OffloadedNetwork:
     """A frozen network whose weights wait on the CPU and come to the device whenever it runs.
@@ -70,5 +72,10 @@ class MemorySettings:
         None,
         "Where encoded prompts are kept: each is encoded once, and the text encoders then leave the GPU. Default: "
         "nowhere, and each batch is encoded anew.",
+    )
+    adapter_pass: AdapterPass = setting(
+        "beside",
+        "How a pass takes adapters along: `beside` their layers, as PEFT does, or `added` to the weights, which is "
+        "faster in a small network in float32, and takes a copy of the adapted weights.",
     )
     shard: bool = setting(False, "Divide the frozen networks, or the full copies, among the processes (FSDP2).")

@@ -27,7 +27,7 @@ from rdm_rl.families.precision import to_precision
 from rdm_rl.families.quantization import is_quantized
 from rdm_rl.files import fingerprint
 from rdm_rl.networks.added import add_adapters_to_weights
-from rdm_rl.networks.offload import OffloadedNetwork
+from rdm_rl.networks.offload import AdapterPass, OffloadedNetwork
 from rdm_rl.networks.sharding import cut_like, holds_shards, shard, whole_copy
 from rdm_rl.policy import X0Predictor
 from rdm_rl.records import Conditioning
@@ -388,6 +388,7 @@ def make_networks(
     policy_init: str | None = None,
     policy_init_scale: float = 1.0,
     teacher_adapter: str | None = None,
+    adapter_pass: AdapterPass = "beside",
     sharded: bool = False,
 ) -> Networks:
     """The three roles of a run, on its device, with frozen weights in its precision and trained ones in float32.
@@ -403,6 +404,7 @@ def make_networks(
         policy_init: An adapter that the policy starts from, or None.
         policy_init_scale: What that adapter is multiplied by.
         teacher_adapter: An adapter that only the teacher has, of a style, say; or None.
+        adapter_pass: Whether a pass takes adapters along beside their layers, or added to the weights.
         sharded: Cut the weights over the processes (see :mod:`rdm_rl.networks.sharding`).
 
     Raises:
@@ -439,7 +441,7 @@ def make_networks(
     networks = copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)
     if sharded:
         networks.shard(device)
-    elif copies is None:
+    if adapter_pass == "added":
         for member in families:
             add_adapters_to_weights(member.network)
     return networks

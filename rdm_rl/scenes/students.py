@@ -40,6 +40,7 @@ COMMON_SETTINGS: dict[str, Any] = {
     "warm_start_num_states": 512,
     "warm_start_steps": 200,
     "max_steps": 48,
+    "adapter_pass": "added",  # The network is small.
 }
 
 

@@ -25,7 +25,13 @@ from rdm_rl.rewards.model import RewardModel
 from rdm_rl.rewards.protocol import DirectionReward
 from rdm_rl.rewards.registry import load_rewards, reward_weights
 from rdm_rl.trainers.rdm_config import RDMConfig
-from rdm_rl.trainers.setup import DTYPES, check_family_settings, check_quantization_settings, precision
+from rdm_rl.trainers.setup import (
+    DTYPES,
+    check_adapter_pass,
+    check_family_settings,
+    check_quantization_settings,
+    precision,
+)
 
 NOTE = (
     "An estimate from shapes alone. Its error is unknown: not yet measured on a GPU (benchmarks/gpu.md). Attention is\n"
@@ -104,6 +110,7 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
         ValueError: If the settings do not suit the model.
     """
     check_quantization_settings(args, lora_config(arguments))
+    check_adapter_pass(args, lora_config(arguments))
     rewards = load_rewards(make_rewards(arguments.reward_funcs, arguments.reward_options))
     networks = _networks(model, arguments, args, matches_distributions="rdm" in rewards)
     tiny = None
@@ -193,7 +200,11 @@ def _networks(
     check_family_settings(args, families, matches_distributions=matches_distributions)
     meta, generator = torch.device("meta"), torch.Generator()
     networks = make_networks(
-        family, teacher, lora_config(arguments), device=meta, dtype=DTYPES[precision(args)], generator=generator
+        *(family, teacher, lora_config(arguments)),
+        device=meta,
+        dtype=DTYPES[precision(args)],
+        generator=generator,
+        adapter_pass=args.adapter_pass,
     )
     for role in ADAPTERS:
         nn.Module.to(networks.module(role), meta)  # PEFT makes a second adapter on the CPU.
