@@ -40,7 +40,8 @@ KINDS: dict[Kind, frozenset[str]] = {
     ),
     "free": frozenset(
         """decode_batch_size reward_batch_size reward_timeout on_reward_error teacher_cache_gib warm_start_cache_dir
-        model_config prompt_cache_dir offload adapter_pass shard save_ema sanity_check allow_config_change max_skipped_updates
+        model_config prompt_cache_dir offload adapter_pass shard save_ema sanity_check allow_config_change
+        max_skipped_updates
         stop_signals tf32 activation_checkpointing gradient_checkpointing use_cpu ddp_backend ddp_timeout output_dir
         resume_from_checkpoint save_strategy save_steps save_total_limit eval_strategy eval_steps eval_delay
         eval_on_start eval_features per_device_eval_batch_size logging_strategy logging_steps logging_first_step
