@@ -20,6 +20,7 @@ from rdm_rl.scenes.students import COMMON_SETTINGS, LORA_RANK, ScenesEvaluation,
 from rdm_rl.student import base_of, load_student
 from rdm_rl.trainers.callbacks import QuietProgressCallback
 from rdm_rl.trainers.methods import method_settings
+from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
 EVALUATIONS: dict[str, type[Evaluation]] = {"digits": DigitsEvaluation, "scenes": ScenesEvaluation}
 WARM_START = "warm start"
@@ -77,7 +78,7 @@ def train_student(folder: Path, name: str, seed: int, overrides: Mapping[str, An
     return _train(trainer, folder / _folder(name))
 
 
-def _train(trainer: Any, folder: Path) -> list[dict[str, float]]:
+def _train(trainer: RDMTrainer, folder: Path) -> list[dict[str, float]]:
     """Train with a quiet progress bar, save the student and return the log."""
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
