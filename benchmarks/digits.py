@@ -16,9 +16,8 @@ import json
 import statistics
 from pathlib import Path
 
-from transformers.trainer_callback import TrainerCallback
-
 from rdm_rl.digits.students import DigitsEvaluation, digits_config, digits_trainer
+from rdm_rl.trainers.callbacks import StopAtOnce
 
 
 def length_arm(times):
@@ -35,13 +34,6 @@ STUDIES = {
 }
 FIGURES = ("distance_to_data", "distance_to_teacher", "precision", "recall", "accuracy")
 SEEDS = [9000, 9001, 9002, 9003, 9004]  # No setting was chosen on these.
-
-
-class StopAtOnce(TrainerCallback):
-    """Ends a run before its first update, so that its checkpoint is where every arm begins."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        control.should_training_stop = True
 
 
 def judge_once(file, trainer, evaluation):

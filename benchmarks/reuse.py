@@ -30,13 +30,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from digits import SEEDS, StopAtOnce, decimals_of, mean_and_spread, read_results
+from digits import SEEDS, decimals_of, mean_and_spread, read_results
 from peft import LoraConfig
 
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.digits.data import TEACHER_FOLDER, load_digits
 from rdm_rl.digits.judge import judge
 from rdm_rl.digits.students import COMMON_SETTINGS, LORA_RANK, DigitsEvaluation, training_prompts
+from rdm_rl.trainers.callbacks import StopAtOnce
 
 LEARNING_RATE = 2e-4
 TWICE = {"learning_rate": 2 * LEARNING_RATE}

@@ -23,7 +23,6 @@ from math import nan
 from pathlib import Path
 
 import torch
-from digits import StopAtOnce
 from peft import LoraConfig
 from reuse import MeasuredTrainer, file_of, read
 from scales import at
@@ -44,6 +43,7 @@ from rdm_rl.scenes.data import (
 )
 from rdm_rl.scenes.rewards import SceneLogProb
 from rdm_rl.scenes.students import LORA_RANK, ScenesEvaluation, training_prompts
+from rdm_rl.trainers.callbacks import StopAtOnce
 from rdm_rl.trainers.methods import method_settings
 
 NUM_IMAGES = 300

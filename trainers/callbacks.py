@@ -36,6 +36,14 @@ class QuietProgressCallback(ProgressCallback):
             self.training_bar.set_postfix({name: f"{logs[name]:.3g}" for name in names}, refresh=False)
 
 
+class StopAtOnce(TrainerCallback):
+    """Ends a run before its first update, where others are to begin: warm start and warm-up are done."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run."""
+        control.should_training_stop = True
+
+
 def make_trackers(args: RDMConfig) -> list[TrainerCallback]:
     """The trackers in ``report_to``.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from rdm_rl.demo.report import Report, write_report
 from rdm_rl.demo.side_by_side import side_by_side
@@ -18,7 +18,7 @@ from rdm_rl.evaluation.sampler_metrics import SamplerMetrics, format_rows
 from rdm_rl.evaluation.samplers import Draw, Evaluation
 from rdm_rl.scenes.students import COMMON_SETTINGS, LORA_RANK, ScenesEvaluation, scenes_config, scenes_trainer
 from rdm_rl.student import base_of, load_student
-from rdm_rl.trainers.callbacks import QuietProgressCallback
+from rdm_rl.trainers.callbacks import QuietProgressCallback, StopAtOnce
 from rdm_rl.trainers.methods import method_settings
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
@@ -55,18 +55,10 @@ STUDENTS = {
 }
 
 
-class _WarmStartOnly(TrainerCallback):
-    """Ends a run before its first update."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the run."""
-        control.should_training_stop = True
-
-
 def warm_start(folder: Path, seed: int, overrides: Mapping[str, Any]) -> None:
     """Write the student that all others begin with: the teacher's 1-step regression on its own solutions."""
     args = scenes_config(folder / "run-warm-start", seed, **{**overrides, "fake_score_warmup_steps": 0})
-    _train(scenes_trainer(args, callbacks=[_WarmStartOnly()]), folder / _folder(WARM_START))
+    _train(scenes_trainer(args, callbacks=[StopAtOnce()]), folder / _folder(WARM_START))
 
 
 def train_student(folder: Path, name: str, seed: int, overrides: Mapping[str, Any]) -> list[dict[str, float]]:

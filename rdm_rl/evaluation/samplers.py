@@ -62,14 +62,12 @@ class Evaluation(ABC):
     teacher_folder: ClassVar[Path]
     guidance_scale: ClassVar[float]
     num_images: ClassVar[int]
-    teacher_steps: int = TEACHER_STEPS
+    teacher_steps: ClassVar[int] = TEACHER_STEPS
     prompts: list[str]
 
     def __init__(self, seed: int) -> None:
         """Choose the seeds."""
         self.seed = seed
-        # Its own, so that it is the same in another process.
-        self.teacher_steps = type(self).teacher_steps
         generator = seeded_generator(seed, "demo/evaluation")
         self.judged_seed, self.reference_seed = torch.randint(2**31, (2,), generator=generator).tolist()
 

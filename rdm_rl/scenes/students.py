@@ -1,5 +1,6 @@
 """Students of the scenes: their prompts and settings, and the evaluation that judges them."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,7 @@ class ScenesEvaluation(Evaluation):
 
     def judge_images(self, images: Tensor, **row: Any) -> SamplerMetrics:
         """The measurements of one sampler's images."""
-        features, real, teacher = (
-            scene_features("B", pictures) for pictures in (images, self._composed("data"), self.reference)
-        )
+        features, (real, teacher) = scene_features("B", images), self._features
         return SamplerMetrics(
             num_images=len(images),
             distance_to_data=frechet_distance(features, real),
@@ -69,6 +68,11 @@ class ScenesEvaluation(Evaluation):
             accuracy=fulfilled(images, self.prompts).all(1).double().mean().item(),
             **row,
         )
+
+    @cached_property
+    def _features(self) -> tuple[Tensor, Tensor]:
+        """What every sampler is compared with: features of real scenes, and of the teacher's reference images."""
+        return scene_features("B", self._composed("data")), scene_features("B", self.reference)
 
     def real_images(self) -> Tensor:
         """Scenes of held-out handwriting that answer the prompts."""
