@@ -4,6 +4,7 @@
     python benchmarks/scene_students.py --steps 2
     python benchmarks/scene_students.py --steps 1
     python benchmarks/scene_students.py --steps 1 --study rewards
+    python benchmarks/scene_students.py --steps 1 --study length
     python benchmarks/scene_students.py --steps 4 --table        # only print the table again
     python benchmarks/scene_students.py --steps 4 --development --seeds 11    # network A, for choosing
 
@@ -12,7 +13,7 @@ taken after the fake score's warm-up, and go through the same prompts and noise.
 prompts that nothing was trained on: Fréchet distance on network B to the teacher's images of the same prompts (other
 noise), less that between two draws of the teacher (``excess``); the share of images that show all that was asked for,
 by network C; recall. ``--study rewards`` adds the reward ``scene_logprob`` by adaptive and by constant weights, and
-measures it, too. Network evaluations are counted as in ``reuse.py``. Every arm is one JSON file, so an interrupted
+measures it, too; ``--study length`` trains four times as long. Network evaluations are counted as in ``reuse.py``. Every arm is one JSON file, so an interrupted
 run goes on where it was.
 """
 
@@ -48,8 +49,12 @@ from rdm_rl.trainers.methods import method_settings
 
 NUM_IMAGES = 300
 SEEDS = [9200, 9201, 9202, 9203, 9204]  # No setting was chosen on these.
-FIGURES = {"scales": ("excess", "asked", "recall"), "rewards": ("reward", "asked", "excess")}
-REFERENCES = {"scales": "dmd", "rewards": "gndm"}
+FIGURES = {
+    "scales": ("excess", "asked", "recall"),
+    "rewards": ("reward", "asked", "excess"),
+    "length": ("excess", "asked", "recall"),
+}
+REFERENCES = {"scales": "dmd", "rewards": "gndm", "length": "group_rms"}
 COMMON = {
     "per_device_train_batch_size": 32,
     "num_generations": 8,
@@ -87,6 +92,12 @@ def arms(steps, study):
             )
             settings = {**method_settings("dmdr"), **rewarded, "dm_scale_floor": COMMON["dm_scale_floor"]}
             yield f"dmdr, {constant}", UPDATES, {**settings, "reward_weights": [1, constant]}
+        return
+    if study == "length":
+        for name, normalization in {"group_rms": "group_rms", "dmd": "sample"}.items():
+            settings = {"dm_normalization": normalization, "fake_score_updates_per_policy_update": few}
+            yield name, UPDATES, settings
+            yield f"{name}, four times as long", 4 * UPDATES, settings
         return
     scales = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "none"}
     yield "dmd, 5 fake updates", {4: 31, 2: 30, 1: 22}[steps], {"dm_normalization": "sample"}  # As many evaluations.
@@ -211,7 +222,10 @@ def run_seed(folder, seed, steps, study, development, settings, only):
 
 
 def table(folder, seeds, steps, study):
-    """Every arm at the evaluations of the reference at its end, and its difference to it within the seeds."""
+    """Every arm at the evaluations of the reference at its end, and its difference to it within the seeds.
+
+    Lengths are compared at their own ends.
+    """
     figures, first = FIGURES[study], REFERENCES[study]
     heads = " | ".join(f"{figure} | minus `{first}`" for figure in figures)
     lines = [f"| arm | seeds | {heads} |", f"|---|---|{'---|' * (2 * len(figures))}"]
@@ -230,7 +244,10 @@ def table(folder, seeds, steps, study):
         cells = []
         for figure in figures if runs else ():
             ends = {seed: reference[seed][-1] for seed in runs}
-            values = {seed: at(runs[seed], end["evaluations"], figure) for seed, end in ends.items()}
+            values = {
+                seed: runs[seed][-1][figure] if study == "length" else at(runs[seed], end["evaluations"], figure)
+                for seed, end in ends.items()
+            }
             differences = [values[seed] - end[figure] for seed, end in ends.items()]
             cells += [f"{statistics.mean(values.values()):.3g}", compared(differences) if name != first else ""]
         if cells:
@@ -257,7 +274,9 @@ def main():
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings of all arms, to choose them")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
-    folder = options.output_dir / (f"K{options.steps}" if options.study == "scales" else f"K{options.steps}-rewards")
+    folder = options.output_dir / (
+        f"K{options.steps}" if options.study == "scales" else f"K{options.steps}-{options.study}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     if not options.table:
         for seed in options.seeds:

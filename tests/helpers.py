@@ -51,18 +51,19 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def tiny_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0, **scheduler) -> StableDiffusionPipeline:
-    """A StableDiffusionPipeline of about a million random parameters, with latents of shape (4, 8, 8)."""
+    """A StableDiffusionPipeline of random weights, with latents of shape (4, 8, 8)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(16, 32),
+            block_out_channels=(16,),
             layers_per_block=1,
             cross_attention_dim=32,
             attention_head_dim=2,
             norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D",),
+            mid_block_type=None,
+            up_block_types=("CrossAttnUpBlock2D",),
         )
         vae = AutoencoderKL(
             block_out_channels=(8, 16),
