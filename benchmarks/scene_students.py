@@ -13,8 +13,8 @@ taken after the fake score's warm-up, and go through the same prompts and noise.
 prompts that nothing was trained on: Fréchet distance on network B to the teacher's images of the same prompts (other
 noise), less that between two draws of the teacher (``excess``); the share of images that show all that was asked for,
 by network C; recall. ``--study rewards`` adds the reward ``scene_logprob`` by adaptive and by constant weights, and
-measures it, too; ``--study length`` trains four times as long. Network evaluations are counted as in ``reuse.py``. Every arm is one JSON file, so an interrupted
-run goes on where it was.
+measures it, too; ``--study length`` trains four times as long. Network evaluations are counted as in ``reuse.py``.
+Every arm is one JSON file, so an interrupted run goes on where it was.
 """
 
 import argparse
@@ -274,9 +274,8 @@ def main():
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings of all arms, to choose them")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
-    folder = options.output_dir / (
-        f"K{options.steps}" if options.study == "scales" else f"K{options.steps}-{options.study}"
-    )
+    study = "" if options.study == "scales" else f"-{options.study}"
+    folder = options.output_dir / f"K{options.steps}{study}"
     folder.mkdir(parents=True, exist_ok=True)
     if not options.table:
         for seed in options.seeds:
