@@ -13,7 +13,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,20 @@ def pytest_collection_finish() -> None:
     import torch
 
     # oneDNN sets up each convolution anew, which takes longer than a tiny one itself.
-    torch.backends.mkldnn.set_flags(False)
+    torch.backends.mkldnn.enabled = False
     # And the garbage collector would walk all of torch and diffusers again and again.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def onednn() -> Iterator[None]:
+    """For networks that are not tiny, for memory, and for what must equal a process of its own bit for bit."""
+    import torch
+
+    torch.backends.mkldnn.enabled = True
+    yield
+    torch.backends.mkldnn.enabled = False
 
 
 @pytest.fixture(scope="session")

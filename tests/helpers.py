@@ -50,20 +50,26 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
 
 
-def tiny_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0, **scheduler) -> StableDiffusionPipeline:
-    """A StableDiffusionPipeline of random weights, with latents of shape (4, 8, 8)."""
+def tiny_sd(
+    folder: Path, prediction_type: str = "epsilon", seed: int = 0, *, whole: bool = False, **scheduler
+) -> StableDiffusionPipeline:
+    """A StableDiffusionPipeline of random weights, with latents of shape (4, 8, 8).
+
+    ``whole``: with the layers of every kind that a U-Net has, which takes twice as long.
+    """
+    down, up = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(16,),
+            block_out_channels=(16, 32) if whole else (16,),
             layers_per_block=1,
             cross_attention_dim=32,
             attention_head_dim=2,
             norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D",),
-            mid_block_type=None,
-            up_block_types=("CrossAttnUpBlock2D",),
+            down_block_types=down if whole else down[:1],
+            mid_block_type="UNetMidBlock2DCrossAttn" if whole else None,
+            up_block_types=up if whole else up[1:],
         )
         vae = AutoencoderKL(
             block_out_channels=(8, 16),

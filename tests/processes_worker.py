@@ -302,6 +302,7 @@ def results(folder: Path, job: str) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     what, base, other, folder = sys.argv[1:]
+    torch.backends.mkldnn.enabled = False  # As in the tests.
     if what == "hang":
         sys.exit(hang(base, Path(folder)))
     for name, job in JOBS.items():

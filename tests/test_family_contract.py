@@ -1,6 +1,7 @@
 """What every family promises: it is the stock pipeline's own prediction, guidance and sampler, and its files load."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from tests.tiny_pipelines import (
 
 # What is made, and the resolution that makes its images small where the published size is written into the class.
 MAKERS: dict[str, tuple[Callable[[Path], Any], int | None]] = {
-    "sd": (tiny_sd, None),
-    "sd-v": (lambda folder: tiny_sd(folder, "v_prediction"), None),
+    "sd": (partial(tiny_sd, whole=True), None),
+    "sd-v": (lambda folder: tiny_sd(folder, "v_prediction", whole=True), None),
     "sdxl": (tiny_sdxl, None),
     "sdxl-v": (lambda folder: tiny_sdxl(folder, "v_prediction"), None),
     "sd3": (tiny_sd3, None),

@@ -245,6 +245,7 @@ def test_passes_without_memory_take_what_real_ones_do(name, tmp_path) -> None:
     assert peak + gradients == pytest.approx(most, rel=0.1)
 
 
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("name", ["sd", "sana"])
 def test_a_decoder_without_memory_takes_what_a_real_one_does(name, tmp_path) -> None:
     pipeline = TINY[name](tmp_path)

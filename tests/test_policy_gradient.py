@@ -148,7 +148,7 @@ def test_training_raises_a_black_box_reward(base: Path, tmp_path: Path) -> None:
     def reward(latents: Tensor, prompts: list[str]) -> list[float]:
         return latents.mean((1, 2, 3)).tolist()
 
-    settings = {"max_steps": 12, "per_device_train_batch_size": 32, "num_generations": 16, "learning_rate": 1e-2}
+    settings = {"max_steps": 12, "per_device_train_batch_size": 32, "num_generations": 16, "learning_rate": 2e-2}
     given = [declare(reward, __name__="box", inputs="latents")]
     trainer = quick_trainer(base, tmp_path, given, **{**PPO, **settings, "num_inference_steps": 2})
 

@@ -92,6 +92,7 @@ def images(trainer: RDMTrainer) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def both(bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
     """Images of every case: by our trainer, by plain diffusers in another process, and by ours before training."""
+    torch.backends.mkldnn.enabled = True  # As in the other process.
     folder = tmp_path_factory.mktemp("students")
     ours, before, description = {}, {}, []
     for case in CASES:
@@ -116,6 +117,7 @@ def both(bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
         place = {"base": str(base), "student": str(folder / case.name), "name": case.name, "prompts": PROMPTS}
         description.append({**asdict(case), **place})
     (folder / "cases.json").write_text(json.dumps(description))
+    torch.backends.mkldnn.enabled = False
     # An empty folder and an empty path: the repository cannot be imported by accident.
     command = [sys.executable, "-c", PLAIN, str(folder / "cases.json"), str(folder / "images.safetensors")]
     (folder / "empty").mkdir()

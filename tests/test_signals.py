@@ -135,6 +135,7 @@ def height(images, prompts):
 """
 
 
+@pytest.mark.usefixtures("onednn")
 def test_the_command_ends_with_its_status_and_goes_on_exactly(base: Path, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("a cat\na dog\nan owl\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,9 +59,9 @@ def images(pipeline: Any, steps: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("kind", "tensors"),
     [
-        (tiny_sd, original_tensors),
+        (partial(tiny_sd, whole=True), original_tensors),
         (tiny_sdxl, original_tensors),
-        (tiny_sd, lambda pipe: unet_tensors(pipe.unet) | vae_tensors(pipe.vae)),
+        (partial(tiny_sd, whole=True), lambda pipe: unet_tensors(pipe.unet) | vae_tensors(pipe.vae)),
         (tiny_sdxl, lambda pipe: dict(pipe.unet.state_dict())),
         (tiny_sd3, transformer_tensors),
         (tiny_flux, transformer_tensors),

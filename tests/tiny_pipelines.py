@@ -10,6 +10,7 @@ checkpoint written into them.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -451,7 +452,7 @@ def tiny_pixart(folder: Path | None = None, seed: int = 0) -> PixArtSigmaPipelin
 
 # Every kind of pipeline, by a short name: builder(folder) -> pipeline.
 TINY: Mapping[str, Callable[[Path], DiffusionPipeline]] = {
-    "sd": tiny_sd,
+    "sd": partial(tiny_sd, whole=True),
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
     "sd3_without_t5": lambda folder: tiny_sd3(folder, t5=False),
