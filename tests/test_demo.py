@@ -27,6 +27,7 @@ def test_a_piece_that_fails_ends_the_others() -> None:
     assert time.monotonic() - start < 300
 
 
+@pytest.mark.usefixtures("onednn")
 def test_the_demo_writes_what_it_promises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

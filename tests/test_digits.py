@@ -63,6 +63,7 @@ def test_the_teacher_is_a_small_plain_pipeline() -> None:
     assert teacher.unet.config.sample_size == 8
 
 
+@pytest.mark.usefixtures("onednn")
 def test_the_teachers_quality() -> None:
     """10 DDIM steps, no guidance, and as many real images as the floor of the distance."""
     held_out, train, teacher = load_digits("held_out"), load_digits("train"), DigitsEvaluation.load_teacher()

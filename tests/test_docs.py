@@ -80,6 +80,7 @@ def names_in_first_column(page: str) -> set[str]:
     return {name for cells in table_rows(page) for name in re.findall(r"`([^`]+)`", cells[0])}
 
 
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("path", PAGES, ids=relative)
 def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

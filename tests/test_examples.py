@@ -20,6 +20,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
+@pytest.mark.usefixtures("onednn")
 def test_custom_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("custom_reward").main(["--output_dir", str(tmp_path), "--max_steps", "1", *SHORT])
     assert (tmp_path / "student" / "pytorch_lora_weights.safetensors").is_file()
@@ -39,6 +40,7 @@ def test_the_rewards_of_the_custom_example() -> None:
     assert (module.pieces(load_digits("train").images[:50], [""] * 50) >= 1).all()
 
 
+@pytest.mark.usefixtures("onednn")
 def test_digits_redif(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--max_steps", "1", "--batch_size", "8", "--teacher_steps", "2", "--num_judged", "4"]
     example("digits_redif").main(["--output_dir", str(tmp_path), "--num_inference_steps", "4", *short])
@@ -47,6 +49,7 @@ def test_digits_redif(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "after: teacher_mse" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("onednn")
 def test_digits_gndmr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rdm_rl.digits.students.DigitsEvaluation.num_images", 20)
     monkeypatch.setattr("rdm_rl.digits.students.DigitsEvaluation.teacher_steps", 2)

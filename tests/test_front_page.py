@@ -43,6 +43,7 @@ def test_the_script_is_the_demo_s_recipe(tmp_path: Path, monkeypatch: pytest.Mon
     assert made["reward_funcs"] == "rdm"
 
 
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.long
 def test_the_script_gives_the_figures_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

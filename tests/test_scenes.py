@@ -149,6 +149,7 @@ def test_every_word_of_a_prompt_is_one_token() -> None:
     assert [len(ids) for ids in tokens] == [len(prompt.split()) + 2 for prompt in prompts]
 
 
+@pytest.mark.usefixtures("onednn")
 def test_the_teacher_draws_what_prompts_ask_for() -> None:
     attributes = random_attributes(24, seeded_generator(2, "tests/scenes"))
     prompts = scene_prompts(attributes, seeded_generator(3, "tests/scenes"))
@@ -158,6 +159,7 @@ def test_the_teacher_draws_what_prompts_ask_for() -> None:
     assert fulfilled(images, prompts).all(1).float().mean() >= 0.7
 
 
+@pytest.mark.usefixtures("onednn")
 def test_the_script_that_made_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)  # It takes some stages from the first teacher's script.
     monkeypatch.setenv("TQDM_DISABLE", "1")
