@@ -11,7 +11,7 @@ import pytest
 from rdm_rl.demo.report import read_rows
 from rdm_rl.demo.run import STUDENTS, evaluate_students, run_demo
 from rdm_rl.demo.side_by_side import side_by_side
-from rdm_rl.evaluation.pictures import PANELS
+from rdm_rl.evaluation.curves import PANELS
 from rdm_rl.scenes.students import ScenesEvaluation
 
 
@@ -36,7 +36,7 @@ def test_the_demo_writes_what_it_promises(
     monkeypatch.setattr("rdm_rl.demo.run.side_by_side", in_turn)
     at_once = {**STUDENTS["GNDMR"].settings, "reward_start_step": 1}
     monkeypatch.setitem(STUDENTS, "GNDMR", replace(STUDENTS["GNDMR"], settings=at_once))
-    monkeypatch.setattr("rdm_rl.evaluation.pictures.PANELS", PANELS[:2])  # All take as long to draw as all the rest.
+    monkeypatch.setattr("rdm_rl.evaluation.curves.PANELS", PANELS[:2])  # All take as long to draw as all the rest.
     short = {
         "max_steps": 2,
         "warm_start_steps": 1,

@@ -14,17 +14,8 @@ from rdm_rl.demo.report import Report, cautions, headlines, html_report, metrics
 from rdm_rl.digits.data import load_digits
 from rdm_rl.digits.judge import judge
 from rdm_rl.evaluation import image_grid, training_curves
-from rdm_rl.evaluation.pictures import (
-    DARK,
-    LIGHT,
-    PANELS,
-    _break_text,
-    _font,
-    curve,
-    curves_figure,
-    present_panels,
-    tiled,
-)
+from rdm_rl.evaluation.curves import PANELS, curve, curves_figure, present_panels
+from rdm_rl.evaluation.pictures import DARK, LIGHT, _break_text, _font, tiled
 from rdm_rl.evaluation.sampler_metrics import SamplerMetrics, format_rows, summarize
 
 TRAIN, HELD_OUT = load_digits("train"), load_digits("held_out")

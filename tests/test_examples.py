@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rdm_rl.digits.data import load_digits
-from rdm_rl.evaluation.pictures import PANELS
+from rdm_rl.evaluation.curves import PANELS
 from rdm_rl.rewards import registry
 from tests.helpers import example
 
@@ -53,7 +53,7 @@ def test_digits_redif(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_digits_gndmr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rdm_rl.digits.students.DigitsEvaluation.num_images", 20)
     monkeypatch.setattr("rdm_rl.digits.students.DigitsEvaluation.teacher_steps", 2)
-    monkeypatch.setattr("rdm_rl.evaluation.pictures.PANELS", PANELS[:2])
+    monkeypatch.setattr("rdm_rl.evaluation.curves.PANELS", PANELS[:2])
     module = example("digits_gndmr")
     words = ["--output_dir", str(tmp_path), "--reward", "ink", "--weight", "0.5", "--method", "dmdr"]
     module.main([*words, "--max_steps", "2", "--reward_start_step", "1", *SHORT])

@@ -331,7 +331,6 @@ def test_a_distilled_student_survives_more_training(tmp_path: Path) -> None:
     assert 0 < moved["rdm"] < 0.5 * moved["reward"]
 
 
-@pytest.mark.usefixtures("onednn")
 def test_a_small_update_survives_in_half_precision(tmp_path: Path) -> None:
     """Added to bfloat16 weights it would be rounded away; a pipeline that is saved whole has it in float32."""
     tiny_dit(tmp_path / "source").save_pretrained(tmp_path / "base")

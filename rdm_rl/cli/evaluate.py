@@ -12,9 +12,9 @@ import torch
 from rdm_rl.cli.main import base_model
 from rdm_rl.cli.train import make_rewards
 from rdm_rl.evaluation.comparison import compare
+from rdm_rl.evaluation.curves import History
 from rdm_rl.evaluation.features import find_features
 from rdm_rl.evaluation.images import ImageFolder, Model, open_folder
-from rdm_rl.evaluation.pictures import History
 from rdm_rl.evaluation.report import format_results, write_report
 from rdm_rl.evaluation.results import read_results
 from rdm_rl.evaluation.run import Settings, evaluate

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from rdm_rl.evaluation.curves import History, training_curves
 from rdm_rl.evaluation.page import data_uri, drawn_panels, library_versions, plain, render
-from rdm_rl.evaluation.pictures import History, image_grid, tiled, training_curves
+from rdm_rl.evaluation.pictures import image_grid, tiled
 from rdm_rl.evaluation.sampler_metrics import COLUMNS, FLOAT_FIELDS, SamplerMetrics, summarize, table_rows
 from rdm_rl.evaluation.tables import markdown_table, table_cells
 

@@ -27,11 +27,12 @@ __all__ = [
 # A new public name goes into `__all__` and into both branches: type checkers read the first, Python runs the second.
 if TYPE_CHECKING:
     from rdm_rl.evaluation.comparison import compare
+    from rdm_rl.evaluation.curves import training_curves
     from rdm_rl.evaluation.distances import ManifoldMetrics, frechet_distance, kernel_distance, manifold_metrics
     from rdm_rl.evaluation.features import Features, load_features
     from rdm_rl.evaluation.images import ImageFolder, Model
     from rdm_rl.evaluation.intervals import Estimate
-    from rdm_rl.evaluation.pictures import image_grid, training_curves
+    from rdm_rl.evaluation.pictures import image_grid
     from rdm_rl.evaluation.report import write_report
     from rdm_rl.evaluation.results import read_results
     from rdm_rl.evaluation.run import Settings, evaluate
@@ -55,7 +56,7 @@ else:
             "load_features": "rdm_rl.evaluation.features",
             "manifold_metrics": "rdm_rl.evaluation.distances",
             "read_results": "rdm_rl.evaluation.results",
-            "training_curves": "rdm_rl.evaluation.pictures",
+            "training_curves": "rdm_rl.evaluation.curves",
             "write_report": "rdm_rl.evaluation.report",
         },
     )

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import rdm_rl
-from rdm_rl.evaluation.pictures import DARK, LIGHT, History, curves_figure, present_panels
+from rdm_rl.evaluation.curves import History, curves_figure, present_panels
+from rdm_rl.evaluation.pictures import DARK, LIGHT
 from rdm_rl.evaluation.tables import ARROWS
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")

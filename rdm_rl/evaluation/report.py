@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rdm_rl.evaluation.curves import History, Point, points_figure
 from rdm_rl.evaluation.page import data_uri, drawn_panels, render
-from rdm_rl.evaluation.pictures import DARK, LIGHT, History, Point, image_grid, points_figure
+from rdm_rl.evaluation.pictures import DARK, LIGHT, image_grid
 from rdm_rl.evaluation.results import RESULTS_FILE, Result, Results
 from rdm_rl.evaluation.tables import Better, Column, Row, format_table, markdown_table, table_cells
 from rdm_rl.pixels import to_pil
