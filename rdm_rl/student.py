@@ -55,7 +55,7 @@ _BASE_FILE = "base.json"
 _FACTS_FILE = "training.json"
 _WHAT = {"DiTPipeline": "class_labels=[0]", "DDPMPipeline": "", "DDIMPipeline": ""}
 _GUIDANCE_INSIDE = """The guidance of the teacher is part of the
-student, so it is used with `guidance_scale=1.0`, and with the {steps} steps it was trained for."""
+student, so it is used with `guidance_scale={guidance}`, and with the {steps} steps it was trained for."""
 _GUIDANCE_OUTSIDE = """It is used as it was
 trained: with guidance, and with {steps} steps."""
 
@@ -167,7 +167,9 @@ def save_student(
         name=name or folder.name,
         steps=num_inference_steps,
         call=", ".join(call).removeprefix(", "),
-        guidance=(_GUIDANCE_INSIDE if guidance_scale <= 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
+        guidance=(_GUIDANCE_INSIDE if guidance_scale <= 1 else _GUIDANCE_OUTSIDE).format(
+            steps=num_inference_steps, guidance=use.get("guidance_scale", 1.0)
+        ),
         base=base,
         version=__version__,
         imports="\n".join(f"from {library} import {', '.join(names)}" for library, names in imports.items()),

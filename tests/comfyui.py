@@ -95,6 +95,10 @@ _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_conte
 _JOINT_BLOCK = [*_QKV, "attn.to_out.0", "attn.to_add_out", *_FEED_FORWARD, "norm1.linear", "norm1_context.linear"]
 _SINGLE_BLOCK = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out", "norm.linear"]
 _EMBEDDERS = [f"time_text_embed.{kind}_embedder.linear_{n}" for kind in ("timestep", "text") for n in (1, 2)]
+_Z_IMAGE_BLOCK = [
+    *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "adaLN_modulation.0"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+]
 TRANSFORMERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, list[str]]]] = {
     "SD3Transformer2DModel": (
         ("transformer.", "base_model.model."),
@@ -122,6 +126,16 @@ TRANSFORMERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, list[str]]]] = {
                 *("pos_embed.proj", "proj_out", "adaln_single.linear"),
                 *(f"adaln_single.emb.timestep_embedder.linear_{n}" for n in (1, 2)),
                 *(f"caption_projection.linear_{n}" for n in (1, 2)),
+            ],
+        },
+    ),
+    "ZImageTransformer2DModel": (
+        ("transformer.", "diffusion_model.", ""),
+        {
+            **dict.fromkeys(["layers", "noise_refiner", "context_refiner"], _Z_IMAGE_BLOCK),
+            "": [
+                *("all_x_embedder.2-1", "all_final_layer.2-1.linear", "all_final_layer.2-1.adaLN_modulation.1"),
+                *("cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"),
             ],
         },
     ),

@@ -28,7 +28,7 @@ from tests import comfyui
 from tests.helpers import EXAMPLES, latents, prompt_batch, table_rows
 from tests.tiny_pipelines import CALLS, TINY, align_weights, tiny_sd
 
-READ_BY_COMFYUI = ("sd", "sdxl", "sd3", "flux_dev", "flux_schnell", "pixart")
+READ_BY_COMFYUI = ("sd", "sdxl", "sd3", "flux_dev", "flux_schnell", "pixart", "zimage")
 PLAIN = LoraConfig(r=4, lora_alpha=4)  # All of the family's own layers.
 SCALED = LoraConfig(r=4, lora_alpha=6)
 SOME = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1", "conv_in"]
@@ -113,7 +113,7 @@ def pictures(folder: Path, lora: Path) -> Tensor:
     [
         *((kind, SCALED, 0) for kind in ("sd", "sdxl")),
         # Where scales are part of the weights, they round elsewhere.
-        *((kind, MIXED, 1e-4) for kind in ("sd", "sdxl", "flux_dev", "sd3")),
+        *((kind, MIXED, 1e-4) for kind in ("sd", "sdxl", "flux_dev", "sd3", "zimage")),
     ],
 )
 @pytest.mark.filterwarnings("error:.*alpha_pattern:RuntimeWarning")
@@ -129,7 +129,7 @@ def policy_of(base: Path, source: Path) -> AdapterNetworks:
     return AdapterNetworks(load_family(base), config, torch.Generator(), policy_init=str(source))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux_dev"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux_dev", "zimage"])
 def test_there_and_back(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a saved student to each form and back, of which a policy starts, with the same tensors."""
     monkeypatch.chdir(tmp_path)
@@ -288,7 +288,7 @@ def test_comfyui_s_lcm_takes_the_student_s_steps(kind: str, tmp_path: Path) -> N
     assert (comfyui.walked_by_lcm(network, others, noises, is_flow=is_flow) - x_0).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux_dev", "flux_schnell"])
+@pytest.mark.parametrize("kind", ["sd3", "flux_dev", "flux_schnell", "zimage"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 8])
 def test_a_flow_s_times_are_those_of_comfyui_s_simple(kind: str, steps: int, tmp_path: Path) -> None:
     """It picks from a table of even times, which the model's shift moves, as the student's are moved."""

@@ -476,7 +476,7 @@ def test_guidance_asks_the_teacher_twice_unless_it_is_told(tmp_path) -> None:
     assert guided.kept["optimiser state"] == 2 * guided.kept["policy"]
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sana", "dit", "unconditional"])
+@pytest.mark.parametrize("name", ["sdxl", "sana", "zimage", "dit", "unconditional"])
 def test_every_family_can_be_planned(name, tmp_path) -> None:
     TINY[name](tmp_path).save_pretrained(tmp_path / "base")
     args = tiny_config(tmp_path / "out", bf16=True)

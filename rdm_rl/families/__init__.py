@@ -12,6 +12,7 @@ from rdm_rl.families.sd3 import StableDiffusion3Family
 from rdm_rl.families.sdxl import StableDiffusionXLFamily
 from rdm_rl.families.unconditional import UnconditionalFamily
 from rdm_rl.families.variance_preserving import VariancePreservingFamily
+from rdm_rl.families.zimage import ZImageFamily
 
 __all__ = [
     "FAMILIES",
@@ -26,6 +27,7 @@ __all__ = [
     "StableDiffusionXLFamily",
     "UnconditionalFamily",
     "VariancePreservingFamily",
+    "ZImageFamily",
     "check_model_name",
     "load_family",
     "load_policy_init",

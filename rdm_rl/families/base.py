@@ -312,6 +312,10 @@ class Family(PromptEncoding, ABC):
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times that the student visits, shape (K,), in (0, 1], falling: those of the student's scheduler."""
 
+    def pipeline_guidance(self, guidance_scale: float) -> float:
+        """The number by which the stock pipeline knows a guidance scale of :meth:`predict_x_0`."""
+        return guidance_scale
+
     def student_call(
         self, num_inference_steps: int, sampler: SamplerName = "renoise", guidance_scale: float = 1.0
     ) -> dict[str, Any]:
@@ -324,7 +328,8 @@ class Family(PromptEncoding, ABC):
             sampler: The policy's sampler.
             guidance_scale: The student's guidance.
         """
-        usual = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        guidance = self.pipeline_guidance(guidance_scale)
+        usual = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance}
         height, width = (side * self.pixels_per_latent for side in self.latent_shape[1:])
         if not self.any_resolution or (self.resolution is None and height == width):
             return usual

@@ -281,6 +281,14 @@ def _token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_o
             yield len(tokens)
 
 
+def tokens_before_prompt(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the template of a chat puts before what is said; they take their part of a prompt's length."""
+    mark = "\0"
+    chat = [{"role": "user", "content": mark}]
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    return len(tokenizer(text.partition(mark)[0]).input_ids)
+
+
 def device_of(network: nn.Module) -> torch.device:
     """Where a network's weights are."""
     return next(network.parameters()).device

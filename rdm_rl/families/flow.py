@@ -15,7 +15,7 @@ from rdm_rl.policy import SamplerName
 
 
 class FlowFamily(Family):
-    """A family that predicts the velocity of a straight path from data to noise: SD3, FLUX, Sana.
+    """A family that predicts the velocity of a straight path from data to noise: SD3, FLUX, Sana, Z-Image.
 
     Args:
         pipeline: The pipeline.
@@ -62,8 +62,7 @@ class FlowFamily(Family):
     def image_tokens(self) -> int:
         """Tokens of one image, on which a dynamic shift depends."""
         _, height, width = self.latent_shape
-        patch = int(getattr(self.network.config, "patch_size", 1))
-        return (height // patch) * (width // patch)
+        return (height // self.latent_multiple) * (width // self.latent_multiple)
 
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times 1, (K-1)/K, ..., 1/K, shifted as the base's own scheduler shifts them.

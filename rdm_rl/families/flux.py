@@ -44,12 +44,6 @@ class FluxFamily(FlowFamily):
         """Channels of the latents, before packing."""
         return super().latent_channels // 4
 
-    @property
-    def image_tokens(self) -> int:
-        """Tokens of one image, on which the shift of the times depends."""
-        _, height, width = self.latent_shape
-        return (height // 2) * (width // 2)
-
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """T5's hidden states, shape (N, L, E), and CLIP's pooled output, shape (N, E')."""
         states, pooled, _ = self.pipeline.encode_prompt(

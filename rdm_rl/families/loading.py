@@ -43,6 +43,7 @@ from rdm_rl.families.single_file import (
     read_parts,
 )
 from rdm_rl.families.unconditional import UnconditionalFamily
+from rdm_rl.families.zimage import ZImageFamily
 
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusionFamily,
@@ -50,6 +51,7 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusion3Pipeline": StableDiffusion3Family,
     "FluxPipeline": FluxFamily,
     "SanaPipeline": SanaFamily,
+    "ZImagePipeline": ZImageFamily,
     "PixArtSigmaPipeline": PixArtFamily,
     "DiTPipeline": DiTFamily,
     "DDPMPipeline": UnconditionalFamily,
@@ -60,7 +62,8 @@ FAMILIES: dict[str, type[Family]] = {
 # What two networks of one class must share to be given the same latents and the same encoded prompts.
 INTERFACE = (
     *("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim"),
-    *("joint_attention_dim", "pooled_projection_dim", "caption_channels", "num_embeds_ada_norm"),
+    *("joint_attention_dim", "pooled_projection_dim", "caption_channels", "cap_feat_dim"),
+    "num_embeds_ada_norm",
 )
 
 
