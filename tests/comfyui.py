@@ -95,6 +95,7 @@ _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_conte
 _JOINT_BLOCK = [*_QKV, "attn.to_out.0", "attn.to_add_out", *_FEED_FORWARD, "norm1.linear", "norm1_context.linear"]
 _SINGLE_BLOCK = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out", "norm.linear"]
 _EMBEDDERS = [f"time_text_embed.{kind}_embedder.linear_{n}" for kind in ("timestep", "text") for n in (1, 2)]
+_FLUX_2_FEED_FORWARD = [f"{part}.linear_{end}" for part in ("ff", "ff_context") for end in ("in", "out")]
 _Z_IMAGE_BLOCK = [
     *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "adaLN_modulation.0"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
@@ -116,6 +117,14 @@ TRANSFORMERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, list[str]]]] = {
                 *(_EMBEDDERS + [f"time_text_embed.guidance_embedder.linear_{n}" for n in (1, 2)]),
                 *("x_embedder", "context_embedder", "norm_out.linear", "proj_out"),
             ],
+        },
+    ),
+    "Flux2Transformer2DModel": (
+        ("transformer.", ""),
+        {
+            "transformer_blocks": [*_QKV, "attn.to_out.0", "attn.to_add_out", *_FLUX_2_FEED_FORWARD],
+            "single_transformer_blocks": ["attn.to_qkv_mlp_proj", "attn.to_out"],
+            "": ["x_embedder", "context_embedder", "norm_out.linear", "proj_out"],
         },
     ),
     "PixArtTransformer2DModel": (

@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from peft import LoraConfig
 from torch import Tensor
 
-from rdm_rl.families import Family, FlowFamily, load_family
+from rdm_rl.families import Family, FlowFamily, Flux2KleinFamily, load_family
 from rdm_rl.networks.roles import AdapterNetworks
 from rdm_rl.policy import rollout
 from rdm_rl.student import load_student
@@ -21,6 +22,7 @@ from tests.tiny_pipelines import (
     align_weights,
     tiny_dit,
     tiny_flux,
+    tiny_klein,
     tiny_pixart,
     tiny_sana,
     tiny_sd,
@@ -42,6 +44,7 @@ MAKERS: dict[str, tuple[Callable[[Path], Any], int | None]] = {
     "flux-schnell": (lambda folder: tiny_flux(folder, guidance_embeds=False), 16),
     "sana": (tiny_sana, None),
     "pixart": (tiny_pixart, 16),
+    "klein": (tiny_klein, 16),
     "zimage": (tiny_zimage, 16),
     "dit": (tiny_dit, None),
     "ddpm": (tiny_unconditional, None),
@@ -101,10 +104,12 @@ def drawn_by(pipeline: Any, monkeypatch: pytest.MonkeyPatch, **call: Any) -> tup
 
 
 def unpacked(family: Family, found: Tensor) -> Tensor:
-    """FLUX's tokens as latents of shape (N, C, H, W)."""
+    """Tokens as latents of shape (N, C, H, W): FLUX's, and FLUX.2's."""
     if found.ndim == 4:
         return found
     _, height, width = family.latent_shape
+    if isinstance(family, Flux2KleinFamily):
+        return found.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     pixels = (height * family.pixels_per_latent, width * family.pixels_per_latent, family.pixels_per_latent)
     unpacked_latents: Tensor = family.pipeline._unpack_latents(found, *pixels)
     return unpacked_latents
@@ -255,6 +260,9 @@ def test_a_saved_adapter_reads_back_exactly(family: Family, kind: str, folder: P
     trainer.save_model(tmp_path / "student")
     texts = prompts(family)
     student = load_student(tmp_path / "student", folder)
+    if "guidance_scale" in student.call:  # Z-Image's pipeline counts it from 0.
+        card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+        assert f"it is used with `guidance_scale={student.call['guidance_scale']}`" in card
     align_weights(trainer.family.pipeline, student.pipeline)
     assert (tmp_path / "student" / "pytorch_lora_weights.safetensors").is_file() == family.loads_lora
     for count in (1, 2):
@@ -327,10 +335,12 @@ def test_a_flow_s_times_are_the_base_scheduler_s(family: Family, kind: str) -> N
     c = scheduler.config
     mu = calculate_shift(family.image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     for steps in (1, 4, 20):
+        if isinstance(family, Flux2KleinFamily):
+            mu = compute_empirical_mu(family.image_tokens, steps)
         even = [1 - index / steps for index in range(steps)]
         scheduler.set_timesteps(sigmas=even, mu=mu if c.use_dynamic_shifting else None)
         torch.testing.assert_close(family.student_times(steps), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
-    assert (family.shift > 1) == (kind != "flux-schnell")
+    assert (family.schedule.shift > 1) == (kind != "flux-schnell")
 
 
 def test_the_adapter_s_layers_exist_and_recomputed_activations_give_the_same_gradients(kind: str, folder: Path) -> None:

@@ -28,7 +28,7 @@ from tests import comfyui
 from tests.helpers import EXAMPLES, latents, prompt_batch, table_rows
 from tests.tiny_pipelines import CALLS, TINY, align_weights, tiny_sd
 
-READ_BY_COMFYUI = ("sd", "sdxl", "sd3", "flux_dev", "flux_schnell", "pixart", "zimage")
+READ_BY_COMFYUI = ("sd", "sdxl", "sd3", "flux_dev", "flux_schnell", "pixart", "klein", "zimage")
 PLAIN = LoraConfig(r=4, lora_alpha=4)  # All of the family's own layers.
 SCALED = LoraConfig(r=4, lora_alpha=6)
 SOME = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1", "conv_in"]
@@ -129,7 +129,7 @@ def policy_of(base: Path, source: Path) -> AdapterNetworks:
     return AdapterNetworks(load_family(base), config, torch.Generator(), policy_init=str(source))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux_dev", "zimage"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux_dev", "klein", "zimage"])
 def test_there_and_back(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a saved student to each form and back, of which a policy starts, with the same tensors."""
     monkeypatch.chdir(tmp_path)
@@ -273,7 +273,7 @@ def test_comfyui_s_lcm_takes_the_student_s_steps(kind: str, tmp_path: Path) -> N
     times = (torch.arange(1000) + 1) / 1000
     is_flow = isinstance(family, FlowFamily)
     if is_flow:
-        times = table = family.shift * times / (1 + (family.shift - 1) * times)
+        times = table = family.schedule.shift * times / (1 + (family.schedule.shift - 1) * times)
     else:
         table = family.schedule.sigma(times) / family.schedule.alpha(times)
 
@@ -294,7 +294,7 @@ def test_a_flow_s_times_are_those_of_comfyui_s_simple(kind: str, steps: int, tmp
     """It picks from a table of even times, which the model's shift moves, as the student's are moved."""
     family = load_family(TINY[kind](tmp_path))
     times = torch.tensor([(time + 1) / 1000 for time in comfyui.simple_timesteps(steps)])
-    shifted = family.shift * times / (1 + (family.shift - 1) * times)
+    shifted = family.schedule.shift * times / (1 + (family.schedule.shift - 1) * times)
     torch.testing.assert_close(family.student_times(steps), shifted)
 
 

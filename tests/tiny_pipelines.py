@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderTiny,
     DDIMScheduler,
     DDPMPipeline,
@@ -28,6 +29,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -73,6 +76,7 @@ CALLS: Mapping[str, Mapping[str, Any]] = {
     # Sana's pipeline takes multiples of 32 only; its tiny autoencoder compresses by 4 where the others do by 2.
     "SanaPipeline": {"prompt": "the digit 3", "height": 32, "width": 32, "use_resolution_binning": False},
     "PixArtSigmaPipeline": {"prompt": "the digit 3", **SIZE, "use_resolution_binning": False},
+    "Flux2KleinPipeline": {"prompt": "the digit 3", **SIZE},
     "ZImagePipeline": {"prompt": "the digit 3", **SIZE},
     "DiTPipeline": {"class_labels": [3]},
     "DDPMPipeline": {},
@@ -222,7 +226,7 @@ def tiny_qwen(width: int, layers: int = 2) -> Qwen3ForCausalLM:
             hidden_size=width,
             intermediate_size=width,
             num_hidden_layers=layers,
-            num_attention_heads=2,
+            num_attention_heads=1,
             num_key_value_heads=1,
             head_dim=8,
             max_position_embeddings=1024,
@@ -491,6 +495,47 @@ def tiny_pixart(folder: Path | None = None, seed: int = 0) -> PixArtSigmaPipelin
     )
 
 
+def tiny_klein(folder: Path | None = None, is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
+    """FLUX.2-klein: latents that are packed and normalised, and the 9th, 18th and 27th layer of a language model."""
+    transformer = _build(
+        lambda: Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        seed,
+    )
+    vae = _build(
+        lambda: AutoencoderKLFlux2(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=16,
+        ),
+        seed + 1,
+    )
+    statistics = torch.rand(2, 16, generator=torch.Generator().manual_seed(seed))
+    vae.bn.running_mean.copy_(statistics[0] - 0.5)
+    vae.bn.running_var.copy_(statistics[1] + 0.5)
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=_build(lambda: tiny_qwen(8, layers=27), seed + 2),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+        is_distilled=is_distilled,
+    )
+
+
 def tiny_zimage(folder: Path | None = None, seed: int = 0) -> ZImagePipeline:
     """Z-Image: words and latents in one sequence, and a time and a velocity that are turned around."""
     transformer = _build(
@@ -534,6 +579,7 @@ TINY: Mapping[str, Callable[[Path], DiffusionPipeline]] = {
     "dit": tiny_dit,
     "unconditional": tiny_unconditional,
     "pixart": tiny_pixart,
+    "klein": tiny_klein,
     "zimage": tiny_zimage,
 }
 

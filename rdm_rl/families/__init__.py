@@ -4,6 +4,7 @@ from rdm_rl.families.base import Family
 from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flow import FlowFamily
 from rdm_rl.families.flux import FluxFamily
+from rdm_rl.families.klein import Flux2KleinFamily
 from rdm_rl.families.loading import FAMILIES, check_model_name, load_family, load_policy_init, register_family
 from rdm_rl.families.pixart import PixArtFamily
 from rdm_rl.families.sana import SanaFamily
@@ -19,6 +20,7 @@ __all__ = [
     "DiTFamily",
     "Family",
     "FlowFamily",
+    "Flux2KleinFamily",
     "FluxFamily",
     "PixArtFamily",
     "SanaFamily",

@@ -88,13 +88,12 @@ class Family(PromptEncoding, ABC):
                 "pipeline, with every component."
             )
         decoder: Any = self.decoder
-        decoded = (
-            self.latent_channels if decoder is None else decoder.config.get("latent_channels", self.latent_channels)
-        )
-        if decoded != self.latent_channels:
+        asked = self.decoder_channels
+        decoded = asked if decoder is None else decoder.config.get("latent_channels", asked)
+        if decoded != asked:
             raise ValueError(
                 f"The pipeline's {type(decoder).__name__} decodes latents of {decoded} channels, but the network's "
-                f"have {self.latent_channels}. Use the autoencoder of this model, or a smaller one made for it."
+                f"have {asked}. Use the autoencoder of this model, or a smaller one made for it."
             )
         if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
             raise ValueError(
@@ -223,6 +222,11 @@ class Family(PromptEncoding, ABC):
         """Channels of the latents."""
         config: Any = self.network.config
         return int(config.in_channels)
+
+    @property
+    def decoder_channels(self) -> int:
+        """Channels of what the decoder is given: those of the latents, unless the network packs several into one."""
+        return self.latent_channels
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

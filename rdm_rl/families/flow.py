@@ -1,6 +1,5 @@
 """What flow-matching families share: the straight path, and the schedulers for it."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,23 +39,24 @@ class FlowFamily(Family):
                 f"{type(pipeline).__name__} predicts the velocity of a flow. Use its FlowMatchEulerDiscreteScheduler."
             )
         self.prediction_type = "flow"
-        self.schedule = FlowMatching(steps=config.num_train_timesteps, shift=self.shift)
+        self.schedule = self.flow_schedule()
 
     def at(self, resolution: Resolution) -> "FlowFamily":
         """The same family for images of another size, with the shift of that size."""
         resized: Any = super().at(resolution)
-        resized.schedule = replace(self.schedule, shift=resized.shift)
+        resized.schedule = resized.flow_schedule()
         return resized  # type: ignore[no-any-return]
 
-    @property
-    def shift(self) -> float:
-        """How much more of the base's steps lie at high noise; with a dynamic shift it depends on the image's size."""
+    def flow_schedule(self) -> FlowMatching:
+        """The straight path, with the base's shift of the times; a dynamic one depends on the image's size."""
         config = self.pipeline.scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            return float(config.get("flow_shift", config.get("shift", 1.0)))  # DPM-Solver's name, and Euler's.
+        steps = config.num_train_timesteps
+        if not config.get("use_dynamic_shifting"):  # DPM-Solver's name, and Euler's.
+            return FlowMatching(steps, shift=float(config.get("flow_shift", config.get("shift", 1.0))))
         ends = (config[f"{end}_{what}"] for what in ("image_seq_len", "shift") for end in ("base", "max"))
         mu = calculate_shift(self.image_tokens, *ends)
-        return float(np.exp(mu)) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
+        is_exponential = config.get("time_shift_type", "exponential") == "exponential"
+        return FlowMatching(steps, shift=float(np.exp(mu) if is_exponential else mu))
 
     @property
     def image_tokens(self) -> int:

@@ -17,6 +17,7 @@ from rdm_rl.families.base import Family, tokenizer_of
 from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flux import FluxFamily
 from rdm_rl.families.hub import check_hub_name, one_line_errors, without_diffusers_log
+from rdm_rl.families.klein import Flux2KleinFamily
 from rdm_rl.families.pixart import PixArtFamily
 from rdm_rl.families.quantization import (
     Quantization,
@@ -50,6 +51,7 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionXLPipeline": StableDiffusionXLFamily,
     "StableDiffusion3Pipeline": StableDiffusion3Family,
     "FluxPipeline": FluxFamily,
+    "Flux2KleinPipeline": Flux2KleinFamily,
     "SanaPipeline": SanaFamily,
     "ZImagePipeline": ZImageFamily,
     "PixArtSigmaPipeline": PixArtFamily,

@@ -48,6 +48,10 @@ _T5_XXL = _of(
     **{"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
     **{"is_encoder_decoder": False, "use_cache": False},
 )
+_QWEN3_4B = {
+    **{"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_key_value_heads": 8},
+    **{"head_dim": 128, "tie_word_embeddings": True, "use_cache": False},
+}
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _DCAE = {
     f"{side}_{what}": value
@@ -103,6 +107,24 @@ MODELS: dict[str, Blueprint] = {
         text_encoder=_CLIP_L,
         text_encoder_2=_T5_XXL,
         scheduler=_of("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
+    ),
+    "klein-base-4b": _of(
+        "Flux2KleinPipeline",
+        transformer=_of(
+            "Flux2Transformer2DModel",
+            **{"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+            guidance_embeds=False,
+        ),
+        vae=_of("AutoencoderKLFlux2"),
+        text_encoder=_of("Qwen3ForCausalLM", **_QWEN3_4B),
+        scheduler=_of("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
+    ),
+    "z-image": _of(
+        "ZImagePipeline",
+        transformer=_of("ZImageTransformer2DModel", axes_lens=[1536, 512, 512]),
+        vae={**_SD3_VAE, "sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        text_encoder=_of("Qwen3Model", **_QWEN3_4B),
+        scheduler=_of("FlowMatchEulerDiscreteScheduler", shift=3.0),
     ),
     "sana-1600m": _of(
         "SanaPipeline",
