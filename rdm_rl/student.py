@@ -46,7 +46,7 @@ pipe.scheduler = {scheduler}.from_pretrained("{student}", subfolder="scheduler")
 _DRAWING = """
 `{file}` is for {programs}{sampler}.
 """
-_SAMPLER_IN_COMFYUI = ": in ComfyUI with the sampler `lcm` and the scheduler `simple`"
+_SAMPLER_IN_COMFYUI = ": in ComfyUI with the sampler `lcm` and {times}"
 
 KOHYA_LORA = "kohya_lora.safetensors"
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def save_student(
     drawing = _DRAWING.format(
         file=drawing_file,
         programs="ComfyUI, A1111 and Forge" if family.network_name == "unet" else "ComfyUI",
-        sampler=_SAMPLER_IN_COMFYUI if sampler == "renoise" else "",
+        sampler=_SAMPLER_IN_COMFYUI.format(times=family.comfyui_times) if sampler == "renoise" else "",
     )
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     call = [

@@ -6,9 +6,11 @@ Source: github.com/Comfy-Org/ComfyUI, read on 2026-11-29:
 - tensors that a layer may have: comfy/weight_adapter/lora.py (6f98b15);
 - which models there are: comfy/supported_models.py (01f03bb);
 - schedulers: comfy/samplers.py (311c014), over the levels of comfy/model_sampling.py (2fd2083);
-- inputs of nodes: nodes.py (02217e3).
+- inputs of nodes: nodes.py (02217e3);
+- the node Flux2Scheduler: comfy_extras/nodes_flux.py, in copies whose commits are not known.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -198,6 +200,17 @@ def sgm_uniform_timesteps(steps: int) -> list[float]:
     """Times of the scheduler ``sgm_uniform``: even ones from the last to the first, which is left out."""
     times: list[float] = torch.linspace(999, 0, steps + 1)[:-1].tolist()
     return times
+
+
+def flux_2_levels(steps: int, width: int, height: int) -> list[float]:
+    """Noise levels of the node ``Flux2Scheduler``, without the last, which is 0: they depend on the size in pixels."""
+    tokens = round(width * height / 16**2)
+    at_200 = 0.00016927 * tokens + 0.45666666
+    at_10 = 8.73809524e-05 * tokens + 1.89833333
+    slope = (at_200 - at_10) / 190
+    mu = at_200 if tokens > 4300 else at_200 + slope * (steps - 200)
+    even: list[float] = torch.linspace(1, 0, steps + 1)[:-1].tolist()
+    return [math.exp(mu) / (math.exp(mu) + 1 / time - 1) for time in even]
 
 
 def walked_by_lcm(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rdm_rl.cli.main import main
 from rdm_rl.cli.plan.model_sizes import MODELS
+from rdm_rl.cli.plan.skeleton import make_skeleton, read_blueprint
 from rdm_rl.families import FlowFamily, load_family
 from rdm_rl.families.adapters import DIFFUSERS_LORA, adapter_scales
 from rdm_rl.families.kohya import sgm_name
@@ -65,7 +66,9 @@ def test_comfyui_adds_to_every_weight_what_the_student_does(kind: str, config: L
     is_unet = networks.family.network_name == "unet"
     # A transformer's file for diffusers is ComfyUI's too, unless it needs an alpha to be right.
     assert (KOHYA_LORA in files) == (is_unet or not networks.family.loads_lora or config is not PLAIN)
-    assert f"`{files[0]}` is for ComfyUI" in (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    assert f"`{files[0]}` is for ComfyUI" in card
+    assert ("the node `Flux2Scheduler`" in card) == (kind == "klein")
     added, left_over = comfyui.what_is_added(
         load_file(tmp_path / "student" / files[0]), comfyui.names_of(networks.family.network)
     )
@@ -296,6 +299,15 @@ def test_a_flow_s_times_are_those_of_comfyui_s_simple(kind: str, steps: int, tmp
     times = torch.tensor([(time + 1) / 1000 for time in comfyui.simple_timesteps(steps)])
     shifted = family.schedule.shift * times / (1 + (family.schedule.shift - 1) * times)
     torch.testing.assert_close(family.student_times(steps), shifted)
+
+
+@pytest.mark.parametrize("size", ["512", "1024x768", "1024", "1536"])
+def test_flux_2_s_times_are_those_of_comfyui_s_node(size: str) -> None:
+    family = load_family(make_skeleton(read_blueprint("klein-base-4b")), resolution=size)
+    _, height, width = family.latent_shape
+    for steps in (1, 2, 3, 4, 8):
+        levels = comfyui.flux_2_levels(steps, 16 * width, 16 * height)
+        assert family.student_times(steps).tolist() == pytest.approx(levels, abs=1e-6)
 
 
 def test_the_workflow_is_one_that_comfyui_takes() -> None:

@@ -65,6 +65,9 @@ class Family(PromptEncoding, ABC):
     comfyui_layers: ClassVar[str] = ""
     """Pattern of the layers, by their names, whose adapters ComfyUI knows; nothing if it has no such model."""
 
+    comfyui_times: ClassVar[str] = "the scheduler `simple`"
+    """What makes the student's times in ComfyUI."""
+
     teacher_guidance_scale: float
     """Guidance of the teacher when the user sets none: what published distillations of this family use."""
 

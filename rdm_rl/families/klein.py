@@ -26,6 +26,8 @@ class Flux2KleinFamily(FlowFamily):
         r"single_transformer_blocks\.\d+\.attn\.to_(qkv_mlp_proj|out)|(x|context)_embedder|norm_out\.linear|proj_out"
     )
 
+    comfyui_times: ClassVar[str] = "the node `Flux2Scheduler`"
+
     @property
     def lora_targets(self) -> tuple[str, ...]:  # type: ignore[override]
         """Every linear layer of the blocks.
@@ -69,7 +71,7 @@ class Flux2KleinFamily(FlowFamily):
     def flow_schedule(self) -> FlowMatching:
         """With a shift that falls with the number of steps, where the pipeline's does."""
         schedule = super().flow_schedule()
-        if not self.pipeline.scheduler.config.use_dynamic_shifting:
+        if not self.pipeline.scheduler.config.get("use_dynamic_shifting"):
             return schedule
         # Older versions of diffusers, with which other families work, have no such pipeline.
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
