@@ -82,8 +82,7 @@ class Flux2KleinFamily(FlowFamily):
     @property
     def token_limits(self) -> dict[str, int]:
         """What the template of a chat leaves of the pipeline's length of a prompt."""
-        limits = super().token_limits.items()
-        return {name: limit - tokens_before_prompt(self.tokenizers[name]) for name, limit in limits}
+        return {"tokenizer": super().token_limits["tokenizer"] - tokens_before_prompt(self.pipeline.tokenizer)}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Hidden states of three of Qwen3's layers, shape (N, L, 3 E)."""

@@ -11,8 +11,6 @@ from rdm_rl.families.encoding import tokens_before_prompt
 from rdm_rl.families.flow import FlowFamily
 from rdm_rl.records import Conditioning
 
-PROMPT_TOKENS = 512  # The pipeline's default.
-
 
 class ZImageFamily(FlowFamily):
     """Pipelines of class ``ZImagePipeline``.
@@ -44,16 +42,20 @@ class ZImageFamily(FlowFamily):
         return max(guidance_scale - 1.0, 0.0)
 
     @property
+    def prompt_tokens(self) -> int:
+        """The most tokens of a prompt, with the template of a chat around it: the pipeline's default."""
+        return super().token_limits["tokenizer"]
+
+    @property
     def token_limits(self) -> dict[str, int]:
-        """What the template of a chat leaves of the pipeline's length of a prompt."""
-        limits = super().token_limits.items()
-        return {name: limit - tokens_before_prompt(self.tokenizers[name]) for name, limit in limits}
+        """What the template leaves of them."""
+        return {"tokenizer": self.prompt_tokens - tokens_before_prompt(self.pipeline.tokenizer)}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Qwen3's hidden states, filled up with zeros to shape (N, 512, E), and how many are a prompt's, shape (N,)."""
+        """Qwen3's hidden states, filled up with zeros to shape (N, L, E), and how many are a prompt's, shape (N,)."""
         rows, _ = self.pipeline.encode_prompt(list(prompts), self.device, do_classifier_free_guidance=False)
-        lengths = [len(row) for row in rows]
-        states = torch.stack([pad(row, (0, 0, 0, PROMPT_TOKENS - len(row))) for row in rows])
+        most, lengths = self.prompt_tokens, [len(row) for row in rows]
+        states = torch.stack([pad(row, (0, 0, 0, most - len(row))) for row in rows])
         return Conditioning(
             tensors={"encoder_hidden_states": states, "prompt_lengths": torch.tensor(lengths, device=self.device)}
         )
@@ -61,8 +63,8 @@ class ZImageFamily(FlowFamily):
     def encode_without_values(self, count: int) -> Conditioning:
         """Prompts of the greatest length: how long one is, is a value, so that the lengths are on the CPU here."""
         width, dtype = self.pipeline.transformer.config.cap_feat_dim, self.pipeline.text_encoder.dtype
-        states = torch.empty(count, PROMPT_TOKENS, width, dtype=dtype, device=self.device)
-        lengths = torch.full((count,), PROMPT_TOKENS)
+        states = torch.empty(count, self.prompt_tokens, width, dtype=dtype, device=self.device)
+        lengths = torch.full((count,), self.prompt_tokens)
         return Conditioning(tensors={"encoder_hidden_states": states, "prompt_lengths": lengths})
 
     def forward(

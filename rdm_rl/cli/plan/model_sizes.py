@@ -3,15 +3,17 @@
 These are the numbers of each model's own configuration files; what equals its class's default is left out, and no
 weights belong to them. Tests compare parameter counts with the published ones:
 
-==============  =====================================================  ================================================
-name            model                                                  published parameters of the denoising network
-==============  =====================================================  ================================================
-``sd15``        stable-diffusion-v1-5/stable-diffusion-v1-5            860 M (SDXL paper, table 1)
-``sdxl``        stabilityai/stable-diffusion-xl-base-1.0               2.6 B (SDXL paper, table 1)
-``sd35-medium`` stabilityai/stable-diffusion-3.5-medium                2.5 B (model card), 0.2 B of it a fixed buffer
-``flux-dev``    black-forest-labs/FLUX.1-dev                           11.9 B (diffusers' benchmark tables)
-``sana-1600m``  Efficient-Large-Model/Sana_1600M_1024px_diffusers      1.6 B (model card)
-==============  =====================================================  ================================================
+=================  ===================================================  ================================================
+name               model                                                published parameters of the denoising network
+=================  ===================================================  ================================================
+``sd15``           stable-diffusion-v1-5/stable-diffusion-v1-5          860 M (SDXL paper, table 1)
+``sdxl``           stabilityai/stable-diffusion-xl-base-1.0             2.6 B (SDXL paper, table 1)
+``sd35-medium``    stabilityai/stable-diffusion-3.5-medium              2.5 B (model card), 0.2 B of it a fixed buffer
+``flux-dev``       black-forest-labs/FLUX.1-dev                         11.9 B (diffusers' benchmark tables)
+``klein-base-4b``  black-forest-labs/FLUX.2-klein-base-4B               4 B (its name)
+``z-image``        Tongyi-MAI/Z-Image, and Z-Image-Turbo                6.15 B (the hub's count of the files)
+``sana-1600m``     Efficient-Large-Model/Sana_1600M_1024px_diffusers    1.6 B (model card)
+=================  ===================================================  ================================================
 
 References:
     | SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis (Podell et al., 2023), table 1
