@@ -124,6 +124,7 @@ class FlowMatching(NoiseSchedule):
         steps: What the network's time is multiplied by.
         shift: How much more of a sampler's steps lie at high noise, at least 1: evenly spaced u become
             shift u / (1 + (shift - 1) u), as in Stable Diffusion 3 (Esser et al., 2024, eq. 23).
+        shift_per_step: What each step of a sampler multiplies the shift by: in FLUX.2, fewer steps lie higher.
 
     Example:
         >>> FlowMatching().alpha(torch.tensor(0.25))
@@ -134,11 +135,13 @@ class FlowMatching(NoiseSchedule):
 
     steps: int = 1000
     shift: float = 1.0
+    shift_per_step: float = 1.0
 
     def descent(self, start: float, steps: int) -> Tensor:
         """Times evenly spaced before the shift."""
-        even = torch.linspace(start / (self.shift - (self.shift - 1) * start), 0, steps + 1)
-        times = self.shift * even / (1 + (self.shift - 1) * even)
+        shift = self.shift * self.shift_per_step**steps
+        even = torch.linspace(start / (shift - (shift - 1) * start), 0, steps + 1)
+        times = shift * even / (1 + (shift - 1) * even)
         times[0] = start  # Exactly: the rounding of there and back would leave a gap to the given state.
         return times
 

@@ -46,7 +46,7 @@ pipe.scheduler = {scheduler}.from_pretrained("{student}", subfolder="scheduler")
 _DRAWING = """
 `{file}` is for {programs}{sampler}.
 """
-_SAMPLER_IN_COMFYUI = ": in ComfyUI with the sampler `lcm` and the scheduler `simple`"
+_SAMPLER_IN_COMFYUI = ": in ComfyUI with the sampler `lcm` and {times}"
 
 KOHYA_LORA = "kohya_lora.safetensors"
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ _BASE_FILE = "base.json"
 _FACTS_FILE = "training.json"
 _WHAT = {"DiTPipeline": "class_labels=[0]", "DDPMPipeline": "", "DDIMPipeline": ""}
 _GUIDANCE_INSIDE = """The guidance of the teacher is part of the
-student, so it is used with `guidance_scale=1.0`, and with the {steps} steps it was trained for."""
+student, so it is used with `guidance_scale={guidance}`, and with the {steps} steps it was trained for."""
 _GUIDANCE_OUTSIDE = """It is used as it was
 trained: with guidance, and with {steps} steps."""
 
@@ -142,7 +142,7 @@ def save_student(
     drawing = _DRAWING.format(
         file=drawing_file,
         programs="ComfyUI, A1111 and Forge" if family.network_name == "unet" else "ComfyUI",
-        sampler=_SAMPLER_IN_COMFYUI if sampler == "renoise" else "",
+        sampler=_SAMPLER_IN_COMFYUI.format(times=family.comfyui_times) if sampler == "renoise" else "",
     )
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     call = [
@@ -167,7 +167,9 @@ def save_student(
         name=name or folder.name,
         steps=num_inference_steps,
         call=", ".join(call).removeprefix(", "),
-        guidance=(_GUIDANCE_INSIDE if guidance_scale <= 1 else _GUIDANCE_OUTSIDE).format(steps=num_inference_steps),
+        guidance=(_GUIDANCE_INSIDE if guidance_scale <= 1 else _GUIDANCE_OUTSIDE).format(
+            steps=num_inference_steps, guidance=use.get("guidance_scale", 1.0)
+        ),
         base=base,
         version=__version__,
         imports="\n".join(f"from {library} import {', '.join(names)}" for library, names in imports.items()),

@@ -6,9 +6,11 @@ Source: github.com/Comfy-Org/ComfyUI, read on 2026-11-29:
 - tensors that a layer may have: comfy/weight_adapter/lora.py (6f98b15);
 - which models there are: comfy/supported_models.py (01f03bb);
 - schedulers: comfy/samplers.py (311c014), over the levels of comfy/model_sampling.py (2fd2083);
-- inputs of nodes: nodes.py (02217e3).
+- inputs of nodes: nodes.py (02217e3);
+- the node Flux2Scheduler: comfy_extras/nodes_flux.py, in copies whose commits are not known.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -95,6 +97,11 @@ _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_conte
 _JOINT_BLOCK = [*_QKV, "attn.to_out.0", "attn.to_add_out", *_FEED_FORWARD, "norm1.linear", "norm1_context.linear"]
 _SINGLE_BLOCK = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out", "norm.linear"]
 _EMBEDDERS = [f"time_text_embed.{kind}_embedder.linear_{n}" for kind in ("timestep", "text") for n in (1, 2)]
+_FLUX_2_FEED_FORWARD = [f"{part}.linear_{end}" for part in ("ff", "ff_context") for end in ("in", "out")]
+_Z_IMAGE_BLOCK = [
+    *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "adaLN_modulation.0"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+]
 TRANSFORMERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, list[str]]]] = {
     "SD3Transformer2DModel": (
         ("transformer.", "base_model.model."),
@@ -114,6 +121,14 @@ TRANSFORMERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, list[str]]]] = {
             ],
         },
     ),
+    "Flux2Transformer2DModel": (
+        ("transformer.", ""),
+        {
+            "transformer_blocks": [*_QKV, "attn.to_out.0", "attn.to_add_out", *_FLUX_2_FEED_FORWARD],
+            "single_transformer_blocks": ["attn.to_qkv_mlp_proj", "attn.to_out"],
+            "": ["x_embedder", "context_embedder", "norm_out.linear", "proj_out"],
+        },
+    ),
     "PixArtTransformer2DModel": (
         ("transformer.", "base_model.model.", "unet.base_model.model."),
         {
@@ -122,6 +137,16 @@ TRANSFORMERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, list[str]]]] = {
                 *("pos_embed.proj", "proj_out", "adaln_single.linear"),
                 *(f"adaln_single.emb.timestep_embedder.linear_{n}" for n in (1, 2)),
                 *(f"caption_projection.linear_{n}" for n in (1, 2)),
+            ],
+        },
+    ),
+    "ZImageTransformer2DModel": (
+        ("transformer.", "diffusion_model.", ""),
+        {
+            **dict.fromkeys(["layers", "noise_refiner", "context_refiner"], _Z_IMAGE_BLOCK),
+            "": [
+                *("all_x_embedder.2-1", "all_final_layer.2-1.linear", "all_final_layer.2-1.adaLN_modulation.1"),
+                *("cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"),
             ],
         },
     ),
@@ -175,6 +200,17 @@ def sgm_uniform_timesteps(steps: int) -> list[float]:
     """Times of the scheduler ``sgm_uniform``: even ones from the last to the first, which is left out."""
     times: list[float] = torch.linspace(999, 0, steps + 1)[:-1].tolist()
     return times
+
+
+def flux_2_levels(steps: int, width: int, height: int) -> list[float]:
+    """Noise levels of the node ``Flux2Scheduler``, without the last, which is 0: they depend on the size in pixels."""
+    tokens = round(width * height / 16**2)
+    at_200 = 0.00016927 * tokens + 0.45666666
+    at_10 = 8.73809524e-05 * tokens + 1.89833333
+    slope = (at_200 - at_10) / 190
+    mu = at_200 if tokens > 4300 else at_200 + slope * (steps - 200)
+    even: list[float] = torch.linspace(1, 0, steps + 1)[:-1].tolist()
+    return [math.exp(mu) / (math.exp(mu) + 1 / time - 1) for time in even]
 
 
 def walked_by_lcm(

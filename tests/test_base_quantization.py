@@ -37,7 +37,7 @@ from tests.helpers import (
     trained_weights,
 )
 from tests.original_layout import original_tensors, save_single_file
-from tests.tiny_pipelines import tiny_dit
+from tests.tiny_pipelines import tiny_dit, tiny_qwen
 
 # How far the tiny U-Net's output and the encoded prompts may be off, relative to their size. Measured in float32: 0.002
 # and 0.010 with 8-bit integers, 0.013 and 0.054 with 8-bit floats; the gradient of the input about twice the output's.
@@ -93,6 +93,13 @@ def test_it_takes_the_bytes_that_are_planned(kind: Any, base: Path, tmp_path: Pa
     assert plan.kept["text encoders"] == stored_bytes(*stored.text_encoders)
     assert plan.components["unet"].size == plan.kept["frozen networks"]
     assert plan.components["unet"].precision == "quantised"
+
+
+def test_the_head_of_a_language_model_is_not_stored_so() -> None:
+    encoder = tiny_qwen(8)
+    stored = [*quantized_weights(encoder)]
+    assert len(stored) == 7 * len(encoder.model.layers)
+    assert all(weight is not encoder.lm_head.weight for weight in stored)
 
 
 @needs_torchao

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from rdm_rl.cli.evaluate import _load_teacher
 from rdm_rl.cli.main import main
 from rdm_rl.evaluation.results import read_results
 from rdm_rl.student import rewards_of
 from tests.helpers import ROOT, WITHOUT_RDM, quick_trainer, randomize, tiny_sd
+from tests.tiny_pipelines import tiny_zimage
 from tests.tiny_rewards import save_clip, save_transformer
 
 SIZES = {"narrow": 400, "wide": 1400}
@@ -234,3 +237,10 @@ def test_the_page_fits_its_window_in_both_schemes(width: int, scheme: str, writt
     # Nothing reaches over the right edge: the last columns are background but for pictures and tables that scroll.
     edge = pixels[:, -8:]
     assert float((edge - background).abs().gt(24).double().mean()) < 0.02
+
+
+def test_a_teacher_is_guided_as_its_pipeline_counts(tmp_path: Path) -> None:
+    """Z-Image's adds its number of times what the prompt changes, which is one less than elsewhere."""
+    tiny_zimage().save_pretrained(tmp_path / "base")
+    options = Namespace(model_config=None, dtype="float32", teacher_guidance_scale=3.0, teacher_steps=2)
+    assert _load_teacher(str(tmp_path / "base"), None, options).call["guidance_scale"] == 2.0

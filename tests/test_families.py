@@ -8,7 +8,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DMode
 from torch import Tensor
 
 from rdm_rl.families import StableDiffusionFamily, check_model_name, load_family
+from rdm_rl.records import Conditioning
 from tests.helpers import latents, tiny_sd
+from tests.tiny_pipelines import tiny_klein, tiny_zimage
 
 PROMPTS = ["the digit 3", "the digit 4", "the digit 5"]
 
@@ -73,6 +75,29 @@ def test_epsilon_has_no_answer_where_there_is_no_signal(tmp_path: Path) -> None:
     assert x_0.isfinite().all()
     with pytest.raises(ValueError, match="prediction_type='flow_prediction'"):
         load_family(tiny_sd(tmp_path, "flow_prediction"))
+
+
+@pytest.mark.parametrize(("is_distilled", "guidance"), [(False, 4.0), (True, 1.0)])
+def test_of_klein_the_distilled_model_has_no_guidance(is_distilled: bool, guidance: float) -> None:
+    family = load_family(tiny_klein(is_distilled=is_distilled))
+    assert family.has_guidance != is_distilled
+    assert family.teacher_guidance_scale == guidance
+
+
+def test_z_image_reads_each_prompt_to_its_own_end() -> None:
+    """Also where one is filled up to 64 tokens and the other to 32."""
+    family = load_family(tiny_zimage(), resolution=16)
+    conditioning = family.encode(["the digit 3", "a cat"])
+    states, lengths = (conditioning.tensors[name] for name in ("encoder_hidden_states", "prompt_lengths"))
+    assert lengths[1] < 32 < lengths[0] < states.shape[1]
+    behind = torch.arange(states.shape[1]) >= lengths[:, None]
+    assert not states[behind].any()
+    x_t, t = latents(2, *family.latent_shape), torch.tensor([0.9, 0.5])
+    expected = family.forward(family.network, x_t, t, conditioning)
+    other = Conditioning(tensors={**conditioning.tensors, "encoder_hidden_states": states + 9 * behind[:, :, None]})
+    assert torch.equal(family.forward(family.network, x_t, t, other), expected)
+    other = Conditioning(tensors={**conditioning.tensors, "prompt_lengths": lengths - 1})
+    assert not torch.allclose(family.forward(family.network, x_t, t, other), expected)
 
 
 def test_loads_a_folder_or_a_pipeline(base: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rdm_rl.cli.main import main
 from rdm_rl.cli.plan.model_sizes import MODELS
+from rdm_rl.cli.plan.skeleton import make_skeleton, read_blueprint
 from rdm_rl.families import FlowFamily, load_family
 from rdm_rl.families.adapters import DIFFUSERS_LORA, adapter_scales
 from rdm_rl.families.kohya import sgm_name
@@ -28,7 +29,7 @@ from tests import comfyui
 from tests.helpers import EXAMPLES, latents, prompt_batch, table_rows
 from tests.tiny_pipelines import CALLS, TINY, align_weights, tiny_sd
 
-READ_BY_COMFYUI = ("sd", "sdxl", "sd3", "flux_dev", "flux_schnell", "pixart")
+READ_BY_COMFYUI = ("sd", "sdxl", "sd3", "flux_dev", "flux_schnell", "pixart", "klein", "zimage")
 PLAIN = LoraConfig(r=4, lora_alpha=4)  # All of the family's own layers.
 SCALED = LoraConfig(r=4, lora_alpha=6)
 SOME = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1", "conv_in"]
@@ -65,7 +66,9 @@ def test_comfyui_adds_to_every_weight_what_the_student_does(kind: str, config: L
     is_unet = networks.family.network_name == "unet"
     # A transformer's file for diffusers is ComfyUI's too, unless it needs an alpha to be right.
     assert (KOHYA_LORA in files) == (is_unet or not networks.family.loads_lora or config is not PLAIN)
-    assert f"`{files[0]}` is for ComfyUI" in (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    assert f"`{files[0]}` is for ComfyUI" in card
+    assert ("the node `Flux2Scheduler`" in card) == (kind == "klein")
     added, left_over = comfyui.what_is_added(
         load_file(tmp_path / "student" / files[0]), comfyui.names_of(networks.family.network)
     )
@@ -113,7 +116,7 @@ def pictures(folder: Path, lora: Path) -> Tensor:
     [
         *((kind, SCALED, 0) for kind in ("sd", "sdxl")),
         # Where scales are part of the weights, they round elsewhere.
-        *((kind, MIXED, 1e-4) for kind in ("sd", "sdxl", "flux_dev", "sd3")),
+        *((kind, MIXED, 1e-4) for kind in ("sd", "sdxl", "flux_dev", "sd3", "zimage")),
     ],
 )
 @pytest.mark.filterwarnings("error:.*alpha_pattern:RuntimeWarning")
@@ -129,7 +132,7 @@ def policy_of(base: Path, source: Path) -> AdapterNetworks:
     return AdapterNetworks(load_family(base), config, torch.Generator(), policy_init=str(source))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux_dev"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux_dev", "klein", "zimage"])
 def test_there_and_back(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a saved student to each form and back, of which a policy starts, with the same tensors."""
     monkeypatch.chdir(tmp_path)
@@ -273,7 +276,7 @@ def test_comfyui_s_lcm_takes_the_student_s_steps(kind: str, tmp_path: Path) -> N
     times = (torch.arange(1000) + 1) / 1000
     is_flow = isinstance(family, FlowFamily)
     if is_flow:
-        times = table = family.shift * times / (1 + (family.shift - 1) * times)
+        times = table = family.schedule.shift * times / (1 + (family.schedule.shift - 1) * times)
     else:
         table = family.schedule.sigma(times) / family.schedule.alpha(times)
 
@@ -288,14 +291,23 @@ def test_comfyui_s_lcm_takes_the_student_s_steps(kind: str, tmp_path: Path) -> N
     assert (comfyui.walked_by_lcm(network, others, noises, is_flow=is_flow) - x_0).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux_dev", "flux_schnell"])
+@pytest.mark.parametrize("kind", ["sd3", "flux_dev", "flux_schnell", "zimage"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 8])
 def test_a_flow_s_times_are_those_of_comfyui_s_simple(kind: str, steps: int, tmp_path: Path) -> None:
     """It picks from a table of even times, which the model's shift moves, as the student's are moved."""
     family = load_family(TINY[kind](tmp_path))
     times = torch.tensor([(time + 1) / 1000 for time in comfyui.simple_timesteps(steps)])
-    shifted = family.shift * times / (1 + (family.shift - 1) * times)
+    shifted = family.schedule.shift * times / (1 + (family.schedule.shift - 1) * times)
     torch.testing.assert_close(family.student_times(steps), shifted)
+
+
+@pytest.mark.parametrize("size", ["512", "1024x768", "1024", "1536"])
+def test_flux_2_s_times_are_those_of_comfyui_s_node(size: str) -> None:
+    family = load_family(make_skeleton(read_blueprint("klein-base-4b")), resolution=size)
+    _, height, width = family.latent_shape
+    for steps in (1, 2, 3, 4, 8):
+        levels = comfyui.flux_2_levels(steps, 16 * width, 16 * height)
+        assert family.student_times(steps).tolist() == pytest.approx(levels, abs=1e-6)
 
 
 def test_the_workflow_is_one_that_comfyui_takes() -> None:

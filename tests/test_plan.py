@@ -48,7 +48,10 @@ def skeleton_of(pipeline, folder, dtype=torch.float32):
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("sd15", 859.52), ("sdxl", 2567.46), ("sd35-medium", 2469.66), ("flux-dev", 11901.41), ("sana-1600m", 1604.46)],
+    [
+        *(("sd15", 859.52), ("sdxl", 2567.46), ("sd35-medium", 2469.66), ("flux-dev", 11901.41)),
+        *(("klein-base-4b", 3875.54), ("z-image", 6154.91), ("sana-1600m", 1604.46)),
+    ],
 )
 def test_built_in_sizes_are_the_published_ones(name, millions) -> None:
     family = load_family(make_skeleton(read_blueprint(name), torch.bfloat16))
@@ -68,6 +71,7 @@ def test_built_in_sizes_are_the_published_ones(name, millions) -> None:
         ("sdxl", "text_encoder", 123.06),
         ("sdxl", "text_encoder_2", 694.66),
         ("flux-dev", "text_encoder_2", 4762.31),
+        ("klein-base-4b", "text_encoder", 4022.47),
         ("sana-1600m", "text_encoder", 2614.34),
         ("sana-1600m", "vae", 312.25),
     ],
@@ -477,7 +481,7 @@ def test_guidance_asks_the_teacher_twice_unless_it_is_told(tmp_path) -> None:
     assert guided.kept["optimiser state"] == 2 * guided.kept["policy"]
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sana", "dit", "unconditional"])
+@pytest.mark.parametrize("name", ["sdxl", "sana", "zimage", "dit", "unconditional"])
 def test_every_family_can_be_planned(name, tmp_path) -> None:
     TINY[name](tmp_path).save_pretrained(tmp_path / "base")
     args = tiny_config(tmp_path / "out", bf16=True)

@@ -12,7 +12,7 @@ from rdm_rl.families.resolution import Resolution, read_resolution, read_resolut
 from rdm_rl.student import load_student
 from rdm_rl.trainers.setup import teacher_key
 from tests.helpers import QUICK, StopAfter, log_numbers, quick_trainer, randomize, same, trained_weights
-from tests.tiny_pipelines import align_weights, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny_pipelines import align_weights, tiny_flux, tiny_klein, tiny_sd, tiny_sd3, tiny_sdxl, tiny_zimage
 
 BUCKETS = ["16", "16x24", "24x16"]
 
@@ -39,9 +39,9 @@ def test_one_or_several_in_any_spelling() -> None:
     assert read_resolutions(None) == []
 
 
-@pytest.mark.parametrize("kind", [tiny_sd, tiny_sdxl, tiny_sd3, tiny_flux])
+@pytest.mark.parametrize("kind", [tiny_sd, tiny_sdxl, tiny_sd3, tiny_flux, tiny_klein, tiny_zimage])
 def test_a_student_that_is_not_square_is_the_stock_pipeline_s(kind: Any, tmp_path: Path) -> None:
-    """Its latents, the sizes that SDXL is told, the positions of SD3 and FLUX, and FLUX's shift of the times."""
+    """Its latents, the sizes that SDXL is told, positions of tokens, and times that depend on the size."""
     kind(tmp_path / "source").save_pretrained(tmp_path / "base")
     settings = {**QUICK, "num_inference_steps": 2, "resolution": "24x16"}
     trainer = quick_trainer(tmp_path / "base", tmp_path / "run", "rdm", **settings)
@@ -58,7 +58,7 @@ def test_a_student_that_is_not_square_is_the_stock_pipeline_s(kind: Any, tmp_pat
     torch.testing.assert_close(ours, stock.permute(0, 3, 1, 2), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", [tiny_sd, tiny_flux])
+@pytest.mark.parametrize("kind", [tiny_sd, tiny_flux, tiny_klein])
 def test_a_family_at_another_resolution_is_one_loaded_for_it(kind: Any, tmp_path: Path) -> None:
     pipeline = kind(tmp_path)
     family, loaded = (

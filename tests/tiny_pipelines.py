@@ -19,6 +19,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderTiny,
     DDIMScheduler,
     DDPMPipeline,
@@ -29,6 +30,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -40,6 +43,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -51,6 +56,9 @@ from transformers import (
     Gemma2Model,
     GemmaTokenizerFast,
     PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -69,6 +77,8 @@ CALLS: Mapping[str, Mapping[str, Any]] = {
     # Sana's pipeline takes multiples of 32 only; its tiny autoencoder compresses by 4 where the others do by 2.
     "SanaPipeline": {"prompt": "the digit 3", "height": 32, "width": 32, "use_resolution_binning": False},
     "PixArtSigmaPipeline": {"prompt": "the digit 3", **SIZE, "use_resolution_binning": False},
+    "Flux2KleinPipeline": {"prompt": "the digit 3", **SIZE},
+    "ZImagePipeline": {"prompt": "the digit 3", **SIZE},
     "DiTPipeline": {"class_labels": [3]},
     "DDPMPipeline": {},
 }
@@ -186,6 +196,42 @@ def tiny_gemma(width: int) -> Gemma2Model:
             max_position_embeddings=2048,
             sliding_window=64,
             query_pre_attn_scalar=8,
+            use_cache=False,
+        )
+    )
+
+
+# Qwen's and some lines more: "the digit 3" is then longer than the 32 tokens that Z-Image fills up to, "a cat" is not.
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{{ '\n\n\n' if enable_thinking else '<think>\n' }}"
+)
+
+
+def tiny_qwen_tokenizer() -> Qwen2TokenizerFast:
+    """A Qwen tokenizer of single bytes, and with the template of a chat."""
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return Qwen2TokenizerFast(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=1024,
+        chat_template=_CHAT,
+    )
+
+
+def tiny_qwen(width: int, layers: int = 2) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=259,
+            hidden_size=width,
+            intermediate_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
             use_cache=False,
         )
     )
@@ -450,6 +496,78 @@ def tiny_pixart(folder: Path | None = None, seed: int = 0) -> PixArtSigmaPipelin
     )
 
 
+def tiny_klein(folder: Path | None = None, is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
+    """FLUX.2-klein: latents that are packed and normalised, and the 9th, 18th and 27th layer of a language model."""
+    transformer = _build(
+        lambda: Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        seed,
+    )
+    vae = _build(
+        lambda: AutoencoderKLFlux2(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=16,
+        ),
+        seed + 1,
+    )
+    statistics = torch.rand(2, 16, generator=torch.Generator().manual_seed(seed))
+    vae.bn.running_mean.copy_(statistics[0] - 0.5)
+    vae.bn.running_var.copy_(statistics[1] + 0.5)
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=_build(lambda: tiny_qwen(8, layers=27), seed + 2),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+        is_distilled=is_distilled,
+    )
+
+
+def tiny_zimage(folder: Path | None = None, seed: int = 0) -> ZImagePipeline:
+    """Z-Image: words and latents in one sequence, and a time and a velocity that are turned around."""
+    transformer = _build(
+        lambda: ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 6, 6],
+            axes_lens=[1024, 16, 16],
+        ),
+        seed,
+    )
+    vae = _build(
+        lambda: tiny_vae(
+            4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        seed + 1,
+    )
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=_build(lambda: tiny_qwen(16), seed + 2),
+        tokenizer=tiny_qwen_tokenizer(),
+        transformer=transformer,
+    )
+
+
 # Every kind of pipeline, by a short name: builder(folder) -> pipeline.
 TINY: Mapping[str, Callable[[Path], DiffusionPipeline]] = {
     "sd": partial(tiny_sd, whole=True),
@@ -462,6 +580,8 @@ TINY: Mapping[str, Callable[[Path], DiffusionPipeline]] = {
     "dit": tiny_dit,
     "unconditional": tiny_unconditional,
     "pixart": tiny_pixart,
+    "klein": tiny_klein,
+    "zimage": tiny_zimage,
 }
 
 

@@ -135,7 +135,7 @@ def _load_teacher(base: str, student: Path | None, options: argparse.Namespace) 
     guidance = options.teacher_guidance_scale
     if guidance is None:
         guidance = facts.get("teacher_guidance_scale", family.teacher_guidance_scale)
-    call = {"num_inference_steps": options.teacher_steps, "guidance_scale": guidance}
+    call = {"num_inference_steps": options.teacher_steps, "guidance_scale": family.pipeline_guidance(guidance)}
     size = {} if student is None else call_of(student)
     call |= {side: size[side] for side in ("height", "width") if side in size}
     return SavedStudent(family.pipeline, call)

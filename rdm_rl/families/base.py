@@ -65,6 +65,9 @@ class Family(PromptEncoding, ABC):
     comfyui_layers: ClassVar[str] = ""
     """Pattern of the layers, by their names, whose adapters ComfyUI knows; nothing if it has no such model."""
 
+    comfyui_times: ClassVar[str] = "the scheduler `simple`"
+    """What makes the student's times in ComfyUI."""
+
     teacher_guidance_scale: float
     """Guidance of the teacher when the user sets none: what published distillations of this family use."""
 
@@ -88,13 +91,12 @@ class Family(PromptEncoding, ABC):
                 "pipeline, with every component."
             )
         decoder: Any = self.decoder
-        decoded = (
-            self.latent_channels if decoder is None else decoder.config.get("latent_channels", self.latent_channels)
-        )
-        if decoded != self.latent_channels:
+        asked = self.decoder_channels
+        decoded = asked if decoder is None else decoder.config.get("latent_channels", asked)
+        if decoded != asked:
             raise ValueError(
                 f"The pipeline's {type(decoder).__name__} decodes latents of {decoded} channels, but the network's "
-                f"have {self.latent_channels}. Use the autoencoder of this model, or a smaller one made for it."
+                f"have {asked}. Use the autoencoder of this model, or a smaller one made for it."
             )
         if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
             raise ValueError(
@@ -225,6 +227,11 @@ class Family(PromptEncoding, ABC):
         return int(config.in_channels)
 
     @property
+    def decoder_channels(self) -> int:
+        """Channels of what the decoder is given: those of the latents, unless the network packs several into one."""
+        return self.latent_channels
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape of one latent, (C, H, W)."""
         if self.resolution is None:
@@ -312,6 +319,10 @@ class Family(PromptEncoding, ABC):
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times that the student visits, shape (K,), in (0, 1], falling: those of the student's scheduler."""
 
+    def pipeline_guidance(self, guidance_scale: float) -> float:
+        """The number by which the stock pipeline knows a guidance scale of :meth:`predict_x_0`."""
+        return guidance_scale
+
     def student_call(
         self, num_inference_steps: int, sampler: SamplerName = "renoise", guidance_scale: float = 1.0
     ) -> dict[str, Any]:
@@ -324,7 +335,8 @@ class Family(PromptEncoding, ABC):
             sampler: The policy's sampler.
             guidance_scale: The student's guidance.
         """
-        usual = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        guidance = self.pipeline_guidance(guidance_scale)
+        usual = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance}
         height, width = (side * self.pixels_per_latent for side in self.latent_shape[1:])
         if not self.any_resolution or (self.resolution is None and height == width):
             return usual

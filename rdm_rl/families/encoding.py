@@ -281,6 +281,26 @@ def _token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_o
             yield len(tokens)
 
 
+def tokens_before_prompt(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the template of a chat puts before what is said; they take their part of a prompt's length."""
+    mark = "\0"
+    chat = [{"role": "user", "content": mark}]
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    return len(tokenizer(text.partition(mark)[0]).input_ids)
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """The precision that a network computes in: not that of weights in 4 bits, which are bytes, nor of adapters.
+
+    Example:
+        >>> stored = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+        >>> dtype_of(nn.ParameterList([stored, torch.zeros(2, dtype=torch.bfloat16)]))
+        torch.bfloat16
+    """
+    named = network.named_parameters()
+    return next(value.dtype for name, value in named if value.is_floating_point() and "lora_" not in name)
+
+
 def device_of(network: nn.Module) -> torch.device:
     """Where a network's weights are."""
     return next(network.parameters()).device

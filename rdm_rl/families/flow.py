@@ -1,6 +1,5 @@
 """What flow-matching families share: the straight path, and the schedulers for it."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from rdm_rl.policy import SamplerName
 
 
 class FlowFamily(Family):
-    """A family that predicts the velocity of a straight path from data to noise: SD3, FLUX, Sana.
+    """A family that predicts the velocity of a straight path from data to noise: SD3, FLUX, Sana, Z-Image.
 
     Args:
         pipeline: The pipeline.
@@ -40,30 +39,30 @@ class FlowFamily(Family):
                 f"{type(pipeline).__name__} predicts the velocity of a flow. Use its FlowMatchEulerDiscreteScheduler."
             )
         self.prediction_type = "flow"
-        self.schedule = FlowMatching(steps=config.num_train_timesteps, shift=self.shift)
+        self.schedule = self.flow_schedule()
 
     def at(self, resolution: Resolution) -> "FlowFamily":
         """The same family for images of another size, with the shift of that size."""
         resized: Any = super().at(resolution)
-        resized.schedule = replace(self.schedule, shift=resized.shift)
+        resized.schedule = resized.flow_schedule()
         return resized  # type: ignore[no-any-return]
 
-    @property
-    def shift(self) -> float:
-        """How much more of the base's steps lie at high noise; with a dynamic shift it depends on the image's size."""
+    def flow_schedule(self) -> FlowMatching:
+        """The straight path, with the base's shift of the times; a dynamic one depends on the image's size."""
         config = self.pipeline.scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            return float(config.get("flow_shift", config.get("shift", 1.0)))  # DPM-Solver's name, and Euler's.
+        steps = config.num_train_timesteps
+        if not config.get("use_dynamic_shifting"):  # DPM-Solver's name, and Euler's.
+            return FlowMatching(steps, shift=float(config.get("flow_shift", config.get("shift", 1.0))))
         ends = (config[f"{end}_{what}"] for what in ("image_seq_len", "shift") for end in ("base", "max"))
         mu = calculate_shift(self.image_tokens, *ends)
-        return float(np.exp(mu)) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
+        is_exponential = config.get("time_shift_type", "exponential") == "exponential"
+        return FlowMatching(steps, shift=float(np.exp(mu) if is_exponential else mu))
 
     @property
     def image_tokens(self) -> int:
         """Tokens of one image, on which a dynamic shift depends."""
         _, height, width = self.latent_shape
-        patch = int(getattr(self.network.config, "patch_size", 1))
-        return (height // patch) * (width // patch)
+        return (height // self.latent_multiple) * (width // self.latent_multiple)
 
     def student_times(self, num_inference_steps: int, sampler: SamplerName = "renoise") -> Tensor:
         """The times 1, (K-1)/K, ..., 1/K, shifted as the base's own scheduler shifts them.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rdm_rl.families.encoding import dtype_of
 from rdm_rl.families.flow import FlowFamily
 from rdm_rl.policy import SamplerName
 from rdm_rl.randomness import Generators, normal
@@ -43,12 +44,6 @@ class FluxFamily(FlowFamily):
     def latent_channels(self) -> int:
         """Channels of the latents, before packing."""
         return super().latent_channels // 4
-
-    @property
-    def image_tokens(self) -> int:
-        """Tokens of one image, on which the shift of the times depends."""
-        _, height, width = self.latent_shape
-        return (height // 2) * (width // 2)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """T5's hidden states, shape (N, L, E), and CLIP's pooled output, shape (N, E')."""
@@ -96,7 +91,7 @@ class FluxFamily(FlowFamily):
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
         """The transformer's output, unpacked."""
-        dtype = next(network.parameters()).dtype
+        dtype = dtype_of(network)
         _, _, height, width = x_t.shape
         ids = self.pipeline._prepare_latent_image_ids(len(x_t), height // 2, width // 2, x_t.device, dtype)
         states = conditioning.tensors["encoder_hidden_states"].to(dtype)

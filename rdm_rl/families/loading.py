@@ -17,6 +17,7 @@ from rdm_rl.families.base import Family, tokenizer_of
 from rdm_rl.families.dit import DiTFamily
 from rdm_rl.families.flux import FluxFamily
 from rdm_rl.families.hub import check_hub_name, one_line_errors, without_diffusers_log
+from rdm_rl.families.klein import Flux2KleinFamily
 from rdm_rl.families.pixart import PixArtFamily
 from rdm_rl.families.quantization import (
     Quantization,
@@ -43,13 +44,16 @@ from rdm_rl.families.single_file import (
     read_parts,
 )
 from rdm_rl.families.unconditional import UnconditionalFamily
+from rdm_rl.families.zimage import ZImageFamily
 
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusionFamily,
     "StableDiffusionXLPipeline": StableDiffusionXLFamily,
     "StableDiffusion3Pipeline": StableDiffusion3Family,
     "FluxPipeline": FluxFamily,
+    "Flux2KleinPipeline": Flux2KleinFamily,
     "SanaPipeline": SanaFamily,
+    "ZImagePipeline": ZImageFamily,
     "PixArtSigmaPipeline": PixArtFamily,
     "DiTPipeline": DiTFamily,
     "DDPMPipeline": UnconditionalFamily,
@@ -60,7 +64,8 @@ FAMILIES: dict[str, type[Family]] = {
 # What two networks of one class must share to be given the same latents and the same encoded prompts.
 INTERFACE = (
     *("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim"),
-    *("joint_attention_dim", "pooled_projection_dim", "caption_channels", "num_embeds_ada_norm"),
+    *("joint_attention_dim", "pooled_projection_dim", "caption_channels", "cap_feat_dim"),
+    "num_embeds_ada_norm",
 )
 
 

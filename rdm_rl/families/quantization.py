@@ -144,16 +144,20 @@ def free_memory_between_products(network: nn.Module) -> None:
 def quantized_weights(network: nn.Module) -> Iterator[Tensor]:
     """The weights that are stored quantised, of a network that is loaded so: those of linear layers, without adapters.
 
-    What the network keeps in float32 stays as it is, and so does the last parameter of an encoder of transformers.
+    What the network keeps in float32 stays as it is, and of an encoder of transformers also the last parameter and the
+    head of a language model.
 
     Args:
         network: A network of diffusers or transformers, quantised or not.
     """
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
-    last = list(network.parameters())[-1] if isinstance(network, transformers.PreTrainedModel) else None
+    if isinstance(network, transformers.PreTrainedModel):
+        ends = [list(network.parameters())[-1], getattr(network.get_output_embeddings(), "weight", None)]
+    else:
+        ends = []
     for name, layer in network.named_modules():
         stays = "lora_" in name or not kept.isdisjoint(name.split("."))
-        if isinstance(layer, nn.Linear) and not stays and layer.weight is not last:
+        if isinstance(layer, nn.Linear) and not stays and all(layer.weight is not end for end in ends):
             yield layer.weight
 
 

@@ -3,15 +3,17 @@
 These are the numbers of each model's own configuration files; what equals its class's default is left out, and no
 weights belong to them. Tests compare parameter counts with the published ones:
 
-==============  =====================================================  ================================================
-name            model                                                  published parameters of the denoising network
-==============  =====================================================  ================================================
-``sd15``        stable-diffusion-v1-5/stable-diffusion-v1-5            860 M (SDXL paper, table 1)
-``sdxl``        stabilityai/stable-diffusion-xl-base-1.0               2.6 B (SDXL paper, table 1)
-``sd35-medium`` stabilityai/stable-diffusion-3.5-medium                2.5 B (model card), 0.2 B of it a fixed buffer
-``flux-dev``    black-forest-labs/FLUX.1-dev                           11.9 B (diffusers' benchmark tables)
-``sana-1600m``  Efficient-Large-Model/Sana_1600M_1024px_diffusers      1.6 B (model card)
-==============  =====================================================  ================================================
+=================  ===================================================  ================================================
+name               model                                                published parameters of the denoising network
+=================  ===================================================  ================================================
+``sd15``           stable-diffusion-v1-5/stable-diffusion-v1-5          860 M (SDXL paper, table 1)
+``sdxl``           stabilityai/stable-diffusion-xl-base-1.0             2.6 B (SDXL paper, table 1)
+``sd35-medium``    stabilityai/stable-diffusion-3.5-medium              2.5 B (model card), 0.2 B of it a fixed buffer
+``flux-dev``       black-forest-labs/FLUX.1-dev                         11.9 B (diffusers' benchmark tables)
+``klein-base-4b``  black-forest-labs/FLUX.2-klein-base-4B               4 B (its name)
+``z-image``        Tongyi-MAI/Z-Image, and Z-Image-Turbo                6.15 B (the hub's count of the files)
+``sana-1600m``     Efficient-Large-Model/Sana_1600M_1024px_diffusers    1.6 B (model card)
+=================  ===================================================  ================================================
 
 References:
     | SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis (Podell et al., 2023), table 1
@@ -48,6 +50,10 @@ _T5_XXL = _of(
     **{"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
     **{"is_encoder_decoder": False, "use_cache": False},
 )
+_QWEN3_4B = {
+    **{"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_key_value_heads": 8},
+    **{"head_dim": 128, "tie_word_embeddings": True, "use_cache": False},
+}
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _DCAE = {
     f"{side}_{what}": value
@@ -103,6 +109,24 @@ MODELS: dict[str, Blueprint] = {
         text_encoder=_CLIP_L,
         text_encoder_2=_T5_XXL,
         scheduler=_of("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
+    ),
+    "klein-base-4b": _of(
+        "Flux2KleinPipeline",
+        transformer=_of(
+            "Flux2Transformer2DModel",
+            **{"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+            guidance_embeds=False,
+        ),
+        vae=_of("AutoencoderKLFlux2"),
+        text_encoder=_of("Qwen3ForCausalLM", **_QWEN3_4B),
+        scheduler=_of("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
+    ),
+    "z-image": _of(
+        "ZImagePipeline",
+        transformer=_of("ZImageTransformer2DModel", axes_lens=[1536, 512, 512]),
+        vae={**_SD3_VAE, "sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        text_encoder=_of("Qwen3Model", **_QWEN3_4B),
+        scheduler=_of("FlowMatchEulerDiscreteScheduler", shift=3.0),
     ),
     "sana-1600m": _of(
         "SanaPipeline",

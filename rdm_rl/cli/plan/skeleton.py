@@ -132,5 +132,5 @@ def _one_word_tokenizer(longest: int) -> Any:
     """A tokenizer with which a pipeline encodes a prompt of the right length, whatever it says."""
     words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="?", pad_token="?", model_max_length=longest
+        tokenizer_object=words, unk_token="?", pad_token="?", model_max_length=longest, chat_template="?"
     )
