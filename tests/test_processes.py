@@ -1,8 +1,5 @@
 """Many processes: the same run as one process, and a word where there are fewer than asked for."""
 
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,38 +187,6 @@ def test_a_process_that_hangs_ends_the_run(base: Path, tmp_path: Path) -> None:
     assert status != 0
     assert "Process 1 of 2 ended or hung, and left no word" in errors
     assert time.time() - (tmp_path / "hanging").stat().st_mtime < 10 + 30 + 30
-
-
-SCRIPT = """
-import warnings
-from rdm_rl import RDMConfig
-from rdm_rl.trainers.loop import TrainingLoop
-TrainingLoop.__abstractmethods__ = frozenset()
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    loop = TrainingLoop(RDMConfig(output_dir="out", use_cpu=True), 1)
-print("processes:", loop.accelerator.num_processes)
-print("\\n".join(str(one.message) for one in seen))
-"""
-
-
-def test_fewer_processes_than_asked_for_are_reported(tmp_path: Path) -> None:
-    """By a run that accelerate itself launches."""
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    words = ["--cpu", "--num_processes", "2", "script.py", "--num_processes", "7"]  # The last two are the script's own.
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "processes: 1" in done.stdout
-    assert "was asked for 2 processes, but started 1" in done.stdout
-    assert "torchrun --nproc_per_node 2" in done.stdout
 
 
 @pytest.mark.parametrize(

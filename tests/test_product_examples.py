@@ -40,8 +40,8 @@ TINY_RUN = """
 
 
 def launch(script: str, *words: Any, folder: Path) -> str:
-    """What a script prints that accelerate launches in a folder."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines"]
+    """What a script says that accelerate launches in a folder, in fewer processes than it is asked for."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines"]
     command += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", str(EXAMPLES / f"{script}.py")]
     path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -53,7 +53,7 @@ def launch(script: str, *words: Any, folder: Path) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def settings(name: str, *words: str) -> tuple[TrainArguments, RDMConfig]:
@@ -106,6 +106,8 @@ def test_the_subclass_runs_as_it_is_launched(tmp_path: Path) -> None:
     words += ["--reward_start_step", "0", "--output_dir", str(tmp_path / "run")]
     printed = launch("custom_trainer", *words, folder=tmp_path)
     assert re.search(r"ink: 0\.\d{3} at the end", printed)
+    assert "was asked for 2 processes, but started 1" in printed
+    assert "torchrun --nproc_per_node 2" in printed
     weights = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert any(value.any() for name, value in weights.items() if "lora_B" in name)
     assert (tmp_path / "run" / "scheduler" / "scheduler_config.json").is_file()
