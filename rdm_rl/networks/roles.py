@@ -200,7 +200,8 @@ class AdapterNetworks(Networks):
             self.teacher_family.load_adapter(teacher_adapter, "teacher", "teacher_adapter")
         # PEFT draws initial weights from the global generator; the fork gives it back untouched.
         with torch.random.fork_rng(devices=[]), sharing_a_base():
-            torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            seed = torch.randint(2**31, (), generator=generator, device=generator.device)
+            torch.default_generator.manual_seed(int(seed))
             for role in ADAPTERS:
                 if role == "fake_score" or policy_init is None:
                     self._inject(role)

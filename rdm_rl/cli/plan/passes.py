@@ -11,6 +11,7 @@ whole matrix.
 
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, get_args
 
 import torch
@@ -45,6 +46,7 @@ class Memory(TorchDispatchMode):
 
     Args:
         existing: Tensors that are there already, which count as nothing.
+        forms: What is known of operations' results on the meta device, which several passes may share.
 
     Example:
         >>> with Memory() as memory:
@@ -53,21 +55,38 @@ class Memory(TorchDispatchMode):
         (40, 120)
     """
 
-    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+    def __init__(self, existing: Iterable[Tensor] = (), forms: dict[Any, Any] | None = None) -> None:
         """Start from nothing."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: int = 0
         self.peak: int = 0
+        self._forms = {} if forms is None else forms
         self._sizes = {id(tensor.untyped_storage()): 0 for tensor in existing}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation and note what it made."""
-        result = function(*args, **(kwargs or {}))
+        result = self._run(function, args, kwargs or {})
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor):
                 self._note(value.untyped_storage())
+        return result
+
+    def _run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operation; what it made before of tensors of these forms, it makes again.
+
+        Many of the meta device's kernels are written in Python, and take a millisecond.
+        """
+        if _has_aliases(function):
+            return function(*args, **kwargs)
+        key = (function, _form(args), _form(kwargs))
+        if key in self._forms:
+            shape, stride, dtype = self._forms[key]
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        result = function(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_meta and id(result.untyped_storage()) not in self._sizes:
+            self._forms[key] = (result.shape, result.stride(), result.dtype)
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -84,6 +103,24 @@ class Memory(TorchDispatchMode):
         """Count a tensor no longer."""
         self.now -= self._sizes[id(tensor.untyped_storage())]
         self._sizes[id(tensor.untyped_storage())] = 0
+
+
+@cache
+def _has_aliases(function: Any) -> bool:
+    """Whether an operation says that it works in place, or makes a view (`_unsafe_view` does not say so)."""
+    return any(argument.alias_info is not None for argument in function._schema.arguments)
+
+
+def _form(value: Any) -> Any:
+    """What the form of an operation's result depends on: on the meta device, tensors have no values."""
+    match value:
+        case Tensor():
+            return value.shape, value.stride(), value.dtype, value.device
+        case list() | tuple():
+            return tuple(map(_form, value))
+        case dict():
+            return tuple((name, _form(item)) for name, item in value.items())
+    return type(value), value
 
 
 class FusedAttention(torch.autograd.Function):
@@ -167,11 +204,12 @@ class Passes:
         """Keep the networks."""
         self.networks, self.dtype, self.tiny = networks, dtype, tiny
         self._rows: dict[Family, Conditioning] = {}
+        self._forms: dict[Any, Any] = {}
 
     def forward(self, role: Role, count: int) -> int:
         """The most that a role's network takes at once for so many samples, without gradients."""
         inputs = self._inputs(role, count)
-        memory = Memory(self._existing(*inputs))
+        memory = Memory(self._existing(*inputs), self._forms)
         with torch.no_grad(), Cuda(self.dtype), memory:
             self._predict(role, *inputs)
         return memory.peak
@@ -182,7 +220,8 @@ class Passes:
         The gradients of weights are left out.
         """
         inputs = self._inputs(role, count)
-        memory, cuda, parameters = Memory(self._existing(*inputs)), Cuda(self.dtype), self.networks.parameters(role)
+        memory, cuda = Memory(self._existing(*inputs), self._forms), Cuda(self.dtype)
+        parameters = self.networks.parameters(role)
         hooks = [parameter.register_hook(memory.leave_out) for parameter in parameters]
         with cuda, memory:
             output = [self._predict(role, *inputs)]
@@ -196,7 +235,7 @@ class Passes:
     def decode(self, count: int, *, gradient: bool) -> int:
         """The most that decoding so many latents takes; with ``gradient``, and a gradient pulled back to them."""
         latents = torch.zeros(count, *self.networks.family.latent_shape, device="meta", requires_grad=gradient)
-        memory, cuda = Memory(self._existing(latents)), Cuda()
+        memory, cuda = Memory(self._existing(latents), self._forms), Cuda()
         with torch.set_grad_enabled(gradient), cuda, memory:
             images = (self.tiny or self.networks.family.decode)(latents)
             cuda.end_forward()

@@ -199,16 +199,14 @@ def _networks(
     families = [family] if teacher is None else [family, teacher]
     check_family_settings(args, families, matches_distributions=matches_distributions)
     meta, generator = torch.device("meta"), torch.Generator()
-    networks = make_networks(
-        *(family, teacher, lora_config(arguments)),
-        device=meta,
-        dtype=DTYPES[precision(args)],
-        generator=generator,
-        adapter_pass=args.adapter_pass,
-    )
-    for role in ADAPTERS:
-        nn.Module.to(networks.module(role), meta)  # PEFT makes a second adapter on the CPU.
-    return networks
+    with meta:  # Where PEFT makes its adapters, too.
+        return make_networks(
+            *(family, teacher, lora_config(arguments)),
+            device=meta,
+            dtype=DTYPES[precision(args)],
+            generator=generator,
+            adapter_pass=args.adapter_pass,
+        )
 
 
 def _stored(networks: Networks, args: RDMConfig) -> dict[int, int]:
