@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from rdm_rl import __version__
 from rdm_rl.families.adapters import DIFFUSERS_LORA, adapter_scales
 from rdm_rl.families.base import Family
-from rdm_rl.families.loading import load_family, load_pipeline
+from rdm_rl.families.loading import FAMILIES, load_family, load_pipeline
 from rdm_rl.families.single_file import SingleFile
 from rdm_rl.manifest import MANIFEST, damage, write_manifest
 from rdm_rl.networks.roles import AdapterNetworks, Networks
@@ -285,6 +285,16 @@ def _read_facts(file: Path) -> dict[str, Any]:
     return facts
 
 
+def set_decoder_precision(pipeline: Any, dtype: torch.dtype) -> None:
+    """Give the decoder the precision of the network, as stock pipelines hand it what the network gives.
+
+    In training it has float32. A stock pipeline of SDXL still decodes in float32 what it has in float16.
+    """
+    decoder = getattr(pipeline, FAMILIES[type(pipeline).__name__].decoder_name or "", None)
+    if decoder is not None:
+        decoder.to(dtype)
+
+
 def load_student(
     folder: str | Path, model: str | Path, dtype: torch.dtype = torch.float32, model_config: str | Path | None = None
 ) -> SavedStudent:
@@ -293,7 +303,7 @@ def load_student(
     Args:
         folder: What :func:`save_student` wrote.
         model: The base pipeline, used if the folder holds an adapter.
-        dtype: Precision that it is loaded in; the decoder stays in float32.
+        dtype: Precision that it is loaded in.
         model_config: Folder or hub name of the pipeline that configures a base in one file.
 
     Raises:
@@ -319,6 +329,7 @@ def load_student(
         pipeline = load_pipeline(str(folder), dtype)
     else:
         raise FileNotFoundError(f"{str(folder)!r} holds neither {DIFFUSERS_LORA} nor model_index.json.")
+    set_decoder_precision(pipeline, dtype)
     pipeline.set_progress_bar_config(disable=True)
     call = call_of(folder)
     if call:

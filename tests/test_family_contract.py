@@ -16,7 +16,7 @@ from torch import Tensor
 from rdm_rl.families import Family, FlowFamily, Flux2KleinFamily, load_family
 from rdm_rl.networks.roles import AdapterNetworks
 from rdm_rl.policy import rollout
-from rdm_rl.student import load_student
+from rdm_rl.student import SavedStudent, load_student, set_decoder_precision
 from tests.helpers import QUICK, brightness, changed, latents, prompt_batch, quick_trainer, randomize, snapshot
 from tests.tiny_pipelines import (
     CALLS,
@@ -276,6 +276,18 @@ def test_a_saved_adapter_reads_back_exactly(family: Family, kind: str, folder: P
         torch.testing.assert_close(ours, theirs.permute(0, 3, 1, 2), rtol=0, atol=atol)
     plain = family.decode(own_sample(family, texts, 2))
     assert (ours - plain).abs().max() > 1e-3  # The adapter does something.
+
+
+def test_stock_pipelines_draw_in_half_precision(family: Family, kind: str, folder: Path) -> None:
+    if kind.startswith("ddpm"):
+        pytest.skip("diffusers' own pipeline cannot make an image of bfloat16")
+    for dtype in [torch.bfloat16, *([torch.float16] if kind == "sana" else [])]:  # Its encoder keeps bfloat16.
+        pipeline = load_family(folder, dtype=dtype, resolution=MAKERS[kind][1]).pipeline
+        set_decoder_precision(pipeline, dtype)
+        pipeline.scheduler = family.student_scheduler(2)
+        pipeline.set_progress_bar_config(disable=True)
+        (image,) = SavedStudent(pipeline, family.student_call(2)).draw(prompts(family, 1))
+        assert image.size[0] == family.latent_shape[2] * family.pixels_per_latent
 
 
 def test_full_fine_tuning_saves_a_pipeline(family: Family, kind: str, folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,16 @@ from rdm_rl.evaluation.run import Settings, evaluate
 from rdm_rl.families.adapters import DIFFUSERS_LORA
 from rdm_rl.families.loading import load_family
 from rdm_rl.rewards.registry import load_rewards
-from rdm_rl.student import SavedStudent, base_of, call_of, load_student, model_config_of, rewards_of, training_facts
+from rdm_rl.student import (
+    SavedStudent,
+    base_of,
+    call_of,
+    load_student,
+    model_config_of,
+    rewards_of,
+    set_decoder_precision,
+    training_facts,
+)
 from rdm_rl.trainers.prompt_files import read_prompts
 
 
@@ -130,7 +139,9 @@ def _load_teacher(base: str, student: Path | None, options: argparse.Namespace) 
     """The model that students are compared with: guidance and size as in their training."""
     facts: dict[str, Any] = {} if student is None else training_facts(student)
     config = options.model_config or (None if student is None else model_config_of(student))
-    family = load_family(base, dtype=getattr(torch, options.dtype), model_config=config)
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    family = load_family(base, dtype=dtype, model_config=config)
+    set_decoder_precision(family.pipeline, dtype)
     family.pipeline.set_progress_bar_config(disable=True)
     guidance = options.teacher_guidance_scale
     if guidance is None:
