@@ -328,7 +328,12 @@ def load_student(
     elif (folder / "model_index.json").is_file():
         pipeline = load_pipeline(str(folder), dtype)
     else:
-        raise FileNotFoundError(f"{str(folder)!r} holds neither {DIFFUSERS_LORA} nor model_index.json.")
+        is_checkpoint = (folder / "trainer_state.json").is_file()
+        reason = "is a checkpoint, from which a run goes on" if is_checkpoint else "holds no student"
+        raise FileNotFoundError(
+            f"{str(folder)!r} {reason if folder.is_dir() else 'does not exist'}. `save_model` writes a student, and "
+            f"`rdm-rl train` into output_dir at the end: {DIFFUSERS_LORA}, or a pipeline with its model_index.json."
+        )
     set_decoder_precision(pipeline, dtype)
     pipeline.set_progress_bar_config(disable=True)
     call = call_of(folder)

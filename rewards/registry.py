@@ -158,7 +158,7 @@ def find_reward(name: str) -> Callable[..., Any]:
             raise ValueError(f"reward_funcs names {name!r}, but {source!r} has no {attribute!r}.{hint}")
         reward: Callable[..., Any] = getattr(module, attribute)
         return reward
-    near = get_close_matches(name, list_rewards(), n=1, cutoff=0.3)
+    near = get_close_matches(name, list_rewards(), n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"No reward is named {name!r}. {hint}`rdm-rl rewards list` shows all of them.")
 

@@ -211,7 +211,7 @@ def test_resolutions(tmp_path: Path) -> None:
     assert load_family(pipe, resolution=32).latent_shape == (4, 16, 16)
     assert load_family(pipe, resolution=32).student_call(4)["height"] == 32
     assert "height" not in load_family(pipe).student_call(4)
-    with pytest.raises(ValueError, match=r"resolution=33, .* multiples of 2. Set it to 32"):
+    with pytest.raises(ValueError, match=r"resolution=33, .* multiples of 8. Set it to 32"):
         load_family(pipe, resolution=33)
     with pytest.raises(ValueError, match=r"resolution=18, .* multiples of 4. Set it to 16"):
         load_family(tiny_flux(tmp_path / "flux"), resolution=18)

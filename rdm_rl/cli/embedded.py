@@ -18,6 +18,16 @@ def embedded_teacher(name: str) -> Path:
     return folder
 
 
+def named_model(name: str) -> str:
+    """What the command line calls a model: the folder of an embedded teacher, or the folder or hub name itself.
+
+    Example:
+        >>> named_model("owner/name")
+        'owner/name'
+    """
+    return str(embedded_teacher(name)) if name in EMBEDDED else name
+
+
 def embedded_prompts(name: str) -> list[dict[str, Any]]:
     """The prompts that an embedded problem's students are trained on.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rdm_rl.cli.embedded import EMBEDDED, embedded_prompts, named_model
 from rdm_rl.cli.main import base_model
 from rdm_rl.cli.train import make_rewards
 from rdm_rl.evaluation.comparison import compare
@@ -51,7 +52,10 @@ def evaluate_command(options: argparse.Namespace, command: str) -> None:
     models = [_source(name, path, options) for name, path in sources.items()]
     students = {name: path for name, path in sources.items() if _is_student(path)}
     adapters = [path for path in students.values() if base_of(path)]
-    teacher = options.teacher or (adapters and (options.model or base_model(adapters[0]))) or "none"
+    if options.teacher is not None:
+        teacher = named_model(options.teacher)
+    else:
+        teacher = base_model(adapters[0], options.model) if adapters else "none"
     if teacher != "none":
         first = next(iter(students.values()), None)
         models.insert(0, Model(name="teacher", load=partial(_load_teacher, teacher, first, options)))
@@ -61,7 +65,9 @@ def evaluate_command(options: argparse.Namespace, command: str) -> None:
             "or --teacher none to compare with nothing."
         )
     rows = [{"prompt": prompt} for prompt in options.prompt or ()]
-    rows += [dict(row) for row in read_prompts(options.prompts)] if options.prompts else []
+    if options.prompts:
+        named = options.prompts in EMBEDDED
+        rows += embedded_prompts(options.prompts) if named else [dict(row) for row in read_prompts(options.prompts)]
     if not rows:
         raise ValueError("There is nothing to draw: give --prompts FILE, or --prompt TEXT.")
     rewards = load_rewards(make_rewards(options.rewards, options.reward_options)) if options.rewards else {}
@@ -130,7 +136,7 @@ def _source(name: str, path: Path, options: argparse.Namespace) -> Model | Image
 
 
 def _load_student(path: Path, options: argparse.Namespace) -> SavedStudent:
-    base = (options.model or base_model(path)) if (path / DIFFUSERS_LORA).is_file() else ""
+    base = base_model(path, options.model) if (path / DIFFUSERS_LORA).is_file() else ""
     config = options.model_config or model_config_of(path)
     return load_student(path, base, getattr(torch, options.dtype), config)
 

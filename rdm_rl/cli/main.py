@@ -107,9 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--model", help="base pipeline of a LoRA student; default: what its folder names")
     sample.add_argument("--model_config", help=_CONFIG_HELP)
     sample.add_argument("--prompt", action="append", required=True, help="a prompt; repeat for more")
-    sample.add_argument("--num_images", type=int, default=4, help="images of each prompt")
+    sample.add_argument("--num_images", type=at_least_one, default=4, help="images of each prompt")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    sample.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    sample.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ...")
     sample.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the weights")
     sample.add_argument("--output_dir", type=Path, default=Path("samples"), help="where the PNG files go")
     sample.set_defaults(run=_sample)
@@ -147,12 +147,12 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("students", nargs="+", metavar="STUDENT", help=what)
     evaluate.add_argument("--prompts", help="file, folder or hub name, as --dataset of `rdm-rl train`")
     evaluate.add_argument("--prompt", action="append", help="a prompt; repeat for more")
-    evaluate.add_argument("--num_prompts", type=int, help="use only the first so many")
+    evaluate.add_argument("--num_prompts", type=at_least_one, help="use only the first so many")
     evaluate.add_argument("--seeds", type=int, nargs="+", default=[0], help="an image of each prompt for each")
     evaluate.add_argument("--model", help="base pipeline of LoRA students; default: what their folders name")
     evaluate.add_argument("--model_config", help=_CONFIG_HELP)
     evaluate.add_argument("--teacher", help="pipeline to compare with; default: the base of the students; or none")
-    evaluate.add_argument("--teacher_steps", type=int, default=50, help="steps of the teacher")
+    evaluate.add_argument("--teacher_steps", type=at_least_one, default=50, help="steps of the teacher")
     evaluate.add_argument("--teacher_guidance_scale", type=float, help="default: that of the first student's training")
     evaluate.add_argument("--reference", help="name of another student or folder to compare with")
     evaluate.add_argument("--real_images", type=Path, help="folder of real images to compare with, too")
@@ -163,8 +163,8 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--reward_options", help="options by reward, as JSON")
     evaluate.add_argument("--output_dir", type=Path, default=Path("evaluation"), help="where the report goes")
     evaluate.add_argument("--cache_dir", type=Path, help="where drawn images are kept; default: images in output_dir")
-    evaluate.add_argument("--batch_size", type=int, default=8, help="most images at a time")
-    evaluate.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    evaluate.add_argument("--batch_size", type=at_least_one, default=8, help="most images at a time")
+    evaluate.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ...")
     evaluate.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the models")
     evaluate.set_defaults(run=_evaluate)
 
@@ -180,7 +180,7 @@ def _add_rewards(rewards: argparse.ArgumentParser) -> None:
     trial.add_argument("--prompt", action="append", required=True, help="one for all images, or one for each")
     trial.add_argument("--option", action="append", default=[], help="key=value for the reward, e.g. model=FOLDER")
     trial.add_argument("--column", action="append", default=[], help="key=value of a column that the reward reads")
-    trial.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    trial.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ...")
     trial.set_defaults(run=_test_reward)
 
 
@@ -210,7 +210,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     dtype: torch.dtype = getattr(torch, options.dtype)
     config = options.model_config or model_config_of(options.student)
-    student = load_student(options.student, options.model or base_model(options.student), dtype, config)
+    student = load_student(options.student, base_model(options.student, options.model), dtype, config)
     student.pipeline.to(options.device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(options.seed)
@@ -230,7 +230,7 @@ def _export(options: argparse.Namespace) -> None:
     from rdm_rl.student import base_of, model_config_of
 
     source = Path(options.student)
-    model = options.model or (base_model(source) if base_of(source) else None)
+    model = base_model(source, options.model) if options.model or base_of(source) else None
     name = source.resolve().name.removesuffix(".safetensors")
     output = options.output or Path(f"{name}-{options.format}.safetensors")
     config = options.model_config or model_config_of(source)
@@ -244,17 +244,37 @@ def _checkpoint(options: argparse.Namespace) -> int:
     return print_states(options.folder)
 
 
-def base_model(student: Path) -> str:
-    """The model that a student belongs to, as far as its folder says so."""
-    from rdm_rl.cli.embedded import EMBEDDED, embedded_teacher
+def at_least_one(word: str) -> int:
+    """A whole number above 0 of the command line."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def usable_device(word: str) -> str:
+    """A device of the command line that this machine has."""
+    if word != "cpu":
+        import torch
+
+        try:
+            torch.empty(0, device=word)
+        except (RuntimeError, AssertionError) as error:  # Torch without CUDA asserts that it has it.
+            raise argparse.ArgumentTypeError(f"{word!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return word
+
+
+def base_model(student: Path, named: str | None = None) -> str:
+    """The model that a student belongs to: what the command line names, or its folder, as far as that says so."""
+    from rdm_rl.cli.embedded import EMBEDDED, named_model
     from rdm_rl.student import base_of
 
+    if named is not None:
+        return named_model(named)
     base = base_of(student) or EMBEDDED[0]
-    if base in EMBEDDED:
-        return str(embedded_teacher(base))
-    if not Path(base).exists() and base.count("/") != 1:
+    if base not in EMBEDDED and not Path(base).exists() and base.count("/") != 1:
         raise ValueError(f"The student {str(student)!r} is an adapter of a model called {base!r}: give its --model.")
-    return base
+    return named_model(base)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -161,7 +161,8 @@ class SettingsParser(TrlParser):
 
     def _unknown(self, name: str) -> str:
         known = [action.dest for _, actions in self.groups() for action in actions]
-        near = get_close_matches(name.removeprefix("--").replace("-", "_"), known, n=1)
+        word = name.removeprefix("--").replace("-", "_")
+        near = [each for each in known if each.endswith(f"_{word}")] or get_close_matches(word, known, n=1, cutoff=0.75)
         hint = f"Did you mean {near[0]}?" if near else "--help lists them all."
         return f"{name.removeprefix('--')}, which is no setting. {hint}"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from rdm_rl.cli.embedded import EMBEDDED, embedded_prompts, embedded_teacher
+from rdm_rl.cli.embedded import EMBEDDED, embedded_prompts, named_model
 from rdm_rl.cli.help import TRAIN_PROG, TRAIN_SUMMARY
 from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.families.hub import one_line_errors
@@ -105,8 +105,7 @@ class TrainArguments(
     @property
     def model(self) -> str:
         """The pipeline's folder or hub name."""
-        name = self.model_name_or_path
-        return str(embedded_teacher(name)) if name in EMBEDDED else name
+        return named_model(self.model_name_or_path)
 
 
 def load_prompts(arguments: TrainArguments) -> Any:
