@@ -102,7 +102,7 @@ def needs(reward: Callable[..., Any]) -> Needs:
     """The names that a reward's signature asks for beside images and prompts.
 
     Raises:
-        TypeError: If it does not take two positional arguments.
+        TypeError: If it does not take two positional arguments, or prompts first.
 
     Example:
         >>> def brightness(images, prompts, target, weight=1.0): ...
@@ -118,6 +118,11 @@ def needs(reward: Callable[..., Any]) -> Needs:
     positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
     if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
         raise TypeError(f"The reward {reward!r} must take (images, prompts, **columns); its signature does not.")
+    if {parameter.name for parameter in positional[:1]} & {"prompt", "prompts", "completions"}:
+        raise TypeError(
+            f"The reward {reward!r} takes {positional[0].name!r} first, as a reward of TRL does. Here the first is what "
+            "is judged, and the second are its prompts: (images, prompts, **columns)."
+        )
     named = positional[2:] + [parameter for parameter in parameters if parameter.kind == Parameter.KEYWORD_ONLY]
     optional = {parameter.name for parameter in named if parameter.default is not Parameter.empty}
     required = {parameter.name for parameter in named} - optional | {*getattr(reward, "required_columns", ())}

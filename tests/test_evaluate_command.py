@@ -152,6 +152,8 @@ def test_two_evaluations_are_compared_prompt_by_prompt(
         (["evaluate", "{work}/faithful", "--prompt", "a"], "give its --model"),
         (["evaluate", "{work}/base", "--prompt", "a"], "give its --teacher"),
         (["evaluate", "{work}/base", "--teacher", "none"], "give --prompts"),
+        (["sample", "--student", "{work}/dino", "--prompt", "a"], "holds no student"),
+        (["sample", "--student", "nowhere", "--prompt", "a"], "does not exist"),
         (["compare", "{work}"], "has no results.json"),
         (["compare", "a={work}/evaluation"], "at least two"),
         (["compare", "a={work}/evaluation", "b={work}/evaluation", "--baseline", "c"], "none of a: teacher"),
@@ -165,6 +167,23 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sample --student x --prompt a --num_images 0", "0 is not at least 1"),
+        ("evaluate x --prompt a --teacher_steps -1", "-1 is not at least 1"),
+        ("sample --student x --prompt a --device nowhere", "'nowhere' cannot be used here"),
+    ],
+)
+def test_numbers_and_devices_are_checked_as_they_are_read(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "compare", "demo"])

@@ -309,6 +309,8 @@ def test_missing_columns_are_named() -> None:
     check_columns("own", reward, ["digit", "colour"])
     with pytest.raises(TypeError, match=r"must take \(images, prompts"):
         needs(lambda images: [0.0])
+    with pytest.raises(TypeError, match="'prompts' first, as a reward of TRL does"):
+        needs(lambda prompts, completions, **columns: [0.0])
     with pytest.raises(ValueError, match="wants_teacher_images = True"):
         check_columns("own", lambda images, prompts, teacher_images: [0.0], [])
     with pytest.raises(ValueError, match="teacher_images mean something else"):

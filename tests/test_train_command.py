@@ -193,6 +193,8 @@ def test_environment_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (["--max_step", "3"], "sets max_step, which is no setting. Did you mean max_steps?"),
         (["--learning-rat=3"], "sets learning-rat, which is no setting. Did you mean learning_rate?"),
+        (["--train_batch_size=3"], "Did you mean per_device_train_batch_size?"),
+        (["--use_peft"], "use_peft, which is no setting. --help lists them all."),
         (["--zzz"], "zzz, which is no setting. --help lists them all."),
         (["--max_steps", "1", "seven"], "'seven' on the command line belongs to no flag."),
         (["--method", "gndn"], "method 'gndn' is unknown. Did you mean 'gndm'?"),
