@@ -30,6 +30,7 @@ from rdm_rl.records import Conditioning, Direction, Experience, Judgement, LossO
 from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
+from rdm_rl.statistics import measure_directions, measure_rewards, reward_metrics
 from rdm_rl.trainers.checkpointing import find_checkpoint, read_settings, set_aside
 from rdm_rl.trainers.evaluation import check_eval_columns, load_eval_features
 from rdm_rl.trainers.faults import directions_cause, samples_cause
@@ -44,14 +45,7 @@ from rdm_rl.trainers.sanity import check_run
 from rdm_rl.trainers.setup import check_models, load_networks
 from rdm_rl.trainers.signals import TrainingStopped
 from rdm_rl.trainers.student_run import StudentRun
-from rdm_rl.weighting import (
-    DirectionStatistics,
-    RunningMean,
-    Weighting,
-    measure_directions,
-    measure_rewards,
-    reward_metrics,
-)
+from rdm_rl.weighting import DirectionStatistics, RunningMean, Weighting
 
 
 class RDMTrainer(StudentRun):
