@@ -38,7 +38,7 @@ from rdm_rl.trainers.prompts import PromptSource, noise_seeds, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.resuming import begin_in_folder, checkpoint_to_resume, made_with, say_how_to_go_on
 from rdm_rl.trainers.sanity import check_run
-from rdm_rl.trainers.setup import LoadedModels, teacher_key
+from rdm_rl.trainers.setup import LoadedModels, teacher_fingerprint, teacher_key
 from rdm_rl.trainers.signals import TrainingStopped
 from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import RunningMean, Weighting
@@ -256,7 +256,8 @@ class StudentRun(TrainingLoop):
         optimizer = self._role_optimizer(
             "policy", args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm
         )
-        pairs = [self._collect_pairs(family) for family in self.sizes]
+        teacher = teacher_fingerprint(self.networks, args)
+        pairs = [self._collect_pairs(family, teacher) for family in self.sizes]
         self.networks.release_teacher()
         losses = regress(
             self.networks.predictor("policy", self.args.guidance_scale),
@@ -272,17 +273,17 @@ class StudentRun(TrainingLoop):
         )
         self.record_phase("warm_start/loss", losses)
 
-    def _collect_pairs(self, family: Family) -> OdePairs:
-        """The teacher's solutions at one resolution: each has its share of them."""
+    def _collect_pairs(self, family: Family, teacher: str) -> OdePairs:
+        """The teacher's solutions at one resolution: each has its share of them, named by the teacher's fingerprint."""
         args, times = self.args, self.times_of(family)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         count = -(-args.warm_start_num_states // (processes * len(self.sizes)))
         rows = self.prompts.rows(rank * count, count)
         guidance = self.teacher_guidance_scale
         name = teacher_key(
+            teacher,
             self.networks,
-            args,
-            resolution=family.resolution,
+            family.resolution,
             guidance=guidance,
             steps=args.warm_start_ode_steps,
             start=times[0].item(),
@@ -576,7 +577,7 @@ class StudentRun(TrainingLoop):
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
 
-    def _load_checkpoint(self, folder: Path, changed: Collection[str] = ()) -> None:
+    def _load_checkpoint(self, folder: Path, changed: Collection[str]) -> None:
         """Take everything back but what belongs to facts, or to a cut of the batch, that have changed since."""
         tensors, state, saved = read_checkpoint(folder)
         self.run_id = read_manifest(folder)["run"]
