@@ -32,7 +32,7 @@ from scipy import stats
 
 from rdm_rl import RDMConfig
 from rdm_rl.evaluation.pictures import image_grid
-from rdm_rl.evaluation.samplers import TEACHER_STEPS, steps_text
+from rdm_rl.evaluation.samplers import TEACHER_STEPS, sample_in_batches, steps_text
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.scenes.data import (
     GUIDANCE_SCALE,
@@ -163,8 +163,9 @@ class Judge:
 
     def of_student(self, trainer):
         noise = seeded_generator(self.noise_seed, "benchmark/scene_students/noise", 1)
-        batches = [self.prompts[first : first + 100] for first in range(0, NUM_IMAGES, 100)]
-        return torch.cat([trainer.generate(batch, generator=noise) for batch in batches])
+        return sample_in_batches(
+            lambda prompts, generator: trainer.generate(prompts, generator=generator), self.prompts, noise, 100
+        )
 
     def figures(self, images):
         figures = measure(images, self.prompts, self.reference, self.real, self.network)

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from rdm_rl.evaluation.distances import frechet_distance, manifold_metrics
 from rdm_rl.evaluation.pictures import image_grid
-from rdm_rl.evaluation.samplers import TEACHER_STEPS, steps_text, stock_schedulers
+from rdm_rl.evaluation.samplers import (
+    TEACHER_STEPS,
+    few_step_teachers,
+    pipeline_sampler,
+    sample_in_batches,
+    steps_text,
+)
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.scenes.data import GUIDANCE_SCALE, compose, load_handwriting, random_attributes, scene_prompts
 from rdm_rl.scenes.recognisers import fulfilled, scene_features
@@ -38,9 +44,7 @@ SHOWN = 12
 def draw(teacher, scheduler, prompts, steps, guidance_scale, generator):
     """Images of the teacher, in batches of 100."""
     teacher.scheduler = scheduler
-    call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "generator": generator}
-    batches = [prompts[first : first + 100] for first in range(0, len(prompts), 100)]
-    return torch.cat([teacher(batch, **call, output_type="pt").images for batch in batches])
+    return sample_in_batches(pipeline_sampler(teacher, steps, guidance_scale), prompts, generator, 100)
 
 
 @torch.no_grad()
@@ -53,9 +57,8 @@ def decoded(teacher, images):
 def samplers(teacher):
     """Name, scheduler and number of steps of every few-step sampler; a single step is the same with all of them."""
     for steps in STEPS:
-        for name, scheduler in stock_schedulers(teacher).items():
-            if steps > 1 or name == "DDIM":
-                yield (f"{steps_text(steps)}, {name}" if steps > 1 else steps_text(steps)), scheduler, steps
+        for name, (scheduler, _) in few_step_teachers(teacher, [steps]).items():
+            yield (name.removeprefix("teacher, ") if steps > 1 else steps_text(steps)), scheduler, steps
 
 
 def measure(images: Tensor, prompts, reference: Tensor, real: Tensor, network="A"):

@@ -193,6 +193,14 @@ def latents(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def masked_direction(seed: int, applicable: list[bool]) -> Direction:
+    """A direction of shape (N, 2, 2, 2) that holds NaN where it is not applicable: anything may stand there."""
+    values = latents(len(applicable), 2, 2, 2, seed=seed)
+    rows = torch.tensor(applicable)
+    values[~rows] = float("nan")
+    return Direction(values=values, applicable=rows)
+
+
 def prompt_batch(count: int, conditioning: Conditioning | None = None, per_group: int = 1) -> PromptBatch:
     return PromptBatch(
         prompts=["a prompt"] * count,

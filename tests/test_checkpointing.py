@@ -172,8 +172,8 @@ def write(folder: Path, step: int = 2, run: str = "run") -> Path:
     """A small checkpoint; what it holds depends on the step."""
     weights = torch.full((64,), float(step))
     tensors = {"policy": {"a": weights}, "fake_score": {"a": weights}, "last_samples": {"x_0": weights / 0}}
-    state, settings = TrainerState(global_step=step), f'{{"num_replayed_steps": {step}}}'
-    write_checkpoint(folder, tensors, {"x": [1, weights]}, settings, state, {"rewards": ["a"]}, run)
+    state, made_with = TrainerState(global_step=step), {"num_replayed_steps": step, "rewards": ["a"]}
+    write_checkpoint(folder, tensors, {"x": [1, weights]}, made_with, state, run)
     return folder
 
 
@@ -326,7 +326,7 @@ def test_weights_that_are_not_finite_are_not_saved(role: str, value: float, tmp_
     write(tmp_path / "checkpoint-1", 1)
     tensors = {role: {"a": torch.ones(2), "b": torch.tensor([1.0, value])}}
     with pytest.raises(ValueError, match=rf"After 2 updates the weights of {role} .*'b'.*checkpoint-1'"):
-        write_checkpoint(tmp_path / "checkpoint-2", tensors, {}, "{}", TrainerState(global_step=2))
+        write_checkpoint(tmp_path / "checkpoint-2", tensors, {}, {}, TrainerState(global_step=2))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 

@@ -10,7 +10,7 @@ import torch
 from rdm_rl import RDMTrainer
 from rdm_rl.files import fingerprint, load_tensors, save_tensors
 from rdm_rl.noise_schedule import FlowMatching
-from rdm_rl.trainers.setup import teacher_key
+from rdm_rl.trainers.setup import teacher_fingerprint, teacher_key
 from tests.helpers import QUICK, StepAway, quick_trainer, same, tiny_sd
 
 
@@ -82,7 +82,8 @@ def test_what_changes_the_teachers_work_changes_its_name(
     trainer = quick_trainer(base, tmp_path, StepAway(), **QUICK)
 
     def name() -> str:
-        return teacher_key(trainer.networks, trainer.args, resolution=None, decoder=trainer.family.decoder, steps=4)
+        teacher = teacher_fingerprint(trainer.networks, trainer.args, trainer.family.decoder)
+        return teacher_key(teacher, trainer.networks, None, steps=4)
 
     before = name()
     assert before == name()

@@ -10,7 +10,7 @@ from rdm_rl import RDMConfig
 from rdm_rl.families import load_family
 from rdm_rl.families.resolution import Resolution, read_resolution, read_resolutions
 from rdm_rl.student import load_student
-from rdm_rl.trainers.setup import teacher_key
+from rdm_rl.trainers.setup import teacher_fingerprint, teacher_key
 from tests.helpers import QUICK, StopAfter, log_numbers, quick_trainer, randomize, same, trained_weights
 from tests.tiny_pipelines import align_weights, tiny_flux, tiny_klein, tiny_sd, tiny_sd3, tiny_sdxl, tiny_zimage
 
@@ -119,7 +119,9 @@ def test_teacher_images_are_kept_for_each_size(base: Path, tmp_path: Path) -> No
         for update in range(6):
             rollout = trainer.generate_rollout(next(trainer.prompt_batches(update)))
             assert give(rollout).shape[-2:] == tuple(2 * side for side in rollout.states.shape[-2:])
-    keys = {teacher_key(trainer.networks, trainer.args, resolution=size.resolution) for size in trainer.sizes}
+    teacher = teacher_fingerprint(trainer.networks, trainer.args)
+    keys = {teacher_key(teacher, trainer.networks, size.resolution) for size in trainer.sizes}
     assert len(keys) == len(BUCKETS)
     alone = trainer_of(base, tmp_path / "run", "teacher_mse", resolution="16x24", **settings)
-    assert teacher_key(alone.networks, alone.args, resolution=alone.family.resolution) in keys
+    assert teacher_fingerprint(alone.networks, alone.args) == teacher
+    assert teacher_key(teacher, alone.networks, alone.family.resolution) in keys

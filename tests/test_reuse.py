@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from rdm_rl import RDMTrainer
 from rdm_rl.ratio import RecordedDistributionMatching, RecordedPolicyGradient
 from rdm_rl.rdm import policy_loss
+from rdm_rl.statistics import measure_directions, measure_rewards
 from rdm_rl.trainers.checkpointing import read_checkpoint
-from rdm_rl.weighting import measure_directions, measure_rewards
 from tests.helpers import (
     QUICK,
     WITHOUT_RDM,

@@ -154,7 +154,7 @@ def saved_policy(trainer: RDMTrainer, folder: Path) -> dict[str, torch.Tensor]:
     """The policy's weights as a fresh trainer reads them back from a saved student."""
     trainer.save_model(folder)
     again = tiny_trainer(
-        trainer.model_name, folder / "again", warm_start="none", given={"policy_init": folder}, max_steps=0
+        trainer.models.name, folder / "again", warm_start="none", given={"policy_init": folder}, max_steps=0
     )
     return policy(again)
 

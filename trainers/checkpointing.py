@@ -43,9 +43,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_callback import TrainerState
 
-from rdm_rl.files import fingerprint, written_whole
+from rdm_rl.files import written_whole
 from rdm_rl.manifest import MANIFEST, damage, read_manifest, sync, write_manifest
-from rdm_rl.trainers.resuming import kind_of
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -184,9 +183,8 @@ def write_checkpoint(
     folder: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    settings: str,
+    made_with: Mapping[str, Any],
     trainer_state: TrainerState,
-    facts: Mapping[str, Any] | None = None,
     run: str = "",
 ) -> None:
     """Write a checkpoint; another one of this name is replaced as a whole.
@@ -195,9 +193,8 @@ def write_checkpoint(
         folder: Where to write; made if needed.
         tensors: Weights by name, by file.
         state: State of optimisers, schedules and weighting: plain numbers, strings, lists, dicts and tensors.
-        settings: The settings as JSON.
+        made_with: The settings, and what else the run was made with, as JSON can hold it.
         trainer_state: Step, epoch and log history.
-        facts: What else the run was made with, as JSON can hold it: processes, rewards, prompts, models, adapters.
         run: The run's id.
 
     Raises:
@@ -215,14 +212,11 @@ def write_checkpoint(
                 save_file(weights, file)
         with written_whole(draft / "optimizers.pt") as file:
             torch.save(dict(state), file)
-        made_with = {**json.loads(settings), **(facts or {})}
         with written_whole(draft / "rdm_config.json") as file:
-            file.write_text(json.dumps(made_with, indent=2), encoding="utf-8")
+            file.write_text(json.dumps(dict(made_with), indent=2), encoding="utf-8")
         with written_whole(draft / "trainer_state.json") as file:
             trainer_state.save_to_json(str(file))
-        method = {name: value for name, value in made_with.items() if kind_of(name) in ("state", "cut", "method")}
-        names = {"step": trainer_state.global_step, "run": run, "settings": fingerprint(None, **method)}
-        write_manifest(draft, draft.iterdir(), **names)
+        write_manifest(draft, draft.iterdir(), step=trainer_state.global_step, run=run)
         if folder.exists():  # The two renamings follow each other at once; nothing is deleted before both are done.
             folder.rename(replaced)
         draft.rename(folder)

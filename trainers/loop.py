@@ -196,6 +196,14 @@ class TrainingLoop(ABC):
                     self._warned_of.add(name)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
+    def is_logging_step(self) -> bool:
+        """Whether an update on the coming rollout will be logged: the fake score's lag costs three passes."""
+        args, first = self.args, self.state.global_step + 1
+        return args.logging_strategy == "steps" and any(
+            step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+            for step in range(first, first + args.num_iterations)
+        )
+
     def record_phase(self, name: str, losses: Sequence[float]) -> None:
         """Keep a phase's losses, means over the processes; trackers, which count policy updates, do not see them.
 

@@ -3,14 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from xxhash import xxh3_128
 
 from rdm_rl.families.encoding import CutPrompts
-from rdm_rl.randomness import seeded_generator
+from rdm_rl.randomness import seeded_generator, seeded_generators
 from rdm_rl.trainers.prompt_files import PromptRows, read_prompts, text_fault
+
+if TYPE_CHECKING:
+    from rdm_rl.trainers.rdm_config import RDMConfig
 
 _INSTEAD = "Use a datasets.Dataset (not a streaming one) or a list of dictionaries."
 
@@ -170,3 +174,46 @@ def other_columns(rows: Sequence[dict[str, Any]], repeat: int) -> dict[str, list
     """
     names = [name for name in rows[0] if name != "prompt"]
     return {name: [row[name] for row in rows for _ in range(repeat)] for name in names}
+
+
+def eval_rows(dataset: Any, prompts: PromptSource, count: int) -> list[dict[str, Any]]:
+    """The rows that an evaluation measures: all of a data set's, or, of None, the first that are trained on.
+
+    Args:
+        dataset: The data set for evaluations, or None.
+        prompts: The training prompts, whose columns the rows have, too.
+        count: How many of those there are at most.
+
+    Raises:
+        ValueError: As in :class:`PromptSource`.
+    """
+    if dataset is None:
+        return [prompts[index] for index in range(min(count, len(prompts)))]
+    source = PromptSource(dataset, 0, "eval_dataset", prompts.columns)
+    return [source[index] for index in range(len(source))]
+
+
+def noise_seeds(
+    args: "RDMConfig", prompts: Sequence[str], sample_ids: Sequence[int], stream: str, update: int
+) -> list[int] | None:
+    """The seeds of the initial noises, where these are shared, drawn from a pool, or paired with kept images.
+
+    Args:
+        args: The settings.
+        prompts: The prompt of each sample, length N.
+        sample_ids: Its number over all processes.
+        stream: What the samples are for.
+        update: Number of their rollout.
+
+    Returns:
+        A seed for each sample; None where each draws its noise from generators of its own.
+    """
+    if args.group_noise == "own" and args.noise_pool is None and args.teacher_cache_dir is None:
+        return None
+    size = args.num_generations if args.group_noise == "shared" else 1
+    generators = seeded_generators(args.seed, f"{stream}/noise_seed", update, (sample // size for sample in sample_ids))
+    if args.noise_pool is None:
+        return [int(torch.randint(2**62, (1,), generator=generator)) for generator in generators]
+    # A pool belongs to its prompt and not to the run, so that another run finds the same teacher images.
+    drawn = [int(torch.randint(args.noise_pool, (1,), generator=generator)) for generator in generators]
+    return [crc32(prompt.encode()) << 24 | number for prompt, number in zip(prompts, drawn, strict=True)]

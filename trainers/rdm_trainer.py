@@ -1,16 +1,11 @@
 """``RDMTrainer``: the algorithm of ``rdm_rl.rdm`` with the state that a run needs, in the shape of a TRL trainer."""
 
-import json
 import math
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from secrets import token_hex
-from signal import Signals
 from typing import Any, get_args
-from zlib import crc32
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,38 +15,26 @@ from tqdm import trange
 from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl.families.resolution import read_resolutions
-from rdm_rl.manifest import read_manifest
 from rdm_rl.networks.roles import Role
 from rdm_rl.policy import kl_divergence, make_sampler
-from rdm_rl.randomness import drawn_index, normal, seeded_generator, seeded_generators
+from rdm_rl.randomness import drawn_index, normal, seeded_generator
 from rdm_rl.ratio import check_unmoved, ratio_metrics
 from rdm_rl.rdm import distribution_matching, fake_score_loss, normalize_rewards, policy_loss
 from rdm_rl.records import Conditioning, Direction, Experience, Judgement, LossOutput, PromptBatch, Rollout
 from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
-from rdm_rl.trainers.checkpointing import find_checkpoint, read_settings, set_aside
+from rdm_rl.statistics import measure_directions, measure_rewards, reward_metrics
 from rdm_rl.trainers.evaluation import check_eval_columns, load_eval_features
 from rdm_rl.trainers.faults import directions_cause, samples_cause
-from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer
-from rdm_rl.trainers.processes import shared_failures
-from rdm_rl.trainers.prompts import PromptSource, other_columns
+from rdm_rl.trainers.optimization import OptimizerFactory
+from rdm_rl.trainers.prompts import PromptSource, eval_rows, other_columns
 from rdm_rl.trainers.rdm_config import RDMConfig
-from rdm_rl.trainers.resuming import Change, check_place, check_settings
 from rdm_rl.trainers.reward_context import make_reward_context
 from rdm_rl.trainers.reward_settings import check_reward_settings, choose_weighting, warn_of_reward_settings
-from rdm_rl.trainers.sanity import check_run
 from rdm_rl.trainers.setup import check_models, load_networks
-from rdm_rl.trainers.signals import TrainingStopped
 from rdm_rl.trainers.student_run import StudentRun
-from rdm_rl.weighting import (
-    DirectionStatistics,
-    RunningMean,
-    Weighting,
-    measure_directions,
-    measure_rewards,
-    reward_metrics,
-)
+from rdm_rl.weighting import DirectionStatistics, Weighting
 
 
 class RDMTrainer(StudentRun):
@@ -126,38 +109,30 @@ class RDMTrainer(StudentRun):
         )
         check_reward_settings(args, self.rewards)
         self.weighting = choose_weighting(args, self.reward_weights, weighting)
-        self.reward_spreads = defaultdict(lambda: RunningMean(decay=0.95))
-        evaluated, count = self.prompts, min(args.per_device_eval_batch_size, len(self.prompts))
-        if eval_dataset is not None:
-            evaluated = PromptSource(eval_dataset, 0, "eval_dataset", self.prompts.columns)
-            count = len(evaluated)
-        eval_rows = [evaluated[index] for index in range(count)]
-        self.eval_prompts = [row["prompt"] for row in eval_rows]
-        self.eval_columns = other_columns(eval_rows, 1)
+        rows = eval_rows(eval_dataset, self.prompts, args.per_device_eval_batch_size)
+        self.eval_prompts, self.eval_columns = [row["prompt"] for row in rows], other_columns(rows, 1)
         if eval_dataset is not None:
             check_eval_columns(self.rewards, self.eval_columns)
         check_models(args, model, teacher, teacher_adapter, policy_init, peft_config)
 
-        super().__init__(args, len(self.prompts))
+        super().__init__(args, len(self.prompts), optimizers)
         self.eval_features = load_eval_features(args.eval_features, self.device)
-        self._models = load_networks(
+        self.models = load_networks(
             *(args, model, teacher, teacher_adapter, policy_init, peft_config),
             matches_distributions="rdm" in rewards,
             device=self.device,
             autocast=self.autocast,
         )
-        self.networks, self.model_name = self._models.networks, self._models.name
+        self.networks = self.models.networks
         self.family = self.networks.family
         for role in get_args(Role):
             self.share_parameters(self.networks.parameters(role))
         # A checkpoint holds what is trained; these say what it belongs to.
-        self._fingerprints = self.networks.fingerprints()
+        self.fingerprints = self.networks.fingerprints()
         self.sampler = make_sampler(args.sampler, args.eta)
         self.sizes = [self.family, *map(self.family.at, read_resolutions(args.resolution)[1:])]
         self.times = self.family.student_times(args.num_inference_steps, args.sampler).to(self.device)
         self.start_callbacks(callbacks, self.networks.module("policy"))
-        self._run = token_hex(8)
-        self._last_checkpoint: Path | None = None
         self.context = make_reward_context(
             self.networks,
             args,
@@ -165,118 +140,16 @@ class RDMTrainer(StudentRun):
             sizes=self.sizes,
             device=self.device,
             global_step=lambda: self.state.global_step,
-            last_checkpoint=lambda: self._last_checkpoint,
+            last_checkpoint=lambda: self.last_checkpoint,
             distribution_matching=self.compute_distribution_matching,
             anywhere=self.on_any_process if args.shard else bool,
         )
         for reward in self.rewards.values():
             reward.bind(self.context)
         warn_of_reward_settings(args, self.rewards, self.reward_weights, self.weighting)
-        self._optimizer_factories = optimizers
-        self.optimizers: dict[Role, RoleOptimizer] = {}
-        self.average: PolicyAverage | None = None
-        self.reference: PolicyAverage | None = None
         self.experiences: list[Experience] = []
         self._is_fresh = True  # No update has been made on the rollout yet.
         self._spoilt = ""  # Why none can be.
-        self._skipped = defaultdict(int)
-        self._last_rollout: Rollout | None = None
-
-    # ----- the run -----
-
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> dict[str, float]:
-        """Run from the start, or from a checkpoint as if the run had not stopped.
-
-        Args:
-            resume_from_checkpoint: True for the newest complete checkpoint in ``output_dir``, or a checkpoint's folder.
-
-        Returns:
-            The numbers that were logged last: of an update, and of the evaluation after it.
-
-        Raises:
-            RuntimeError: If this trainer has trained before; a warm start would undo what it learnt.
-            FileNotFoundError: If there is no such checkpoint, or no complete one.
-            ValueError: If the checkpoint that was named is damaged, or was made with settings that must not change.
-            FloatingPointError: If too many updates in succession were left out because numbers were not finite.
-            TrainingStopped: If one of ``stop_signals`` came, after the update was finished and a checkpoint written. It
-                is a ``SystemExit``: uncaught, it ends the process with 128 + the signal's number.
-        """
-        if self.optimizers:
-            raise RuntimeError("This trainer has already trained. Make a new one, and resume from a checkpoint there.")
-        process = self.accelerator
-        try:
-            with self.signals, shared_failures(process.process_index, process.num_processes):
-                self._train(resume_from_checkpoint or self.args.resume_from_checkpoint)
-        except TrainingStopped as stopped:
-            raise TrainingStopped(stopped.number, self._say_how_to_go_on(stopped.number)) from None
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            saved = f"The last checkpoint is {self._last_checkpoint}. " if self._last_checkpoint else ""
-            error.add_note(
-                f"{saved}Set activation_checkpointing=True, a smaller per_device_train_batch_size with as many more "
-                "gradient_accumulation_steps, decode_batch_size=1, or offload; `rdm-rl plan` says what a run takes "
-                "and what each of these saves."
-            )
-            raise
-        if self.args.push_to_hub:
-            self.push_to_hub()
-        history = self.state.log_history
-        return {name: value for row in history if row["step"] == history[-1]["step"] for name, value in row.items()}
-
-    def _train(self, resume: str | Path | bool | None) -> None:
-        """All phases of the run."""
-        checkpoint, changed = self._checkpoint_to_resume(resume) if resume else (None, [])
-        self.state.max_steps = self.count_steps()
-        self.state.compute_steps(self.args, self.state.max_steps)
-        self.create_optimizers()
-        if self.accelerator.is_main_process:
-            print(f"Training on {self.prompts.describe(self.family.cut_prompts(self.prompts.texts()))}")
-            if resolution := self.family.describe_resolution():
-                print(resolution)
-        if self.args.sanity_check:
-            check_run(self)  # Before a checkpoint is loaded: its optimisers would be written whole.
-        if checkpoint is not None:
-            self._load_checkpoint(checkpoint, {change.name for change in changed if change.kind != "schedule"})
-        self._begin_in_folder(checkpoint, changed)
-        self.cache_prompts()
-        if checkpoint is None:
-            if self.args.warm_start == "ode":
-                self.run_warm_start()
-            self._start_average()
-            self.warm_up_fake_score()
-
-        self.run_updates(evaluate_first=self.args.eval_on_start and not resume)
-
-    def _say_how_to_go_on(self, number: int) -> str:
-        """What a run that a signal ended leaves, printed by one process."""
-        name, steps, saved = Signals(number).name, self.state.global_step, self._last_checkpoint
-        advice = "nothing was saved: start again"
-        if saved is not None:
-            advice = f"go on from {saved} with --resume_from_checkpoint true, or train(resume_from_checkpoint=True)"
-        message = f"Ended by {name} after {steps} updates; {advice}"
-        if self.accelerator.is_main_process:
-            print(message, file=sys.stderr)
-        return message
-
-    def _checkpoint_to_resume(self, wish: str | Path | bool) -> tuple[Path, list[Change]]:
-        """The checkpoint that is meant, on all processes, and what has changed since it was written."""
-        folder = self.on_first_process(lambda: find_checkpoint(self.args.output_dir, wish))
-        now = {**json.loads(self.args.to_json_string()), **self.run_facts()}
-        changed = check_settings(str(folder), read_settings(folder), now)
-        check_place(str(folder), read_manifest(folder)["step"], self.count_steps(), now)
-        return folder, changed
-
-    def _begin_in_folder(self, checkpoint: Path | None, changed: Sequence[Change]) -> None:
-        """Say what is continued, and move the checkpoints that are not out of the way."""
-        if not self.accelerator.is_main_process:
-            return
-        if checkpoint is not None:
-            now = ", ".join(f"{change.name}={change.now!r} (it had {change.saved!r})" for change in changed)
-            print(f"Resuming {checkpoint} after {self.state.global_step} updates{f' with {now}' if now else ''}")
-            if self.state.global_step >= self.state.max_steps:
-                print(f"The run is already finished: max_steps={self.state.max_steps}")
-        place = set_aside(self.args.output_dir, self._run, self.state.global_step)
-        if place is not None:
-            print(f"Checkpoints in {self.args.output_dir} that this run does not continue are now in {place}")
 
     def training_step(self) -> dict[str, float]:
         """One update of the method: rollouts, fake-score updates, rewards, policy update.
@@ -370,56 +243,6 @@ class RDMTrainer(StudentRun):
         generator = seeded_generator(self.args.seed, "replayed_step", number)
         count = min(self.args.num_replayed_steps, len(candidates))
         return [candidates.pop(int(torch.randint(len(candidates), (1,), generator=generator))) for _ in range(count)]
-
-    def prompt_batches(self, update: int, stream: str = "train") -> Iterator[PromptBatch]:
-        """The micro-batches of this process for one rollout.
-
-        Args:
-            update: Number of the rollout.
-            stream: Keeps the samples of other phases apart from those of training.
-
-        Yields:
-            ``gradient_accumulation_steps`` batches of ``per_device_train_batch_size`` samples.
-        """
-        args, process = self.args, self.accelerator
-        groups = args.per_device_train_batch_size // args.num_generations
-        for micro in range(args.gradient_accumulation_steps):
-            first = (
-                (update * args.gradient_accumulation_steps + micro) * process.num_processes + process.process_index
-            ) * groups
-            rows = self.prompts.rows(first, groups)
-            texts = [row["prompt"] for row in rows]
-            sample_ids = range(first * args.num_generations, (first + groups) * args.num_generations)
-            prompts = [text for text in texts for _ in range(args.num_generations)]
-            yield PromptBatch(
-                prompts=prompts,
-                conditioning=self.family.encode(texts).repeat(args.num_generations),
-                group_ids=torch.arange(first, first + groups, device=self.device).repeat_interleave(
-                    args.num_generations
-                ),
-                sample_ids=sample_ids,
-                columns=other_columns(rows, args.num_generations),
-                noise_seeds=self._noise_seeds(prompts, sample_ids, stream, update),
-                stream=stream,
-                update=update,
-            )
-
-    def _noise_seeds(
-        self, prompts: Sequence[str], sample_ids: Sequence[int], stream: str, update: int
-    ) -> list[int] | None:
-        """The seeds of the initial noises, where these are shared, drawn from a pool, or paired with kept images."""
-        args = self.args
-        if args.group_noise == "own" and args.noise_pool is None and args.teacher_cache_dir is None:
-            return None
-        size = args.num_generations if args.group_noise == "shared" else 1
-        generators = seeded_generators(
-            args.seed, f"{stream}/noise_seed", update, (sample // size for sample in sample_ids)
-        )
-        if args.noise_pool is None:
-            return [int(torch.randint(2**62, (1,), generator=generator)) for generator in generators]
-        # A pool belongs to its prompt and not to the run, so that another run finds the same teacher images.
-        drawn = [int(torch.randint(args.noise_pool, (1,), generator=generator)) for generator in generators]
-        return [crc32(prompt.encode()) << 24 | number for prompt, number in zip(prompts, drawn, strict=True)]
 
     def generate_rollout(self, batch: PromptBatch) -> Rollout:
         """The policy's chains for a batch of prompts, without a graph.
@@ -631,11 +454,6 @@ class RDMTrainer(StudentRun):
         noise = normal(x_0.shape, generators, self.device)
         return self.compute_fake_score_loss(x_0, rollout.batch.conditioning, t.to(self.device), noise)
 
-    def generators(self, stream: str, batch: PromptBatch, update: int | None = None) -> list[torch.Generator]:
-        """One generator for each sample of a batch, a function of seed, stream, update and sample."""
-        number = batch.update if update is None else update
-        return seeded_generators(self.args.seed, f"{batch.stream}/{stream}", number, batch.sample_ids)
-
     def _update_fake_score(self, rollouts: Sequence[Rollout], stream: str, update: int) -> dict[str, float]:
         losses = (self._fake_score_loss(rollout, stream, update) for rollout in rollouts)
         return self._update("fake_score", losses, rollouts)
@@ -684,14 +502,6 @@ class RDMTrainer(StudentRun):
         again = replace(seen, x_0=self.replay_step(rollout, step).unsqueeze(0))
         now, before = (self._fake_score_loss(made, "health", update).loss.item() for made in (again, seen))
         return now - before
-
-    def is_logging_step(self) -> bool:
-        """Whether an update on the coming rollout will be logged: the fake score's lag costs three passes."""
-        args, first = self.args, self.state.global_step + 1
-        return args.logging_strategy == "steps" and any(
-            step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-            for step in range(first, first + args.num_iterations)
-        )
 
     # ----- before the first update -----
 

@@ -1,11 +1,22 @@
-"""Which settings a resumed run may change: every setting is of one kind, and the kind says what happens."""
+"""Which checkpoint a run goes on from, and which settings it may change: the kind of a setting says what happens."""
 
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from math import prod
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from signal import Signals
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from transformers import TrainingArguments
+
+from rdm_rl.files import config_facts
+from rdm_rl.manifest import read_manifest
+from rdm_rl.trainers.checkpointing import find_checkpoint, read_settings, set_aside
+
+if TYPE_CHECKING:
+    from rdm_rl.trainers.student_run import StudentRun
 
 Kind = Literal["state", "cut", "method", "schedule", "free"]
 
@@ -53,6 +64,7 @@ KINDS: dict[Kind, frozenset[str]] = {
 # Whether they are set at all decides over the state, or over how noise is drawn.
 _SWITCHES = ("ema_decay", "beta")
 _FOLDERS = ("teacher_cache_dir",)
+_ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 _NO_SETTINGS = frozenset(each.name for each in fields(TrainingArguments))
 
 
@@ -176,3 +188,66 @@ def _accumulation_hint(fixed: list[Change], now: Mapping[str, Any]) -> str:
 
 def _listed(changed: list[Change]) -> str:
     return ", ".join(map(str, changed))
+
+
+# ----- a run -----
+
+
+def made_with(run: "StudentRun") -> dict[str, Any]:
+    """What a run is made with, by name, as JSON can hold it: its settings, and what is no setting."""
+    adapter = getattr(run.networks.module("policy"), "peft_config", {}).get("policy")
+    shape = {} if adapter is None else config_facts(adapter)
+    facts = {
+        "num_processes": run.accelerator.num_processes,
+        "rewards": list(run.rewards),
+        "weighting": type(run.weighting).__name__,
+        "prompts": run.prompts.fingerprint,
+        "adapters": adapter is not None,
+        **{f"peft_config.{name}": shape[name] for name in _ADAPTER_SHAPE if name in shape},
+        **{f"weights of the {role}": name for role, name in run.fingerprints.items()},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(facts, default=sorted))  # Names of modules are sets.
+    return {**json.loads(run.args.to_json_string()), **plain}
+
+
+def checkpoint_to_resume(run: "StudentRun", wish: str | Path | bool) -> tuple[Path, list[Change]]:
+    """The checkpoint that ``resume_from_checkpoint`` means, on all processes, and what has changed since then.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or the run may not continue it.
+    """
+    folder = run.on_first_process(lambda: find_checkpoint(run.args.output_dir, wish))
+    now = made_with(run)
+    changed = check_settings(str(folder), read_settings(folder), now)
+    check_place(str(folder), read_manifest(folder)["step"], run.count_steps(), now)
+    return folder, changed
+
+
+def begin_in_folder(run: "StudentRun", checkpoint: Path | None, changed: Sequence[Change]) -> None:
+    """Say what is continued, if anything, and move the checkpoints that are not out of the way."""
+    if not run.accelerator.is_main_process:
+        return
+    step, steps, folder = run.state.global_step, run.state.max_steps, run.args.output_dir
+    if checkpoint is not None:
+        now = ", ".join(f"{change.name}={change.now!r} (it had {change.saved!r})" for change in changed)
+        print(f"Resuming {checkpoint} after {step} updates{f' with {now}' if now else ''}")
+        if step >= steps:
+            print(f"The run is already finished: max_steps={steps}")
+    place = set_aside(folder, run.run_id, step)
+    if place is not None:
+        print(f"Checkpoints in {folder} that this run does not continue are now in {place}")
+
+
+def say_how_to_go_on(run: "StudentRun", signal: int) -> str:
+    """What a run that a signal ended leaves, printed by one process."""
+    advice = "nothing was saved: start again"
+    if run.last_checkpoint is not None:
+        advice = (
+            f"go on from {run.last_checkpoint} with --resume_from_checkpoint true, or "
+            "train(resume_from_checkpoint=True)"
+        )
+    message = f"Ended by {Signals(signal).name} after {run.state.global_step} updates; {advice}"
+    if run.accelerator.is_main_process:
+        print(message, file=sys.stderr)
+    return message

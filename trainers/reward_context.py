@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdm_rl.families import Family
 from rdm_rl.networks.roles import Networks
@@ -15,7 +15,7 @@ from rdm_rl.rewards.protocol import RewardContext
 from rdm_rl.rewards.teacher_images import TeacherCache, TeacherImages
 from rdm_rl.trainers.evaluation import EVALUATION
 from rdm_rl.trainers.rdm_config import RDMConfig
-from rdm_rl.trainers.setup import teacher_key
+from rdm_rl.trainers.setup import teacher_fingerprint, teacher_key
 
 
 def make_reward_context(
@@ -28,7 +28,7 @@ def make_reward_context(
     global_step: Callable[[], int],
     last_checkpoint: Callable[[], Path | None],
     distribution_matching: Callable[..., Tensor],
-    anywhere: Callable[[bool], bool] = bool,
+    anywhere: Callable[[bool], bool],
 ) -> RewardContext:
     """The record that a trainer gives to its rewards.
 
@@ -56,13 +56,19 @@ def make_reward_context(
     decoder = ImageDecoder(decode, args.decode_batch_size)
     teacher = networks.teacher_family
 
+    @cache
+    def fingerprint() -> str:
+        return teacher_fingerprint(networks, args, decoder_network)
+
     def images_at(size: Family, folder: str | Path | None) -> TeacherImages:
         return TeacherImages(
             networks.predictor("teacher", teacher_guidance_scale),
             (teacher if size.resolution is None else teacher.at(size.resolution)).schedule,
             decoder,
             args.teacher_num_inference_steps,
-            _teacher_cache(networks, args, teacher_guidance_scale, size, decoder_network, folder),
+            None
+            if folder is None
+            else _teacher_cache(fingerprint(), networks, args, teacher_guidance_scale, size, folder),
             anywhere,
         )
 
@@ -94,21 +100,13 @@ def make_reward_context(
 
 
 def _teacher_cache(
-    networks: Networks,
-    args: RDMConfig,
-    teacher_guidance_scale: float,
-    family: Family,
-    decoder: nn.Module | None,
-    folder: str | Path | None,
-) -> TeacherCache | None:
+    teacher: str, networks: Networks, args: RDMConfig, teacher_guidance_scale: float, family: Family, folder: str | Path
+) -> TeacherCache:
     """Where the teacher's images at a resolution are kept; no other teacher, decoder or setting has the name."""
-    if folder is None:
-        return None
     key = teacher_key(
+        teacher,
         networks,
-        args,
-        resolution=family.resolution,
-        decoder=decoder,
+        family.resolution,
         steps=args.teacher_num_inference_steps,
         guidance=teacher_guidance_scale,
         start=float(family.student_times(args.num_inference_steps, args.sampler)[0]),

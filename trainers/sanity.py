@@ -1,5 +1,6 @@
 """Once, before anything long: what would otherwise fail for the first time after hours."""
 
+import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,10 +14,10 @@ from rdm_rl.settings import setting
 from rdm_rl.trainers.checkpointing import read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
-    from rdm_rl.trainers.rdm_trainer import RDMTrainer
+    from rdm_rl.trainers.student_run import StudentRun
 
 
-def check_run(trainer: "RDMTrainer") -> None:
+def check_run(trainer: "StudentRun") -> None:
     """Do once what a run does late: open trackers, write and read a checkpoint, decode an image, ask every reward.
 
     It costs about what a policy update does, and changes nothing that the run depends on.
@@ -35,7 +36,7 @@ def check_run(trainer: "RDMTrainer") -> None:
     check_rewards(trainer)
 
 
-def check_checkpoint(trainer: "RDMTrainer") -> None:
+def check_checkpoint(trainer: "StudentRun") -> None:
     """Write a checkpoint with one weight of each role to a temporary folder in ``output_dir``, and read it back."""
     weights = {role: dict(islice(trainer.networks.state_dict(role).items(), 1)) for role in trainer.optimizers}
     tensors, state = gather((weights, trainer.whole_state()), keep=trainer.accelerator.is_main_process)
@@ -45,7 +46,7 @@ def check_checkpoint(trainer: "RDMTrainer") -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output_dir, prefix=".checking-") as folder:
         checkpoint = Path(folder) / "checkpoint-0"
-        write_checkpoint(checkpoint, tensors, state, trainer.args.to_json_string(), trainer.state)
+        write_checkpoint(checkpoint, tensors, state, json.loads(trainer.args.to_json_string()), trainer.state)
         try:
             read_checkpoint(checkpoint)
         except ValueError as error:
@@ -57,7 +58,7 @@ def check_checkpoint(trainer: "RDMTrainer") -> None:
 
 
 @torch.no_grad()
-def check_rewards(trainer: "RDMTrainer") -> None:
+def check_rewards(trainer: "StudentRun") -> None:
     """Roll out the samples of the first update, decode one, and let every reward judge them on a step it acts on."""
     rollout = trainer.generate_rollout(next(trainer.prompt_batches(0)))
     trainer.family.decode(rollout.sample[:1])

@@ -17,7 +17,7 @@ from rdm_rl.families.loading import describe_single_file
 from rdm_rl.families.quantization import check_quantization, single_file_error
 from rdm_rl.families.resolution import Resolution, read_resolutions
 from rdm_rl.families.single_file import SingleFile, is_single_file, read_header
-from rdm_rl.files import cache_key
+from rdm_rl.files import cache_key, fingerprint
 from rdm_rl.networks.roles import Networks, make_networks
 from rdm_rl.policy import suits
 from rdm_rl.randomness import seeded_generator
@@ -51,37 +51,47 @@ def precision(args: RDMConfig) -> Precision:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
 
 
-def teacher_key(
-    networks: Networks,
-    args: RDMConfig,
-    *,
-    resolution: Resolution | None,
-    decoder: nn.Module | None = None,
-    **settings: object,
-) -> str:
+def teacher_fingerprint(networks: Networks, args: RDMConfig, decoder: nn.Module | None = None) -> str:
+    """A short name for what the teacher is made of; it reads all weights, so it is asked for once.
+
+    Args:
+        networks: The roles of the run. Prompts come from the student's family, or are the teacher's own.
+        args: The run's settings.
+        decoder: What makes images of the teacher's latents, if that is kept.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    families = _teacher_families(networks)
+    return cache_key(
+        {"teacher": networks.module("teacher"), "decoder": decoder},
+        prompts=[family.encoder_fingerprint() for family in families],
+        prediction_type=families[0].prediction_type,
+        precision=precision(args),
+    )
+
+
+def teacher_key(teacher: str, networks: Networks, resolution: Resolution | None, **settings: object) -> str:
     """The name under which what the teacher makes is kept: that of another teacher or setting has another one.
 
     Args:
-        networks: The roles of the run. Noise and prompts come from the student's family, or are the teacher's own.
-        args: The run's settings.
+        teacher: The teacher's :func:`teacher_fingerprint`.
+        networks: The roles of the run. Noise comes from the student's family.
         resolution: Size of the images; None is the model's own.
-        decoder: What makes images of its latents, if that is kept.
         settings: How the teacher is sampled: its steps, its guidance, the time it starts from, the noise.
 
     Returns:
         16 hexadecimal digits.
     """
-    families = [*dict.fromkeys((networks.teacher_family, networks.family))]  # Often one: its encoders are large.
+    families = _teacher_families(networks)
     sized = families if resolution is None else [family.at(resolution) for family in families]
-    return cache_key(
-        {"teacher": networks.module("teacher"), "decoder": decoder},
-        prompts=[family.encoder_fingerprint() for family in families],
-        schedules=[family.schedule for family in sized],
-        prediction_type=families[0].prediction_type,
-        shape=sized[0].latent_shape,
-        precision=precision(args),
-        **settings,
-    )
+    schedules = [family.schedule for family in sized]
+    return fingerprint(None, teacher=teacher, schedules=schedules, shape=sized[0].latent_shape, **settings)
+
+
+def _teacher_families(networks: Networks) -> list[Family]:
+    """The teacher's family, and the student's if it is another: often one, whose encoders are large."""
+    return [*dict.fromkeys((networks.teacher_family, networks.family))]
 
 
 def check_models(

@@ -1,6 +1,5 @@
 """What a run does with its student beside the updates: optimisers, the warm start, samples and files."""
 
-import json
 import logging
 import math
 from abc import abstractmethod
@@ -8,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -17,63 +17,184 @@ from rdm_rl.evaluation.features import Features
 from rdm_rl.evaluation.pictures import image_grid
 from rdm_rl.families import Family
 from rdm_rl.families.encoding import EMPTY_PROMPT
-from rdm_rl.files import config_facts
 from rdm_rl.manifest import read_manifest
 from rdm_rl.networks.roles import Networks, Role
 from rdm_rl.networks.sharding import gather
 from rdm_rl.policy import Sampler, make_sampler, rollout
-from rdm_rl.randomness import Generators, drawn_index
+from rdm_rl.randomness import Generators, drawn_index, seeded_generators
 from rdm_rl.records import PromptBatch, Rollout
 from rdm_rl.rewards.kinds import TrainingReward
 from rdm_rl.rewards.protocol import RewardContext
-from rdm_rl.student import public_name, save_student
+from rdm_rl.student import save_student
 from rdm_rl.trainers.callbacks import callback_states, load_callback_states, log_image
 from rdm_rl.trainers.checkpointing import read_checkpoint, rotate_checkpoints, write_checkpoint
 from rdm_rl.trainers.evaluation import evaluate_student
 from rdm_rl.trainers.faults import update_cause, weights_cause
 from rdm_rl.trainers.loop import TrainingLoop
+from rdm_rl.trainers.model_card import card_facts
 from rdm_rl.trainers.optimization import OptimizerFactory, PolicyAverage, RoleOptimizer, make_optimizer, make_scheduler
-from rdm_rl.trainers.prompts import PromptSource
-from rdm_rl.trainers.setup import LoadedModels, teacher_key
+from rdm_rl.trainers.processes import shared_failures
+from rdm_rl.trainers.prompts import PromptSource, noise_seeds, other_columns
+from rdm_rl.trainers.rdm_config import RDMConfig
+from rdm_rl.trainers.resuming import begin_in_folder, checkpoint_to_resume, made_with, say_how_to_go_on
+from rdm_rl.trainers.sanity import check_run
+from rdm_rl.trainers.setup import LoadedModels, teacher_fingerprint, teacher_key
+from rdm_rl.trainers.signals import TrainingStopped
 from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
 from rdm_rl.weighting import RunningMean, Weighting
 
 logger = logging.getLogger(__name__)
-_ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
 class StudentRun(TrainingLoop):
-    """A student with its networks, rewards and files; :class:`~rdm_rl.RDMTrainer` says how it learns."""
+    """A student with its networks, rewards and files; :class:`~rdm_rl.RDMTrainer` loads them and says how it learns.
+
+    Args:
+        args: The settings.
+        num_prompts: Prompts in one epoch.
+        optimizers: Makes the optimisers of policy and fake score; None for ``args.optim``.
+    """
 
     networks: Networks
     family: Family
     prompts: PromptSource
     rewards: dict[str, TrainingReward]
     reward_weights: dict[str, float]
-    reward_spreads: defaultdict[str, RunningMean]
     weighting: Weighting
     sampler: Sampler
     times: Tensor
     sizes: list[Family]
-    optimizers: dict[Role, RoleOptimizer]
-    average: PolicyAverage | None
-    reference: PolicyAverage | None
     eval_prompts: list[str]
     eval_columns: dict[str, list[Any]]
     eval_features: list[Features]
     context: RewardContext
-    model_name: str
-    _models: LoadedModels
-    _fingerprints: Mapping[str, str]
-    _optimizer_factories: tuple[OptimizerFactory | None, OptimizerFactory | None]
-    _run: str
-    _skipped: dict[Role, int]
-    _last_checkpoint: Path | None
-    _last_rollout: Rollout | None
+    models: LoadedModels
+    fingerprints: Mapping[str, str]
+
+    def __init__(
+        self, args: RDMConfig, num_prompts: int, optimizers: tuple[OptimizerFactory | None, OptimizerFactory | None]
+    ) -> None:
+        """Find the processes and devices; nothing is trained or saved yet."""
+        super().__init__(args, num_prompts)
+        self.run_id = token_hex(8)
+        self.last_checkpoint: Path | None = None
+        self._optimizer_factories = optimizers
+        self.optimizers: dict[Role, RoleOptimizer] = {}
+        self.average: PolicyAverage | None = None
+        self.reference: PolicyAverage | None = None
+        self.reward_spreads = defaultdict[str, RunningMean](lambda: RunningMean(decay=0.95))
+        self._skipped = defaultdict[Role, int](int)
+        self._last_rollout: Rollout | None = None
+
+    # ----- the run -----
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> dict[str, float]:
+        """Run from the start, or from a checkpoint as if the run had not stopped.
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint in ``output_dir``, or a checkpoint's folder.
+
+        Returns:
+            The numbers that were logged last: of an update, and of the evaluation after it.
+
+        Raises:
+            RuntimeError: If this trainer has trained before; a warm start would undo what it learnt.
+            FileNotFoundError: If there is no such checkpoint, or no complete one.
+            ValueError: If the checkpoint that was named is damaged, or was made with settings that must not change.
+            FloatingPointError: If too many updates in succession were left out because numbers were not finite.
+            TrainingStopped: If one of ``stop_signals`` came, after the update was finished and a checkpoint written. It
+                is a ``SystemExit``: uncaught, it ends the process with 128 + the signal's number.
+        """
+        if self.optimizers:
+            raise RuntimeError("This trainer has already trained. Make a new one, and resume from a checkpoint there.")
+        process = self.accelerator
+        try:
+            with self.signals, shared_failures(process.process_index, process.num_processes):
+                self._train(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        except TrainingStopped as stopped:
+            raise TrainingStopped(stopped.number, say_how_to_go_on(self, stopped.number)) from None
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            saved = f"The last checkpoint is {self.last_checkpoint}. " if self.last_checkpoint else ""
+            error.add_note(
+                f"{saved}Set activation_checkpointing=True, a smaller per_device_train_batch_size with as many more "
+                "gradient_accumulation_steps, decode_batch_size=1, or offload; `rdm-rl plan` says what a run takes "
+                "and what each of these saves."
+            )
+            raise
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        history = self.state.log_history
+        return {name: value for row in history if row["step"] == history[-1]["step"] for name, value in row.items()}
+
+    def _train(self, resume: str | Path | bool | None) -> None:
+        """All phases of the run."""
+        checkpoint, changed = checkpoint_to_resume(self, resume) if resume else (None, [])
+        self.state.max_steps = self.count_steps()
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self.create_optimizers()
+        if self.accelerator.is_main_process:
+            print(f"Training on {self.prompts.describe(self.family.cut_prompts(self.prompts.texts()))}")
+            if resolution := self.family.describe_resolution():
+                print(resolution)
+        if self.args.sanity_check:
+            check_run(self)  # Before a checkpoint is loaded: its optimisers would be written whole.
+        if checkpoint is not None:
+            self._load_checkpoint(checkpoint, {change.name for change in changed if change.kind != "schedule"})
+        begin_in_folder(self, checkpoint, changed)
+        self.cache_prompts()
+        if checkpoint is None:
+            if self.args.warm_start == "ode":
+                self.run_warm_start()
+            self._start_average()
+            self.warm_up_fake_score()
+
+        self.run_updates(evaluate_first=self.args.eval_on_start and not resume)
 
     @abstractmethod
+    def generate_rollout(self, batch: PromptBatch) -> Rollout:
+        """The policy's chains for a batch of prompts, without a graph."""
+
+    @abstractmethod
+    def warm_up_fake_score(self) -> None:
+        """Let the fake score learn the initial policy."""
+
     def prompt_batches(self, update: int, stream: str = "train") -> Iterator[PromptBatch]:
-        """The micro-batches of this process for one rollout."""
+        """The micro-batches of this process for one rollout.
+
+        Args:
+            update: Number of the rollout.
+            stream: Keeps the samples of other phases apart from those of training.
+
+        Yields:
+            ``gradient_accumulation_steps`` batches of ``per_device_train_batch_size`` samples.
+        """
+        args, process = self.args, self.accelerator
+        groups = args.per_device_train_batch_size // args.num_generations
+        for micro in range(args.gradient_accumulation_steps):
+            first = (
+                (update * args.gradient_accumulation_steps + micro) * process.num_processes + process.process_index
+            ) * groups
+            rows = self.prompts.rows(first, groups)
+            texts = [row["prompt"] for row in rows]
+            sample_ids = range(first * args.num_generations, (first + groups) * args.num_generations)
+            prompts = [text for text in texts for _ in range(args.num_generations)]
+            yield PromptBatch(
+                prompts=prompts,
+                conditioning=self.family.encode(texts).repeat(args.num_generations),
+                group_ids=torch.arange(first, first + groups, device=self.device).repeat_interleave(
+                    args.num_generations
+                ),
+                sample_ids=sample_ids,
+                columns=other_columns(rows, args.num_generations),
+                noise_seeds=noise_seeds(args, prompts, sample_ids, stream, update),
+                stream=stream,
+                update=update,
+            )
+
+    def generators(self, stream: str, batch: PromptBatch, update: int | None = None) -> list[torch.Generator]:
+        """One generator for each sample of a batch, a function of seed, stream, update and sample."""
+        number = batch.update if update is None else update
+        return seeded_generators(self.args.seed, f"{batch.stream}/{stream}", number, batch.sample_ids)
 
     # ----- before the first update -----
 
@@ -82,25 +203,23 @@ class StudentRun(TrainingLoop):
         args, (policy_factory, fake_score_factory) = self.args, self._optimizer_factories
         rollouts = -(-self.state.max_steps // args.num_iterations)
         updates = (args.fake_score_warmup_steps or 0) + rollouts * args.fake_score_updates_per_policy_update
-        plan: tuple[tuple[Role, OptimizerFactory | None, float, int, float], ...] = (
-            ("policy", policy_factory, args.learning_rate, self.state.max_steps, args.max_grad_norm),
-            ("fake_score", fake_score_factory, args.fake_score_learning_rate, updates, args.fake_score_max_grad_norm),
+        self.optimizers["policy"] = self._role_optimizer(
+            "policy", args.learning_rate, self.state.max_steps, args.max_grad_norm, policy_factory, warm_up=True
         )
-        for role, factory, learning_rate, steps, max_grad_norm in plan:
-            # The fake score has its own warm-up, before the policy's first update.
-            self.optimizers[role] = self._role_optimizer(
-                role, factory, learning_rate, steps, max_grad_norm, warm_up=role == "policy"
-            )
+        # The fake score has its own warm-up, before the policy's first update.
+        self.optimizers["fake_score"] = self._role_optimizer(
+            "fake_score", args.fake_score_learning_rate, updates, args.fake_score_max_grad_norm, fake_score_factory
+        )
 
     def _role_optimizer(
         self,
         role: Role,
-        factory: OptimizerFactory | None,
         learning_rate: float,
         steps: int,
         max_grad_norm: float,
+        factory: OptimizerFactory | None = None,
         *,
-        warm_up: bool,
+        warm_up: bool = False,
     ) -> RoleOptimizer:
         parameters = self.networks.parameters(role)
         optimizer = factory(parameters) if factory else make_optimizer(self.args, parameters, learning_rate)
@@ -112,6 +231,91 @@ class StudentRun(TrainingLoop):
             max_grad_norm=max_grad_norm,
             reduce=self.reduce_gradients,
         )
+
+    def cache_prompts(self) -> None:
+        """Encode every prompt that the run will see, if ``prompt_cache_dir`` is set: each process its share."""
+        if self.family.prompt_cache is None:
+            return
+        args, process = self.args, self.accelerator
+        # Each phase begins with the first prompts; the warm-up makes a rollout for so many updates of the fake score.
+        updates = args.fake_score_updates_per_policy_update
+        rollouts = [-(-self.state.max_steps // args.num_iterations)]
+        rollouts += [-(-(args.fake_score_warmup_steps or 0) // updates)] if updates else []
+        seen = max(rollouts) * self.prompts_per_step
+        seen = max(seen, args.warm_start_num_states if args.warm_start == "ode" else 0)
+        rows = self.prompts.rows(0, min(seen, len(self.prompts)))
+        texts = [*dict.fromkeys([EMPTY_PROMPT, *(row["prompt"] for row in rows), *self.eval_prompts])]
+        self.family.fill_prompt_cache(
+            texts[process.process_index :: process.num_processes], show_progress=not self.hides_progress
+        )
+        process.wait_for_everyone()
+
+    def run_warm_start(self) -> None:
+        """Regress the policy on the teacher's ODE solutions (see :mod:`rdm_rl.trainers.warm_start`)."""
+        args = self.args
+        optimizer = self._role_optimizer(
+            "policy", args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm
+        )
+        teacher = teacher_fingerprint(self.networks, args)
+        pairs = [self._collect_pairs(family, teacher) for family in self.sizes]
+        self.networks.release_teacher()
+        losses = regress(
+            self.networks.predictor("policy", self.args.guidance_scale),
+            pairs,
+            optimizer,
+            step=lambda loss, texts: self.make_update("policy", optimizer, [loss], [texts], "the warm start"),
+            encode=self.family.encode,
+            steps=args.warm_start_steps,
+            batch_size=args.per_device_train_batch_size,
+            seed=(args.seed, self.accelerator.process_index),
+            device=self.device,
+            show_progress=not self.hides_progress,
+        )
+        self.record_phase("warm_start/loss", losses)
+
+    def _collect_pairs(self, family: Family, teacher: str) -> OdePairs:
+        """The teacher's solutions at one resolution: each has its share of them, named by the teacher's fingerprint."""
+        args, times = self.args, self.times_of(family)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        count = -(-args.warm_start_num_states // (processes * len(self.sizes)))
+        rows = self.prompts.rows(rank * count, count)
+        guidance = self.teacher_guidance_scale
+        name = teacher_key(
+            teacher,
+            self.networks,
+            family.resolution,
+            guidance=guidance,
+            steps=args.warm_start_ode_steps,
+            start=times[0].item(),
+            seed=args.seed,
+            first=rank * count,
+        )
+        return collect_pairs(
+            self.networks.predictor("teacher", guidance),
+            self.family.encode,
+            family.schedule,
+            prompts=[row["prompt"] for row in rows],
+            times=times.tolist(),
+            shape=family.latent_shape,
+            ode_steps=args.warm_start_ode_steps,
+            batch_size=args.per_device_train_batch_size,
+            seed=args.seed,
+            first=rank * count,
+            folder=Path(args.warm_start_cache_dir or Path(args.output_dir) / "warm_start") / name,
+            device=self.device,
+            show_progress=not self.hides_progress,
+            anywhere=self.on_any_process if args.shard else bool,
+        )
+
+    def _start_average(self) -> None:
+        """Begin the average, and keep a copy of the policy that ``beta`` compares with."""
+        parameters = self.networks.named_parameters("policy")
+        if self.args.ema_decay:
+            self.average = PolicyAverage(parameters, self.args.ema_decay)
+        if self.args.beta:
+            self.reference = PolicyAverage(parameters, decay=1.0)  # Never stepped.
+
+    # ----- updates -----
 
     def make_update(
         self,
@@ -168,7 +372,7 @@ class StudentRun(TrainingLoop):
         cause, damage = self.first_cause(cause), self.first_cause(weights_cause(weights))
         what = f"The {role} is not updated in {phase}, at update {self.state.global_step + 1}: {cause}"
         if damage or count > limit:
-            saved = self._last_checkpoint
+            saved = self.last_checkpoint
             raise FloatingPointError(
                 f"{what}. {damage or f'That makes {count} in succession'}. "
                 f"{'Start again' if saved is None else f'Resume from {str(saved)!r}'} with a lower learning_rate or "
@@ -177,88 +381,6 @@ class StudentRun(TrainingLoop):
             )
         if self.accelerator.is_main_process:
             logger.warning("%s. %d in succession; after %d the run stops (max_skipped_updates).", what, count, limit)
-
-    def cache_prompts(self) -> None:
-        """Encode every prompt that the run will see, if ``prompt_cache_dir`` is set: each process its share."""
-        if self.family.prompt_cache is None:
-            return
-        args, process = self.args, self.accelerator
-        # Each phase begins with the first prompts; the warm-up makes a rollout for so many updates of the fake score.
-        updates = args.fake_score_updates_per_policy_update
-        rollouts = [-(-self.state.max_steps // args.num_iterations)]
-        rollouts += [-(-(args.fake_score_warmup_steps or 0) // updates)] if updates else []
-        seen = max(rollouts) * self.prompts_per_step
-        seen = max(seen, args.warm_start_num_states if args.warm_start == "ode" else 0)
-        rows = self.prompts.rows(0, min(seen, len(self.prompts)))
-        texts = [*dict.fromkeys([EMPTY_PROMPT, *(row["prompt"] for row in rows), *self.eval_prompts])]
-        self.family.fill_prompt_cache(
-            texts[process.process_index :: process.num_processes], show_progress=not self.hides_progress
-        )
-        process.wait_for_everyone()
-
-    def run_warm_start(self) -> None:
-        """Regress the policy on the teacher's ODE solutions (see :mod:`rdm_rl.trainers.warm_start`)."""
-        args = self.args
-        optimizer = self._role_optimizer(
-            "policy", None, args.warm_start_learning_rate, args.warm_start_steps, args.max_grad_norm, warm_up=False
-        )
-        pairs = [self._collect_pairs(family) for family in self.sizes]
-        self.networks.release_teacher()
-        losses = regress(
-            self.networks.predictor("policy", self.args.guidance_scale),
-            pairs,
-            optimizer,
-            step=lambda loss, texts: self.make_update("policy", optimizer, [loss], [texts], "the warm start"),
-            encode=self.family.encode,
-            steps=args.warm_start_steps,
-            batch_size=args.per_device_train_batch_size,
-            seed=(args.seed, self.accelerator.process_index),
-            device=self.device,
-            show_progress=not self.hides_progress,
-        )
-        self.record_phase("warm_start/loss", losses)
-
-    def _collect_pairs(self, family: Family) -> OdePairs:
-        """The teacher's solutions at one resolution: each has its share of them."""
-        args, times = self.args, self.times_of(family)
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        count = -(-args.warm_start_num_states // (processes * len(self.sizes)))
-        rows = self.prompts.rows(rank * count, count)
-        guidance = self.teacher_guidance_scale
-        name = teacher_key(
-            self.networks,
-            args,
-            resolution=family.resolution,
-            guidance=guidance,
-            steps=args.warm_start_ode_steps,
-            start=times[0].item(),
-            seed=args.seed,
-            first=rank * count,
-        )
-        return collect_pairs(
-            self.networks.predictor("teacher", guidance),
-            self.family.encode,
-            family.schedule,
-            prompts=[row["prompt"] for row in rows],
-            times=times.tolist(),
-            shape=family.latent_shape,
-            ode_steps=args.warm_start_ode_steps,
-            batch_size=args.per_device_train_batch_size,
-            seed=args.seed,
-            first=rank * count,
-            folder=Path(args.warm_start_cache_dir or Path(args.output_dir) / "warm_start") / name,
-            device=self.device,
-            show_progress=not self.hides_progress,
-            anywhere=self.on_any_process if args.shard else bool,
-        )
-
-    def _start_average(self) -> None:
-        """Begin the average, and keep a copy of the policy that ``beta`` compares with."""
-        parameters = self.networks.named_parameters("policy")
-        if self.args.ema_decay:
-            self.average = PolicyAverage(parameters, self.args.ema_decay)
-        if self.args.beta:
-            self.reference = PolicyAverage(parameters, decay=1.0)  # Never stepped.
 
     # ----- looking at the student -----
 
@@ -389,33 +511,13 @@ class StudentRun(TrainingLoop):
                 num_inference_steps=self.args.num_inference_steps,
                 sampler=self.args.sampler,
                 guidance_scale=self.args.guidance_scale,
-                base=self.model_name,
-                single_file=self._models.single_file,
-                whole=not self._models.is_pipeline,
+                base=self.models.name,
+                single_file=self.models.single_file,
+                whole=not self.models.is_pipeline,
                 name=self.args.hub_model_id,
-                facts=self._card_facts(),
+                facts=card_facts(self),
                 write=self.accelerator.is_main_process,
             )
-
-    def _card_facts(self) -> dict[str, Any]:
-        """What the model card says of the run."""
-        averaged = self.average is not None and self.args.save_ema
-        names = ["num_generations", "learning_rate", "seed"]
-        names += ["dm_normalization"] if "rdm" in self.rewards else []
-        names += ["resolution"] if len(self.sizes) > 1 else []
-        usual = {"sampler": "renoise", "eta": None, "num_iterations": 1}
-        names += [name for name, value in usual.items() if getattr(self.args, name) != value]
-        return {
-            "weights": "averaged over training (EMA)" if averaged else "of the last update",
-            "rewards": ", ".join(f"{name} (weight {self.reward_weights[name]:g})" for name in self.rewards)
-            if type(self.weighting).__module__ == Weighting.__module__
-            else f"{', '.join(self.rewards)}, combined by {type(self.weighting).__name__}",
-            **{setting: public_name(name) for setting, name in self._models.sources.items()},
-            "policy updates": self.state.global_step,
-            "teacher_guidance_scale": self.teacher_guidance_scale,
-            **{name: getattr(self.args, name) for name in names},
-            **({"weighting": type(self.weighting).__name__} if len(self.rewards) > 1 else {}),
-        }
 
     def whole_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside weights and settings."""
@@ -464,38 +566,21 @@ class StudentRun(TrainingLoop):
         )  # Sharded weights take all processes to put together.
 
         def write() -> None:
-            before = self._last_checkpoint
+            before = self.last_checkpoint
             if before is not None and not before.exists():
                 logger.warning("%s is gone: somebody removed it or its folder, and what was in it is lost.", before)
-            settings = self.args.to_json_string()
-            write_checkpoint(folder, tensors, state, settings, self.state, self.run_facts(), self._run)
+            write_checkpoint(folder, tensors, state, made_with(self), self.state, self.run_id)
             rotate_checkpoints(folder, self.args.save_total_limit)
 
         self.on_first_process(write)  # If it fails, it fails on all.
-        self._last_checkpoint = folder
+        self.last_checkpoint = folder
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
 
-    def run_facts(self) -> dict[str, Any]:
-        """What the run is made with and is no setting, by name: a resumed run is compared with it."""
-        adapter = getattr(self.networks.module("policy"), "peft_config", {}).get("policy")
-        shape = {} if adapter is None else config_facts(adapter)
-        facts = {
-            "num_processes": self.accelerator.num_processes,
-            "rewards": list(self.rewards),
-            "weighting": type(self.weighting).__name__,
-            "prompts": self.prompts.fingerprint,
-            "adapters": adapter is not None,
-            **{f"peft_config.{name}": shape[name] for name in _ADAPTER_SHAPE if name in shape},
-            **{f"weights of the {role}": name for role, name in self._fingerprints.items()},
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(facts, default=sorted))  # Names of modules are sets.
-        return plain
-
-    def _load_checkpoint(self, folder: Path, changed: Collection[str] = ()) -> None:
+    def _load_checkpoint(self, folder: Path, changed: Collection[str]) -> None:
         """Take everything back but what belongs to facts, or to a cut of the batch, that have changed since."""
         tensors, state, saved = read_checkpoint(folder)
-        self._run = read_manifest(folder)["run"]
+        self.run_id = read_manifest(folder)["run"]
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
         self.state.log_history = saved.log_history
         load_callback_states(self.callback_handler, saved.stateful_callbacks)
@@ -513,7 +598,7 @@ class StudentRun(TrainingLoop):
         self.load_state_dict(state["own"])
         for name, spread in state["reward_spreads"].items():
             self.reward_spreads[name].load(spread)
-        self._last_checkpoint = folder
+        self.last_checkpoint = folder
         # Another process's samples are not saved: with several, the first lag after resuming is left out.
         alone = self.accelerator.num_processes == 1
         if "last_samples" in tensors and self.state.global_step > 0 and alone and not changed:

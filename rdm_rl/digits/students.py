@@ -64,12 +64,10 @@ class DigitsEvaluation(Evaluation):
         """Training images of the digits asked for; any where the prompt is empty."""
         train = load_digits("train")
         order = torch.randperm(len(train.labels), generator=seeded_generator(self.seed, "demo/real"))
-        places: dict[int, list[int]] = {digit: [] for digit in range(10)}
-        for index in order.tolist():
-            places[int(train.labels[index])].append(index)
+        of_digit = [order[train.labels[order] == digit].tolist() for digit in range(10)]
         any_digit = iter(order.tolist())
         chosen = [
-            next(any_digit) if wanted.all() else places[int(wanted.int().argmax())].pop() for wanted in self.wanted
+            next(any_digit) if wanted.all() else of_digit[int(wanted.int().argmax())].pop() for wanted in self.wanted
         ]
         return train.images[chosen]
 

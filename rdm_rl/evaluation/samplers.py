@@ -99,7 +99,7 @@ class Evaluation(ABC):
         self, pipeline: StableDiffusionPipeline, steps: int, seed: int | None = None, guidance_scale: float = 1.0
     ) -> Draw:
         """Images of a pipeline, from the noise of the judged images unless a seed is given."""
-        drawn = self.collect(_sampler(pipeline, steps, guidance_scale), steps, seed)
+        drawn = self.collect(pipeline_sampler(pipeline, steps, guidance_scale), steps, seed)
         return replace(drawn, guidance_scale=guidance_scale)
 
     def collect(self, sample: Sample, steps: int, seed: int | None = None) -> Draw:
@@ -111,8 +111,7 @@ class Evaluation(ABC):
             seed: Seed of the noise; None for that of the judged images.
         """
         generator = torch.Generator().manual_seed(self.judged_seed if seed is None else seed)
-        batches = [self.prompts[first : first + 250] for first in range(0, len(self.prompts), 250)]
-        return Draw(images=torch.cat([sample(batch, generator) for batch in batches]), steps=steps)
+        return Draw(images=sample_in_batches(sample, self.prompts, generator, 250), steps=steps)
 
     def draw_teacher(self, step_counts: Sequence[int]) -> dict[str, Draw]:
         """The teacher's images with all of its steps, and with few under each stock scheduler, by name."""
@@ -126,7 +125,7 @@ class Evaluation(ABC):
 
     def timed(self, draw: Draw, pipeline: StableDiffusionPipeline) -> Draw:
         """A draw with the time that its pipeline takes, which should be asked for while nothing else runs."""
-        sample, times = _sampler(pipeline, draw.steps, draw.guidance_scale), []
+        sample, times = pipeline_sampler(pipeline, draw.steps, draw.guidance_scale), []
         for _ in range(3):
             start = time.perf_counter()
             sample(self.prompts[:20], torch.Generator().manual_seed(0))
@@ -164,7 +163,13 @@ class Evaluation(ABC):
         return {name: draw.images[shown] for name, draw in draws.items()}, captions
 
 
-def _sampler(pipeline: StableDiffusionPipeline, steps: int, guidance_scale: float) -> Sample:
+def sample_in_batches(sample: Sample, prompts: list[str], generator: torch.Generator, batch_size: int) -> Tensor:
+    """Images of any number of prompts, shape (N, 3, H, W), whose noise comes from one generator."""
+    starts = range(0, len(prompts), batch_size)
+    return torch.cat([sample(prompts[start : start + batch_size], generator) for start in starts])
+
+
+def pipeline_sampler(pipeline: StableDiffusionPipeline, steps: int, guidance_scale: float) -> Sample:
     """Makes images of some prompts with a pipeline, shape (M, 3, H, W), in [0, 1]."""
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
     return lambda prompts, noise: pipeline(prompts, generator=noise, **call).images
