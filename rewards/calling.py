@@ -120,7 +120,7 @@ def needs(reward: Callable[..., Any]) -> Needs:
         raise TypeError(f"The reward {reward!r} must take (images, prompts, **columns); its signature does not.")
     if {parameter.name for parameter in positional[:1]} & {"prompt", "prompts", "completions"}:
         raise TypeError(
-            f"The reward {reward!r} takes {positional[0].name!r} first, as a reward of TRL does. Here the first are the "
+            f"The reward {reward!r} takes {positional[0].name!r} first, as a reward of TRL does. Here the first are "
             "images, and the second their prompts: (images, prompts, **columns)."
         )
     named = positional[2:] + [parameter for parameter in parameters if parameter.kind == Parameter.KEYWORD_ONLY]

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from rdm_rl import RDMTrainer
 from rdm_rl.records import Direction, Experience, Judgement, LossOutput, Rollout
@@ -26,11 +26,13 @@ from rdm_rl.weighting import Weighting
 from tests.helpers import (
     CHECKPOINTING,
     PROMPTS,
+    QUICK,
     StepAway,
     StopAfter,
     changed,
     latents,
     log_numbers,
+    quick_trainer,
     randomize,
     same,
     snapshot,
@@ -219,6 +221,13 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"train_dataset": None}, ValueError, "train_dataset is missing"),
         ({"train_dataset": [{"text": "a"}]}, ValueError, r"no 'prompt' column; its rows hold \['text'\]"),
         ({"given": {"eval_dataset": []}}, ValueError, "eval_dataset is empty"),
+        ({"given": {"peft_config": {"r": 4}}}, TypeError, "peft_config is a dict. Pass a peft.LoraConfig"),
+        ({"given": {"callbacks": [EarlyStoppingCallback(1)]}}, ValueError, "should_training_stop = True"),
+        (
+            {"given": {"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}},
+            TypeError,
+            "Pass a function: lambda parameters",
+        ),
         ({"given": {"reward_funcs": "rmd"}}, ValueError, "Did you mean 'rdm'"),
         ({"given": {"reward_funcs": []}}, ValueError, "reward_funcs is empty"),
         ({"reward_weights": [1.0, 2.0]}, ValueError, "2 entries for 1 rewards"),
@@ -257,6 +266,32 @@ def test_a_teacher_with_other_latents_is_refused(base: Path, tmp_path: Path) -> 
 
 
 # ----- hooks -----
+
+
+@pytest.mark.parametrize(
+    ("hook", "value", "message"),
+    [
+        ("training_step", torch.zeros(1), "training_step returned a Tensor, but its caller needs a dict"),
+        ("compute_policy_loss", None, "compute_policy_loss returned a NoneType, but its caller needs a LossOutput"),
+        ("compute_rewards", {}, "judgements of no reward, but the rewards are rdm"),
+        ("compute_rewards", {"rdm": torch.zeros(4)}, "for 'rdm', returned a Tensor, but its caller needs a Judgement"),
+        ("evaluate", None, "evaluate returned a NoneType"),
+    ],
+)
+def test_what_a_hook_returns_is_checked(
+    hook: str, value: Any, message: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = quick_trainer(base, tmp_path, "rdm", **QUICK, eval_on_start=hook == "evaluate")
+    monkeypatch.setattr(trainer, hook, lambda *_: value)
+    with pytest.raises((TypeError, ValueError), match=message):
+        trainer.train()
+
+
+def test_however_short_a_run_ends_with_numbers(base: Path, tmp_path: Path) -> None:
+    trainer = quick_trainer(base, tmp_path, "rdm", **QUICK, max_steps=3, logging_steps=10)
+    assert "rewards/rdm/gap" in trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "rewards/rdm/gap" in row] == [3]
+    assert "fake_score/lag" in trainer.state.log_history[-1]
 
 
 class Every(RDMTrainer):

@@ -52,7 +52,7 @@ INHERITED: dict[str, dict[str, str]] = {
     },
     "Logging": {
         "logging_strategy": "Log numbers: `steps` or `no`.",
-        "logging_steps": "Policy updates between lines of the log.",
+        "logging_steps": "Policy updates between lines of the log; the last update is logged, too.",
         "logging_first_step": "Log the first update, too.",
         "logging_dir": "Folder for TensorBoard, in older versions of transformers.",
         "disable_tqdm": "No progress bar.",

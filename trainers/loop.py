@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from rdm_rl.networks.sharding import check_sharding, is_sharded
+from rdm_rl.trainers.arguments import returned
 from rdm_rl.trainers.callbacks import make_callback_handler, make_state, make_trackers
 from rdm_rl.trainers.health import signs
 from rdm_rl.trainers.processes import check_processes
@@ -113,11 +114,13 @@ class TrainingLoop(ABC):
             self.control.should_training_stop and self.rollout_is_used_up
         ):
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
-            self._window.add(self.training_step())
+            self._window.add(returned("training_step", self.training_step(), dict))
             self.state.global_step += 1
             self.state.epoch = self.prompts_per_step / self._num_prompts * self.state.global_step
             self.state.epoch /= self.args.num_iterations
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            if self.state.global_step >= self.state.max_steps and self.args.logging_strategy == "steps":
+                self.control.should_log = True  # However short, a run ends with numbers.
             # All save together. The number is small, and the host has just waited for the gradient's norm anyway.
             signal = signal or int(self.largest_over_processes(self.signals.number))
             if signal:
@@ -151,7 +154,8 @@ class TrainingLoop(ABC):
     def _evaluate_and_log(self) -> None:
         start = time.perf_counter()
         # The prefix of transformers, by which trackers file them.
-        measured = {f"eval_{name.removeprefix('eval_')}": value for name, value in self.evaluate().items()}
+        numbers = returned("evaluate", self.evaluate(), dict)
+        measured = {f"eval_{name.removeprefix('eval_')}": value for name, value in numbers.items()}
         self._window.leave_out(time.perf_counter() - start)
         if measured:
             self.log(measured)
@@ -200,7 +204,9 @@ class TrainingLoop(ABC):
         """Whether an update on the coming rollout will be logged: the fake score's lag costs three passes."""
         args, first = self.args, self.state.global_step + 1
         return args.logging_strategy == "steps" and any(
-            step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+            step % self.state.logging_steps == 0
+            or (step == 1 and args.logging_first_step)
+            or step == self.state.max_steps
             for step in range(first, first + args.num_iterations)
         )
 

@@ -25,6 +25,7 @@ from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
 from rdm_rl.statistics import measure_directions, measure_rewards, reward_metrics
+from rdm_rl.trainers.arguments import check_arguments, returned, returned_judgements
 from rdm_rl.trainers.evaluation import check_eval_columns, load_eval_features
 from rdm_rl.trainers.faults import directions_cause, samples_cause
 from rdm_rl.trainers.optimization import OptimizerFactory
@@ -73,6 +74,7 @@ class RDMTrainer(StudentRun):
 
     Raises:
         ValueError: If settings, data or rewards cannot work together; before a model is loaded where possible.
+        TypeError: If an argument is of another kind.
         FileNotFoundError: If a model folder does not exist.
     """
 
@@ -93,6 +95,7 @@ class RDMTrainer(StudentRun):
         optimizers: tuple[OptimizerFactory | None, OptimizerFactory | None] = (None, None),
     ) -> None:
         """Check everything that can be checked without a model, then load."""
+        check_arguments(args, peft_config, callbacks, optimizers)
         args = args or RDMConfig()
         rewards = load_rewards(reward_funcs)
         self.reward_weights = reward_weights(
@@ -190,7 +193,9 @@ class RDMTrainer(StudentRun):
         """Values first, directions second: the rewards' say on the steps that will be replayed, and its weights."""
         steps = self.draw_steps(rollouts[0], number)
         recorded = [(rollout, step) for rollout in rollouts for step in steps]
-        judgements = [self.compute_rewards(rollout, step) for rollout, step in recorded]
+        judgements = [
+            returned_judgements(self.compute_rewards(rollout, step), self.rewards) for rollout, step in recorded
+        ]
         judged = [rollout for rollout, _ in recorded]
         statistics = measure_rewards(
             judgements, [rollout.batch.group_ids for rollout in judged], self.sum_over_processes
@@ -460,7 +465,10 @@ class RDMTrainer(StudentRun):
 
     def _update_policy(self) -> dict[str, float]:
         self.networks.release_teacher()
-        losses = (self.compute_policy_loss(experience) for experience in self.experiences)
+        losses = (
+            returned("compute_policy_loss", self.compute_policy_loss(experience), LossOutput)
+            for experience in self.experiences
+        )
         metrics = self._update("policy", losses, [experience.rollout for experience in self.experiences])
         self._is_fresh = False
         return metrics

@@ -1,0 +1,77 @@
+"""What scripts give the trainer, as it must be: its arguments, and what their hooks return."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from peft import LoraConfig
+from transformers.trainer_callback import EarlyStoppingCallback
+
+from rdm_rl.records import Judgement
+from rdm_rl.trainers.rdm_config import RDMConfig
+
+Result = TypeVar("Result")
+
+
+def check_arguments(args: Any, peft_config: Any, callbacks: Iterable[Any], optimizers: Sequence[Any]) -> None:
+    """Raise where an argument is what other trainers take, and this one cannot.
+
+    Args:
+        args: The settings.
+        peft_config: The adapter.
+        callbacks: The user's callbacks, instances or classes.
+        optimizers: What makes the optimisers.
+
+    Raises:
+        TypeError: If one is of another kind.
+        ValueError: If a callback waits for what no run has.
+    """
+    if args is not None and not isinstance(args, RDMConfig):
+        raise TypeError(f"args is a {type(args).__name__}, but the settings of a run are an RDMConfig.")
+    if peft_config is not None and not isinstance(peft_config, LoraConfig):
+        kind = type(peft_config).__name__
+        raise TypeError(f"peft_config is a {kind}. Pass a peft.LoraConfig, or None to train all weights.")
+    for index, factory in enumerate(optimizers):
+        if factory is not None and not callable(factory):
+            raise TypeError(
+                f"optimizers[{index}] is a {type(factory).__name__}, but what is trained exists only once the adapters "
+                "are made. Pass a function: lambda parameters: torch.optim.AdamW(parameters, lr=1e-5)."
+            )
+    for callback in callbacks:
+        if isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback:
+            raise ValueError(
+                "EarlyStoppingCallback compares metric_for_best_model, on which a run does not act. Write a callback "
+                "whose on_evaluate(args, state, control, metrics) sets control.should_training_stop = True."
+            )
+
+
+def returned(hook: str, value: Any, kind: type[Result]) -> Result:
+    """What a hook of the trainer returned.
+
+    Raises:
+        TypeError: If it is of another kind, as where a ``return`` was forgotten.
+
+    Example:
+        >>> returned("training_step", None, dict)
+        Traceback (most recent call last):
+        ...
+        TypeError: training_step returned a NoneType, but its caller needs a dict.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{hook} returned a {type(value).__name__}, but its caller needs a {kind.__name__}.")
+    return value
+
+
+def returned_judgements(value: Any, rewards: Iterable[str]) -> dict[str, Judgement]:
+    """What ``compute_rewards`` returned: a judgement for each reward, by name.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If there are judgements of other rewards, or of too few.
+    """
+    judgements: Mapping[str, Any] = returned("compute_rewards", value, dict)
+    if judgements.keys() != {*rewards}:
+        raise ValueError(
+            f"compute_rewards returned judgements of {', '.join(judgements) or 'no reward'}, but the rewards are "
+            f"{', '.join(rewards)}."
+        )
+    return {name: returned(f"compute_rewards, for {name!r},", item, Judgement) for name, item in judgements.items()}
