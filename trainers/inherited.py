@@ -78,5 +78,15 @@ INHERITED: dict[str, dict[str, str]] = {
     },
 }
 
+_SHARD = "Networks that many GPUs share: shard=True."
+INSTEAD = {
+    "fsdp": _SHARD,
+    "deepspeed": _SHARD,
+    "auto_find_batch_size": "What fits, says `rdm-rl plan`.",
+    "load_best_model_at_end": "Checkpoints that save_steps keeps are compared by `rdm-rl evaluate`.",
+    "metric_for_best_model": "Checkpoints that save_steps keeps are compared by `rdm-rl evaluate`.",
+}
+"""What to set in place of a field that is refused."""
+
 HONOURED = frozenset(name for group in INHERITED.values() for name in group)
 """Any other field of ``TrainingArguments`` is refused when it is set, never ignored."""

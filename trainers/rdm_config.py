@@ -19,7 +19,7 @@ from rdm_rl.settings import Count, Folder, Size, check, convert
 from rdm_rl.trainers import processes
 from rdm_rl.trainers.evaluation import EvaluationSettings
 from rdm_rl.trainers.faults import FaultSettings
-from rdm_rl.trainers.inherited import HONOURED
+from rdm_rl.trainers.inherited import HONOURED, INSTEAD
 from rdm_rl.trainers.methods import method_settings
 from rdm_rl.trainers.optimization import AverageSettings, FakeScoreSettings, check_schedule
 from rdm_rl.trainers.sanity import SanitySettings
@@ -155,7 +155,7 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
             if getattr(self, inherited.name) not in (default, *SETTLED.get(inherited.name, ())):
                 raise ValueError(
                     f"{inherited.name}={getattr(self, inherited.name)!r} is set, but RDMTrainer does not act on it. "
-                    "Remove it; the fields it honours are in rdm_rl.trainers.inherited.HONOURED."
+                    f"{INSTEAD.get(inherited.name, 'Remove it: docs/reference.md has all that it acts on.')}"
                 )
 
 

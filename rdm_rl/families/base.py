@@ -100,9 +100,9 @@ class Family(PromptEncoding, ABC):
             )
         if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
             raise ValueError(
-                "The pipeline already has adapters, which would be switched off without a word. Call pipe.fuse_lora() "
-                "and pipe.unload_lora_weights() first, or load the pipeline again. A student's adapter goes to "
-                "policy_init=, a style for the teacher to teacher_adapter=."
+                "The pipeline already has adapters, perhaps of an earlier trainer; they would be switched off without "
+                "a word. Load the pipeline again, or call pipe.fuse_lora() and pipe.unload_lora_weights() first. A "
+                "student's adapter goes to policy_init=, a style for the teacher to teacher_adapter=."
             )
         if self.resolution is not None:
             self._check_resolution(self.resolution)
