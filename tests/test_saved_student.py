@@ -270,5 +270,5 @@ def test_a_name_on_the_hub_is_printed_as_it_is(base: Path, tmp_path: Path) -> No
 
 def test_no_student_no_pipeline(tmp_path: Path) -> None:
     save_file({}, tmp_path / "something.safetensors")
-    with pytest.raises(FileNotFoundError, match="holds neither"):
+    with pytest.raises(FileNotFoundError, match="holds no student"):
         load_student(tmp_path, "owner/name")
