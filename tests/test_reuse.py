@@ -176,7 +176,7 @@ def test_a_clip_of_0_leaves_the_ratio_out(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("iterations", [1, 2, 3])
 def test_what_is_done_once_for_a_rollout(iterations: int, base: Path, tmp_path: Path) -> None:
-    settings = {**REUSE, "num_iterations": iterations, "max_steps": 6, "logging_steps": 100}
+    settings = {**REUSE, "num_iterations": iterations, "max_steps": 6, "logging_strategy": "no"}
     settings |= {"fake_score_updates_per_policy_update": 2, "gradient_accumulation_steps": 2}
     trainer = quick_trainer(base, tmp_path, ["rdm"], kind=Counting, **settings)
     trainer.train()
