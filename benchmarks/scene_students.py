@@ -256,6 +256,35 @@ def table(folder, seeds, steps, study):
     return "\n".join(lines) + "\n"
 
 
+def weightings(folder, seeds):
+    """Adaptive weights against the constants that they came to, at each level and over the levels of a seed."""
+    heads = " | ".join(FIGURES["rewards"])
+    lines = [f"| `gndmr` minus `dmdr` | {heads} |", "|---|---|---|---|"]
+    ends = {
+        level: [
+            {seed: run["curve"][-1] for seed, run in read(folder, name, seeds).items()}
+            for name in (f"gndmr, {level}", f"dmdr, {constant}")
+        ]
+        for level, constant in REWARD_WEIGHTS.items()
+    }
+    seeds = [seed for seed in seeds if all(seed in run for pair in ends.values() for run in pair)]
+    by_level = {
+        f"{level} and {REWARD_WEIGHTS[level]}": [
+            {figure: adaptive[seed][figure] - constant[seed][figure] for figure in FIGURES["rewards"]} for seed in seeds
+        ]
+        for level, (adaptive, constant) in ends.items()
+    }
+    means = [
+        {figure: statistics.mean(row[figure] for row in rows) for figure in FIGURES["rewards"]}
+        for rows in zip(*by_level.values(), strict=True)
+    ]
+    for name, rows in {**by_level, "mean of the three": means}.items():
+        if rows:
+            cells = " | ".join(compared([row[figure] for row in rows]) for figure in FIGURES["rewards"])
+            lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 def compared(differences):
     """Mean and spread of paired differences, and the p of their t-test."""
     if len(differences) < 2:
@@ -282,6 +311,8 @@ def main():
         for seed in options.seeds:
             run_seed(folder, seed, options.steps, options.study, options.development, options.settings, options.arms)
     print(table(folder, options.seeds, options.steps, options.study))
+    if options.study == "rewards":
+        print(weightings(folder, options.seeds))
 
 
 if __name__ == "__main__":
