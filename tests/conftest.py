@@ -35,11 +35,10 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def onednn() -> Iterator[None]:
     """For networks that are not tiny, for memory, and for what must equal a process of its own bit for bit."""
-    import torch
+    from tests.helpers import with_onednn
 
-    torch.backends.mkldnn.enabled = True
-    yield
-    torch.backends.mkldnn.enabled = False
+    with with_onednn():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -309,6 +309,16 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
 
 
 @contextmanager
+def with_onednn() -> Iterator[None]:
+    """oneDNN's convolutions for a while, which the tests otherwise do without (``conftest.py``)."""
+    torch.backends.mkldnn.enabled = True
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = False
+
+
+@contextmanager
 def batches_of(module: nn.Module) -> Iterator[list[int]]:
     """The batch sizes of the module's forward passes."""
     sizes: list[int] = []

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from rdm_rl import RDMTrainer
 from rdm_rl.manifest import read_manifest
 from rdm_rl.student import load_student, save_student
-from tests.helpers import QUICK, changed, randomize, tiny_sd, tiny_trainer
+from tests.helpers import QUICK, changed, randomize, tiny_sd, tiny_trainer, with_onednn
 from tests.tiny_pipelines import align_weights, tiny_dit, tiny_sd3
 
 PROMPTS = ["the digit 3", "the digit 4", "the digit 5"]
@@ -90,9 +90,9 @@ def images(trainer: RDMTrainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
+@with_onednn()  # As in the other process.
 def both(bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
     """Images of every case: by our trainer, by plain diffusers in another process, and by ours before training."""
-    torch.backends.mkldnn.enabled = True  # As in the other process.
     folder = tmp_path_factory.mktemp("students")
     ours, before, description = {}, {}, []
     for case in CASES:
@@ -117,7 +117,6 @@ def both(bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
         place = {"base": str(base), "student": str(folder / case.name), "name": case.name, "prompts": PROMPTS}
         description.append({**asdict(case), **place})
     (folder / "cases.json").write_text(json.dumps(description))
-    torch.backends.mkldnn.enabled = False
     # An empty folder and an empty path: the repository cannot be imported by accident.
     command = [sys.executable, "-c", PLAIN, str(folder / "cases.json"), str(folder / "images.safetensors")]
     (folder / "empty").mkdir()

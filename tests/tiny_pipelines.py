@@ -116,6 +116,11 @@ def tiny_vae(latent_channels: int = 4, **config: Any) -> AutoencoderKL:
     )
 
 
+def tiny_flux_vae() -> AutoencoderKL:
+    """The decoder of FLUX.1, which Z-Image has, too."""
+    return tiny_vae(4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+
+
 def clip_config(width: int = 32, **config: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=190,
@@ -349,12 +354,7 @@ def tiny_flux(folder: Path, guidance_embeds: bool = True, seed: int = 0) -> Flux
         ),
         seed,
     )
-    vae = _build(
-        lambda: tiny_vae(
-            4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
-        ),
-        seed + 1,
-    )
+    vae = _build(tiny_flux_vae, seed + 1)
     if guidance_embeds:
         scheduler = FlowMatchEulerDiscreteScheduler(
             shift=3.0,
@@ -553,12 +553,7 @@ def tiny_zimage(folder: Path | None = None, seed: int = 0) -> ZImagePipeline:
         ),
         seed,
     )
-    vae = _build(
-        lambda: tiny_vae(
-            4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
-        ),
-        seed + 1,
-    )
+    vae = _build(tiny_flux_vae, seed + 1)
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,

@@ -79,12 +79,13 @@ INHERITED: dict[str, dict[str, str]] = {
 }
 
 _SHARD = "Networks that many GPUs share: shard=True."
+_EVALUATE = "Checkpoints that save_steps keeps are compared by `rdm-rl evaluate`."
 INSTEAD = {
     "fsdp": _SHARD,
     "deepspeed": _SHARD,
     "auto_find_batch_size": "What fits, says `rdm-rl plan`.",
-    "load_best_model_at_end": "Checkpoints that save_steps keeps are compared by `rdm-rl evaluate`.",
-    "metric_for_best_model": "Checkpoints that save_steps keeps are compared by `rdm-rl evaluate`.",
+    "load_best_model_at_end": _EVALUATE,
+    "metric_for_best_model": _EVALUATE,
 }
 """What to set in place of a field that is refused."""
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rdm_rl.families.encoding import dtype_of
 from rdm_rl.families.variance_preserving import VariancePreservingFamily
 from rdm_rl.records import Conditioning
 
@@ -69,7 +70,7 @@ class DiTFamily(VariancePreservingFamily):
     ) -> Tensor:
         """The transformer's output, without the variance that it predicts beside it."""
         labels = conditioning.tensors["class_labels"]
-        dtype = next(network.parameters()).dtype
+        dtype = dtype_of(network)
         output: Tensor = network(
             x_t.to(dtype), timestep=self.schedule.timestep(t), class_labels=labels, return_dict=False
         )[0]

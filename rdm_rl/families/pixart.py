@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from rdm_rl.families.encoding import dtype_of
 from rdm_rl.families.variance_preserving import VariancePreservingFamily
 from rdm_rl.policy import SamplerName
 from rdm_rl.records import Conditioning
@@ -37,7 +38,7 @@ class PixArtFamily(VariancePreservingFamily):
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
         """The transformer's output, without the variance that it predicts beside it."""
-        dtype = next(network.parameters()).dtype
+        dtype = dtype_of(network)
         output: Tensor = network(
             x_t.to(dtype),
             encoder_hidden_states=conditioning.tensors["encoder_hidden_states"].to(dtype),

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rdm_rl.families.encoding import dtype_of
 from rdm_rl.families.flow import FlowFamily
 from rdm_rl.policy import SamplerName
 from rdm_rl.records import Conditioning
@@ -50,7 +51,7 @@ class SanaFamily(FlowFamily):
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
         """The transformer's output, without the variance that some are trained to predict beside it."""
-        dtype = next(network.parameters()).dtype
+        dtype = dtype_of(network)
         config: Any = network.config
         output: Tensor = network(
             x_t.to(dtype),

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rdm_rl.families.encoding import dtype_of
 from rdm_rl.families.variance_preserving import VariancePreservingFamily
 from rdm_rl.records import Conditioning
 
@@ -40,7 +41,7 @@ class StableDiffusionFamily(VariancePreservingFamily):
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
         """The U-Net's output."""
-        dtype = next(network.parameters()).dtype
+        dtype = dtype_of(network)
         output: Tensor = network(
             x_t.to(dtype),
             self.schedule.timestep(t),
@@ -68,4 +69,4 @@ class StableDiffusionFamily(VariancePreservingFamily):
         scale = torch.full((len(like),), guidance_scale - 1)
         size = network.config.time_cond_proj_dim
         embedding: Tensor = self.pipeline.get_guidance_scale_embedding(scale, embedding_dim=size)
-        return embedding.to(like.device, next(network.parameters()).dtype)
+        return embedding.to(like.device, dtype_of(network))

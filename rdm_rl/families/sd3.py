@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from rdm_rl.families.encoding import dtype_of
 from rdm_rl.families.flow import FlowFamily
 from rdm_rl.families.resolution import Resolution
 from rdm_rl.records import Conditioning
@@ -49,7 +50,7 @@ class StableDiffusion3Family(FlowFamily):
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
         """The transformer's output."""
-        dtype = next(network.parameters()).dtype
+        dtype = dtype_of(network)
         output: Tensor = network(
             hidden_states=x_t.to(dtype),
             timestep=self.schedule.timestep(t),

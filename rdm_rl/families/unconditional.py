@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from diffusers import DDPMPipeline
 from torch import Tensor, nn
 
+from rdm_rl.families.encoding import dtype_of
 from rdm_rl.families.resolution import Resolution
 from rdm_rl.families.variance_preserving import VariancePreservingFamily
 from rdm_rl.policy import SamplerName
@@ -58,7 +59,7 @@ class UnconditionalFamily(VariancePreservingFamily):
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
         """The U-Net's output."""
-        dtype = next(network.parameters()).dtype
+        dtype = dtype_of(network)
         output: Tensor = network(x_t.to(dtype), self.schedule.timestep(t), return_dict=False)[0]
         return output.float()
 

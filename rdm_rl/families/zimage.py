@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from rdm_rl.families.encoding import tokens_before_prompt
+from rdm_rl.families.encoding import dtype_of, tokens_before_prompt
 from rdm_rl.families.flow import FlowFamily
 from rdm_rl.records import Conditioning
 
@@ -71,7 +71,7 @@ class ZImageFamily(FlowFamily):
         self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
         """The transformer's output with its sign turned: it is told the time from noise on, and predicts so."""
-        dtype = next(network.parameters()).dtype
+        dtype = dtype_of(network)
         states = conditioning.tensors["encoder_hidden_states"].to(dtype)
         lengths = conditioning.tensors["prompt_lengths"].tolist()
         outputs: Any = network(

@@ -209,7 +209,7 @@ class Passes:
     def forward(self, role: Role, count: int) -> int:
         """The most that a role's network takes at once for so many samples, without gradients."""
         inputs = self._inputs(role, count)
-        memory = Memory(self._existing(*inputs), self._forms)
+        memory = self._memory(*inputs)
         with torch.no_grad(), Cuda(self.dtype), memory:
             self._predict(role, *inputs)
         return memory.peak
@@ -220,7 +220,7 @@ class Passes:
         The gradients of weights are left out.
         """
         inputs = self._inputs(role, count)
-        memory, cuda = Memory(self._existing(*inputs), self._forms), Cuda(self.dtype)
+        memory, cuda = self._memory(*inputs), Cuda(self.dtype)
         parameters = self.networks.parameters(role)
         hooks = [parameter.register_hook(memory.leave_out) for parameter in parameters]
         with cuda, memory:
@@ -235,7 +235,7 @@ class Passes:
     def decode(self, count: int, *, gradient: bool) -> int:
         """The most that decoding so many latents takes; with ``gradient``, and a gradient pulled back to them."""
         latents = torch.zeros(count, *self.networks.family.latent_shape, device="meta", requires_grad=gradient)
-        memory, cuda = Memory(self._existing(latents), self._forms), Cuda()
+        memory, cuda = self._memory(latents), Cuda()
         with torch.set_grad_enabled(gradient), cuda, memory:
             images = (self.tiny or self.networks.family.decode)(latents)
             cuda.end_forward()
@@ -260,6 +260,9 @@ class Passes:
     def _predict(self, role: Role, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         with self.networks.role(role):
             return self.networks.family_of(role).forward(self.networks.module(role), x_t, t, conditioning)
+
+    def _memory(self, *inputs: Any) -> Memory:
+        return Memory(self._existing(*inputs), self._forms)
 
     def _existing(self, *inputs: Any) -> Iterator[Tensor]:
         tiny = None if self.tiny is None else self.tiny.network
