@@ -20,6 +20,7 @@ from rdm_rl.scenes.students import COMMON_SETTINGS, LORA_RANK, ScenesEvaluation,
 from rdm_rl.student import base_of, load_student
 from rdm_rl.trainers.callbacks import QuietProgressCallback, StopAtOnce
 from rdm_rl.trainers.methods import method_settings
+from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
 EVALUATIONS: dict[str, type[Evaluation]] = {"digits": DigitsEvaluation, "scenes": ScenesEvaluation}
@@ -55,27 +56,34 @@ STUDENTS = {
 }
 
 
-def warm_start(folder: Path, seed: int, overrides: Mapping[str, Any]) -> None:
-    """Write the student that all others begin with: the teacher's 1-step regression on its own solutions."""
-    args = scenes_config(folder / "run-warm-start", seed, **{**overrides, "fake_score_warmup_steps": 0})
-    _train(scenes_trainer(args, callbacks=[StopAtOnce()]), folder / _folder(WARM_START))
+def warm_start(folder: Path, seed: int, overrides: Mapping[str, Any]) -> Path:
+    """Write the student that all others begin with, the teacher's 1-step regression on its own solutions.
+
+    Returns:
+        Its checkpoint, which has the fake score, too, after its warm-up.
+    """
+    args = scenes_config(folder / "run-warm-start", seed, **overrides)
+    trainer = scenes_trainer(args, callbacks=[StopAtOnce()])
+    _train(trainer, folder / _folder(WARM_START))
+    return trainer.save_checkpoint()
 
 
-def train_student(folder: Path, name: str, seed: int, overrides: Mapping[str, Any]) -> list[dict[str, float]]:
-    """Train one student and save it; its log."""
+def train_student(
+    folder: Path, name: str, start: Path, seed: int, overrides: Mapping[str, Any]
+) -> list[dict[str, float]]:
+    """Train one student on from the warm start's checkpoint and save it; its log."""
     student = STUDENTS[name]
-    settings = {**method_settings(student.method), **student.settings, **overrides}
-    args = scenes_config(folder / f"run-{name.lower()}", seed, **{**settings, "warm_start": "none"})
-    trainer = scenes_trainer(args, list(student.rewards), policy_init=folder / _folder(WARM_START))
-    return _train(trainer, folder / _folder(name))
+    settings = {**method_settings(student.method), **student.settings, **overrides, "allow_config_change": True}
+    args = scenes_config(folder / f"run-{name.lower()}", seed, **settings)
+    return _train(scenes_trainer(args, list(student.rewards)), folder / _folder(name), start)
 
 
-def _train(trainer: RDMTrainer, folder: Path) -> list[dict[str, float]]:
-    """Train with a quiet progress bar, save the student and return the log."""
+def _train(trainer: RDMTrainer, folder: Path, start: Path | None = None) -> list[dict[str, float]]:
+    """Train, from a checkpoint if there is one, with a quiet progress bar, save the student and return the log."""
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(QuietProgressCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=start)
     trainer.save_model(folder)
     history: list[dict[str, float]] = trainer.state.log_history
     return history
@@ -111,7 +119,9 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, **overrides: Any) -> Path
     )
     evaluation.reference, draws = made["teacher"]
     print(f"2 of 2: from there, students with {', '.join(STUDENTS)}", flush=True)
-    histories = side_by_side({name: (train_student, (folder, name, seed, overrides)) for name in STUDENTS})
+    histories = side_by_side(
+        {name: (train_student, (folder, name, made[WARM_START], seed, overrides)) for name in STUDENTS}
+    )
     draws = evaluation.timed_teacher(draws)
     for name in (WARM_START, *STUDENTS):
         pipeline = load_student(folder / _folder(name), evaluation.teacher_folder).pipeline
