@@ -20,7 +20,6 @@ from rdm_rl.scenes.students import COMMON_SETTINGS, LORA_RANK, ScenesEvaluation,
 from rdm_rl.student import base_of, load_student
 from rdm_rl.trainers.callbacks import QuietProgressCallback, StopAtOnce
 from rdm_rl.trainers.methods import method_settings
-from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.trainers.rdm_trainer import RDMTrainer
 
 EVALUATIONS: dict[str, type[Evaluation]] = {"digits": DigitsEvaluation, "scenes": ScenesEvaluation}
