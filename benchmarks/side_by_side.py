@@ -1,7 +1,7 @@
 """An update beside what a user would pick instead, with the same networks, batch and machine, in one run.
 
     python benchmarks/side_by_side.py              # time: the embedded digits, 64 samples, K=4
-    python benchmarks/side_by_side.py --memory     # peak memory: a U-Net of 76 M parameters, 2 samples, K=4
+    python benchmarks/side_by_side.py --memory     # peak memory: a U-Net of 48 M parameters, 2 samples, K=4
     PYTHONPATH=FOLDER python benchmarks/side_by_side.py    # with modelopt, after: pip install --target FOLDER \\
                                                            #   --no-deps nvidia-modelopt omegaconf ... (what it misses)
 
@@ -37,9 +37,9 @@ from rdm_rl.networks.roles import Role
 GIB = 2**30
 
 
-def ours(pipeline, batch, lora, steps=4, fake_updates=2):
+def ours(pipeline, batch, lora, steps=4, fake_updates=2, **settings):
     """This library's trainer, with its default number of updates of the fake score."""
-    settings = {"per_device_train_batch_size": batch, "num_generations": min(batch, 8), "num_inference_steps": steps}
+    settings |= {"per_device_train_batch_size": batch, "num_generations": min(batch, 8), "num_inference_steps": steps}
     settings["fake_score_updates_per_policy_update"] = fake_updates
     return make_trainer("unused", rank=LORA_RANK if lora else 0, model=pipeline, **settings)
 
@@ -65,6 +65,14 @@ GROUPS = {
     "adapters, one step, each at its defaults": {
         "ours": partial(ours, lora=True, steps=1),
         "modelopt, 4 fake-score updates": partial(Modelopt, lora=True, steps=1, fake_updates=4),
+    },
+}
+# Of a larger network, adapters stay beside the layers, as is the default.
+MEMORY = {
+    "adapters": {**GROUPS["adapters, the same passes"], "ours": partial(ours, lora=True, adapter_pass="beside")},
+    "all weights": {
+        **GROUPS["all weights, the same passes"],
+        "ours, without an averaged student, as the others": partial(ours, lora=False, ema_decay=0.0),
     },
 }
 
@@ -128,23 +136,30 @@ def load(width=1, sample_size=None):
     return pipeline
 
 
-def peak(title, name):
+def peak(title, name, width, sample_size):
     """The most that this process has in memory after two updates, less what it had before, in GiB."""
     before = psutil.Process().memory_info().rss
-    contender = GROUPS[title][name](load(width=5.5, sample_size=32), 2)
+    contender = MEMORY[title][name](load(float(width), int(sample_size)), 2)
     for _ in range(2):
         contender.update()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / GIB
 
 
 def memory():
-    """The peak of each contender, each in a process of its own, as Markdown."""
+    """The peak of each contender, less its peak with the digits' own U-Net (code, mostly), as Markdown.
+
+    Each is measured in a process of its own.
+    """
     print("| group | update of | peak, GiB | ours / it |\n|---|---|---|---|")
-    for title in list(GROUPS)[:2]:
+    for title, group in MEMORY.items():
         peaks = {}
-        for name in without_missing(GROUPS[title]):
-            process = [sys.executable, __file__, "--peak", title, name]
-            peaks[name] = json.loads(subprocess.run(process, check=True, stdout=subprocess.PIPE).stdout)
+        for name in without_missing(group):
+            large, small = (
+                json.loads(subprocess.run(process, check=True, stdout=subprocess.PIPE).stdout)
+                for size in (("5.5", "32"), ("1", "8"))
+                for process in [[sys.executable, __file__, "--peak", title, name, *size]]
+            )
+            peaks[name] = large - small
             print(f"| {title} | {name} | {peaks[name]:.2f} | {peaks['ours'] / peaks[name]:.2f} |")
 
 
@@ -153,7 +168,7 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak:

@@ -118,13 +118,13 @@ class SteppedTrainer(RDMTrainer):
 
 def make_trainer(folder, rewards=("rdm",), rank=LORA_RANK, model=str(TEACHER_FOLDER), **settings):
     """A trainer of the digits without warm start and warm-up; rank 0 trains all weights."""
-    args = RDMConfig(
-        output_dir=str(folder),
+    usual = {
         **{"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "eval_strategy": "no", "sanity_check": False},
         **{"warm_start": "none", "fake_score_warmup_steps": 0, "reward_start_step": 0, "pathwise_steps": "any"},
         **{"per_device_train_batch_size": 64, "num_generations": 8, "teacher_guidance_scale": 1.0},
-        **{"adapter_pass": "added" if rank else "beside", **settings},
-    )
+        "adapter_pass": "added" if rank else "beside",
+    }
+    args = RDMConfig(output_dir=str(folder), **{**usual, **settings})
     adapters = LoraConfig(r=rank, lora_alpha=rank) if rank else None
     return SteppedTrainer(model, list(rewards), args, training_prompts(), peft_config=adapters).begin()
 
