@@ -5,15 +5,19 @@
     python benchmarks/scene_students.py --steps 1
     python benchmarks/scene_students.py --steps 1 --study rewards
     python benchmarks/scene_students.py --steps 1 --study length
+    python benchmarks/scene_students.py --steps 1 --study groups
+    python benchmarks/scene_students.py --steps 4 --study warm
     python benchmarks/scene_students.py --steps 4 --table        # only print the table again
     python benchmarks/scene_students.py --steps 4 --development --seeds 11    # network A, for choosing
 
 Four steps begin with the teacher's weights, one and two after a warm start. All arms of a seed continue one checkpoint,
-taken after the fake score's warm-up, and go through the same prompts and noise. The averaged policy is judged on 300
-prompts that nothing was trained on: Fréchet distance on network B to the teacher's images of the same prompts (other
-noise), less that between two draws of the teacher (``excess``); the share of images that show all that was asked for,
-by network C; recall. ``--study rewards`` adds the reward ``scene_logprob`` by adaptive and by constant weights, and
-measures it, too; ``--study length`` trains four times as long. Network evaluations are counted as in ``reuse.py``.
+taken after the fake score's warm-up, and go through the same prompts and noise; arms with groups of another size have a
+checkpoint and prompts of their own. The averaged policy is judged on 300 prompts that nothing was trained on: Fréchet
+distance on network B to the teacher's images of the same prompts (other noise), less that between two draws of the
+teacher (``excess``); the share of images that show all that was asked for, by network C; recall. ``--study rewards``
+adds the reward ``scene_logprob`` by adaptive and by constant weights, and measures it, too; ``--study length`` trains
+four times as long; ``--study groups`` has 16 prompts x 2 in an update beside 4 x 8; ``--study warm`` begins with a warm
+start for four steps, too. Network evaluations are counted as in ``reuse.py``.
 Every arm is one JSON file, so an interrupted run goes on where it was.
 """
 
@@ -53,8 +57,10 @@ FIGURES = {
     "scales": ("excess", "asked", "recall"),
     "rewards": ("reward", "asked", "excess"),
     "length": ("excess", "asked", "recall"),
+    "groups": ("excess", "asked", "recall"),
+    "warm": ("excess", "asked", "recall"),
 }
-REFERENCES = {"scales": "dmd", "rewards": "gndm", "length": "group_rms"}
+REFERENCES = {"scales": "dmd", "rewards": "gndm", "length": "group_rms", "groups": "group_rms, 4 x 8", "warm": "dmd"}
 COMMON = {
     "per_device_train_batch_size": 32,
     "num_generations": 8,
@@ -65,11 +71,10 @@ COMMON = {
     "fake_score_learning_rate": 1e-3,
     "fake_score_warmup_steps": 60,
 }
-WARM = {"warm_start_steps": 200, "warm_start_learning_rate": 1e-3, "warm_start_num_states": 512}
-STARTS = {
-    4: {"warm_start": "none", "learning_rate": 1e-3},
-    2: {**WARM, "learning_rate": 3e-4},
-    1: {**WARM, "learning_rate": 3e-4},
+FROM_TEACHER = {"warm_start": "none", "learning_rate": 1e-3}
+FROM_WARM_START = {
+    **{"warm_start_steps": 200, "warm_start_learning_rate": 1e-3, "warm_start_num_states": 512},
+    "learning_rate": 3e-4,
 }
 FEW = {4: 2, 2: 2, 1: 1}  # Updates of the fake score, as benchmarks/lab/lab.md recommends.
 UPDATES = 48
@@ -92,6 +97,17 @@ def arms(steps, study):
             )
             settings = {**method_settings("dmdr"), **rewarded, "dm_scale_floor": COMMON["dm_scale_floor"]}
             yield f"dmdr, {constant}", UPDATES, {**settings, "reward_weights": [1, constant]}
+        return
+    if study == "groups":
+        for size in (COMMON["num_generations"], 2):
+            for name, normalization in {"group_rms": "group_rms", "dmd": "sample"}.items():
+                settings = {"dm_normalization": normalization, "fake_score_updates_per_policy_update": few}
+                prompts = COMMON["per_device_train_batch_size"] // size
+                yield f"{name}, {prompts} x {size}", UPDATES, {**settings, "num_generations": size}
+        return
+    if study == "warm":
+        for name, normalization in {"dmd": "sample", "group_rms": "group_rms"}.items():
+            yield name, UPDATES, {"dm_normalization": normalization, "fake_score_updates_per_policy_update": few}
         return
     if study == "length":
         for name, normalization in {"group_rms": "group_rms", "dmd": "sample"}.items():
@@ -119,7 +135,7 @@ def make_trainer(folder, seed, steps, max_steps, callbacks=(), look=None, reward
         disable_tqdm=True,
         max_steps=max_steps,
         num_inference_steps=steps,
-        **{**COMMON, **STARTS[steps], **settings},
+        **{**COMMON, **settings},
     )
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK)
     return MeasuredTrainer(
@@ -184,38 +200,44 @@ def run_stock(folder, seed, steps, judge):
     file_of(folder, "teacher", seed).write_text(json.dumps(judge.figures(judge.second)))
 
 
+def begin(work, seed, steps, judge, settings):
+    """The checkpoint that arms begin with, and its figures."""
+    figures, checkpoint = work / "start.json", work / "checkpoint-0"
+    if not figures.exists():
+        start = make_trainer(work, seed, steps, 1, [StopAtOnce()], **settings)
+        start.train()
+        start.save_checkpoint()
+        figures.write_text(json.dumps(judge.figures(judge.of_student(start))))
+        print(f"start-{seed}: {figures.read_text()}", flush=True)
+    return checkpoint, {"reward": nan, **json.loads(figures.read_text())}
+
+
 def run_seed(folder, seed, steps, study, development, settings, only):
     plan = [(name, *rest) for name, *rest in arms(steps, study) if not only or name in only]
     if all(file_of(folder, name, seed).exists() for name, *_ in plan):
         return
-    judge, work = Judge(folder.parent, seed, development), folder.parent / f"K{steps}" / "work" / str(seed)
+    judge = Judge(folder.parent, seed, development)
     run_stock(folder, seed, steps, judge)
-    start_file, checkpoint = work / "start.json", work / "checkpoint-0"
-    cache = {"warm_start_cache_dir": str(work / "solutions")} if steps < 4 else {}
-    if not start_file.exists():
-        start = make_trainer(work, seed, steps, 1, [StopAtOnce()], **{**cache, **settings})
-        start.train()
-        start.save_checkpoint()
-        start_file.write_text(json.dumps(judge.figures(judge.of_student(start))))
-        print(f"start-{seed}: {start_file.read_text()}", flush=True)
+    settings = {**(FROM_TEACHER if steps == 4 and study != "warm" else FROM_WARM_START), **settings}
+    work = folder.parent / (f"K{steps}-warm" if study == "warm" else f"K{steps}") / "work" / str(seed)
+    if settings.get("warm_start") != "none":
+        settings["warm_start_cache_dir"] = str(work / "solutions")
     for name, updates, changed in plan:
         file, rows = file_of(folder, name, seed), []
         if file.exists():
             continue
+        groups = {key: value for key, value in changed.items() if key == "num_generations"}
+        its_work = work / f"groups-of-{groups['num_generations']}" if groups else work
+        checkpoint, begun = begin(its_work, seed, steps, judge, {**settings, **groups})
 
-        def look(trainer, rows=rows):
-            # All arms begin with the same student, so that it is judged once.
-            begun = trainer.spent["updates"] > 0
-            figures = (
-                judge.figures(judge.of_student(trainer))
-                if begun
-                else {"reward": nan, **json.loads(start_file.read_text())}
-            )
+        def look(trainer, rows=rows, begun=begun):
+            # Arms that begin with the same student have it judged once.
+            figures = judge.figures(judge.of_student(trainer)) if trainer.spent["updates"] > 0 else begun
             rows.append({**trainer.spent, **figures})
 
-        trainer = make_trainer(work, seed, steps, updates, look=look, **{**cache, **settings, **changed})
+        trainer = make_trainer(its_work, seed, steps, updates, look=look, **{**settings, **changed})
         trainer.train(resume_from_checkpoint=checkpoint)
-        file.write_text(json.dumps({"curve": rows, "settings": {**COMMON, **STARTS[steps], **settings, **changed}}))
+        file.write_text(json.dumps({"curve": rows, "settings": {**COMMON, **settings, **changed}}))
         curve = " ".join(f"{row['excess']:.2f}/{row['asked']:.2f}" for row in rows)
         print(f"{file.stem}: {curve}; {rows[-1]['evaluations']} evaluations, {rows[-1]['seconds']:.0f} s", flush=True)
         shown = {"student": judge.of_student(trainer)[:12]}
@@ -296,7 +318,7 @@ def compared(differences):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output/scene_students"))
-    parser.add_argument("--steps", type=int, choices=sorted(STARTS), required=True, help="steps K of the students")
+    parser.add_argument("--steps", type=int, choices=[1, 2, 4], required=True, help="steps K of the students")
     parser.add_argument("--study", choices=sorted(FIGURES), default="scales")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--arms", nargs="+", default=[], help="only these")
