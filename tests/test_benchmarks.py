@@ -1,0 +1,44 @@
+"""The benchmarks' scripts keep up with the library: what they make can still be made."""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from rdm_rl import RDMConfig
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def side_by_side() -> ModuleType:
+    return import_module("side_by_side")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in BENCHMARKS.glob("*.py")))
+def test_every_script_can_be_imported(name: str) -> None:
+    import_module(name)
+
+
+def test_what_a_user_would_pick_instead_still_makes_updates(side_by_side: ModuleType) -> None:
+    contenders = {
+        (title, name): make
+        for title, group in {**side_by_side.GROUPS, **side_by_side.MEMORY}.items()
+        for name, make in side_by_side.without_missing(group).items()
+    }
+    for make in contenders.values():
+        make(side_by_side.load(), 2).update()
+
+
+@pytest.mark.parametrize(("steps", "study"), [(1, "scales"), (4, "rewards"), (2, "length"), (1, "groups"), (4, "warm")])
+def test_the_arms_of_the_scenes_are_settings(steps: int, study: str, tmp_path: Path) -> None:
+    students = import_module("scene_students")
+    for _, updates, settings in students.arms(steps, study):
+        own = {name: value for name, value in settings.items() if name != "reward_funcs"}
+        RDMConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=updates, **{**students.COMMON, **own})
