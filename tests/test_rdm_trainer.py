@@ -22,6 +22,7 @@ from rdm_rl import RDMTrainer
 from rdm_rl.records import Direction, Experience, Judgement, LossOutput, Rollout
 from rdm_rl.rewards import register_reward
 from rdm_rl.rewards.registry import unregister_reward
+from rdm_rl.trainers.arguments import FOREIGN_HOOKS
 from rdm_rl.weighting import Weighting
 from tests.helpers import (
     CHECKPOINTING,
@@ -247,6 +248,13 @@ def test_bad_input_is_said_before_loading(
 ) -> None:
     with pytest.raises(error, match=message):
         tiny_trainer(changes.pop("base", base), tmp_path, **changes)
+
+
+@pytest.mark.parametrize("hook", FOREIGN_HOOKS)
+def test_hooks_that_no_run_calls_are_refused(hook: str) -> None:
+    trainer = type("Own", (RDMTrainer,), {hook: lambda self: None})
+    with pytest.raises(TypeError, match=f"Own.{hook} is a hook of transformers' or TRL's trainers"):
+        trainer("unused")
 
 
 @pytest.mark.usefixtures("no_loading")

@@ -11,6 +11,37 @@ from rdm_rl.trainers.rdm_config import RDMConfig
 
 Result = TypeVar("Result")
 
+# Methods that scripts for the trainers of transformers and TRL override, and what does the same here.
+FOREIGN_HOOKS = {
+    "compute_loss": "compute_policy_loss() or compute_fake_score_loss()",
+    "create_optimizer": "RDMTrainer(optimizers=...) takes a function for each role",
+    "create_scheduler": "lr_scheduler_type and warmup_steps set it",
+    "create_optimizer_and_scheduler": "RDMTrainer(optimizers=...) and lr_scheduler_type",
+    "get_train_dataloader": "RDMTrainer(train_dataset=...) takes the prompts, and generate_rollout() answers them",
+    "get_eval_dataloader": "RDMTrainer(eval_dataset=...) takes the prompts of evaluate()",
+    "prediction_step": "evaluate()",
+    "evaluation_loop": "evaluate()",
+    "_generate_and_score_completions": "generate_rollout() and compute_rewards()",
+    "_calculate_rewards": "compute_rewards()",
+}
+
+
+def check_hooks(trainer: type) -> None:
+    """Refuse a subclass that overrides what no run would call.
+
+    Args:
+        trainer: The trainer's class.
+
+    Raises:
+        TypeError: If it has a hook of transformers' or TRL's trainers.
+    """
+    for name, instead in FOREIGN_HOOKS.items():
+        if hasattr(trainer, name):
+            raise TypeError(
+                f"{trainer.__name__}.{name} is a hook of transformers' or TRL's trainers, and no run would call it. "
+                f"Here it is: {instead}. Give a method of your own another name."
+            )
+
 
 def check_arguments(args: Any, peft_config: Any, callbacks: Iterable[Any], optimizers: Sequence[Any]) -> None:
     """Raise where an argument is what other trainers take, and this one cannot.

@@ -25,7 +25,7 @@ from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
 from rdm_rl.statistics import measure_directions, measure_rewards, reward_metrics
-from rdm_rl.trainers.arguments import check_arguments, returned, returned_judgements
+from rdm_rl.trainers.arguments import check_arguments, check_hooks, returned, returned_judgements
 from rdm_rl.trainers.evaluation import check_eval_columns, load_eval_features
 from rdm_rl.trainers.faults import directions_cause, samples_cause
 from rdm_rl.trainers.optimization import OptimizerFactory
@@ -74,7 +74,7 @@ class RDMTrainer(StudentRun):
 
     Raises:
         ValueError: If settings, data or rewards cannot work together; before a model is loaded where possible.
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument is of another kind, or a subclass has a hook of transformers' or TRL's trainers.
         FileNotFoundError: If a model folder does not exist.
     """
 
@@ -95,6 +95,7 @@ class RDMTrainer(StudentRun):
         optimizers: tuple[OptimizerFactory | None, OptimizerFactory | None] = (None, None),
     ) -> None:
         """Check everything that can be checked without a model, then load."""
+        check_hooks(type(self))
         check_arguments(args, peft_config, callbacks, optimizers)
         args = args or RDMConfig()
         rewards = load_rewards(reward_funcs)
