@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 # Methods that scripts for the trainers of transformers and TRL override, and what does the same here.
 FOREIGN_HOOKS = {
     "compute_loss": "compute_policy_loss() or compute_fake_score_loss()",
-    "create_optimizer": "RDMTrainer(optimizers=...) takes a function for each role",
+    "create_optimizer": "create_optimizers(), or RDMTrainer(optimizers=...) with a function for each role",
     "create_scheduler": "lr_scheduler_type and warmup_steps set it",
-    "create_optimizer_and_scheduler": "RDMTrainer(optimizers=...) and lr_scheduler_type",
+    "create_optimizer_and_scheduler": "create_optimizers(), or RDMTrainer(optimizers=...) and lr_scheduler_type",
     "get_train_dataloader": "RDMTrainer(train_dataset=...) takes the prompts, and generate_rollout() answers them",
     "get_eval_dataloader": "RDMTrainer(eval_dataset=...) takes the prompts of evaluate()",
     "prediction_step": "evaluate()",
