@@ -29,7 +29,7 @@ LORA_RANK = 32
 COMMON_SETTINGS: dict[str, Any] = {
     "num_inference_steps": 1,
     "per_device_train_batch_size": 32,
-    "num_generations": 8,
+    "num_generations": 2,
     "adam_beta1": 0.0,
     "teacher_guidance_scale": GUIDANCE_SCALE,
     "dm_scale_floor": 0.1,
