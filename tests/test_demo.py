@@ -1,7 +1,8 @@
 """The demo, from the warm start to the report."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,21 @@ import pytest
 
 from rdm_rl.demo.report import read_rows
 from rdm_rl.demo.run import STUDENTS, evaluate_students, run_demo
-from rdm_rl.demo.side_by_side import side_by_side
+from rdm_rl.demo.side_by_side import Pieces, side_by_side
 from rdm_rl.evaluation.curves import PANELS
 from rdm_rl.scenes.students import ScenesEvaluation
 
 
-def in_turn(pieces: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Any]:
+@contextmanager
+def in_turn(count: int) -> Iterator[Callable[[Pieces], dict[str, Any]]]:
     """What the pieces return, without the processes, which are slow to start."""
-    return {name: function(*arguments) for name, (function, arguments) in pieces.items()}
+    yield lambda pieces: {name: function(*given) for name, (function, given) in pieces.items()}
 
 
 def test_a_piece_that_fails_ends_the_others() -> None:
     start = time.monotonic()
-    with pytest.raises(ValueError, match="invalid literal"):
-        side_by_side({"bad": (int, ("x",)), "endless": (time.sleep, (600,))})
+    with pytest.raises(ValueError, match="invalid literal"), side_by_side(2) as run:
+        run({"bad": (int, ("x",)), "endless": (time.sleep, (600,))})
     assert time.monotonic() - start < 300
 
 

@@ -112,15 +112,16 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, **overrides: Any) -> Path
     start, folder = time.perf_counter(), Path(output_dir)
     evaluation = ScenesEvaluation(seed)
     overrides = {"disable_tqdm": False, **overrides}  # Left open, it follows transformers' log level.
-    print(f"1 of 2: a warm start, and beside it the teacher draws with {evaluation.teacher_steps} steps", flush=True)
-    made = side_by_side(
-        {WARM_START: (warm_start, (folder, seed, overrides)), "teacher": (_teacher_images, (evaluation,))}
-    )
+    with side_by_side(len(STUDENTS)) as run:
+        print(
+            f"1 of 2: a warm start, and beside it the teacher draws with {evaluation.teacher_steps} steps", flush=True
+        )
+        made = run({WARM_START: (warm_start, (folder, seed, overrides)), "teacher": (_teacher_images, (evaluation,))})
+        print(f"2 of 2: from there, students with {', '.join(STUDENTS)}", flush=True)
+        arguments = {name: (folder, name, made[WARM_START], seed, overrides) for name in STUDENTS}
+        # The last has the most to do, and the third process is yet to start.
+        histories = run({name: (train_student, arguments[name]) for name in reversed(STUDENTS)})
     evaluation.reference, draws = made["teacher"]
-    print(f"2 of 2: from there, students with {', '.join(STUDENTS)}", flush=True)
-    histories = side_by_side(
-        {name: (train_student, (folder, name, made[WARM_START], seed, overrides)) for name in STUDENTS}
-    )
     draws = evaluation.timed_teacher(draws)
     for name in (WARM_START, *STUDENTS):
         pipeline = load_student(folder / _folder(name), evaluation.teacher_folder).pipeline
@@ -131,7 +132,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, **overrides: Any) -> Path
         rows=rows,
         pictures=pictures,
         picture_labels=captions,
-        histories=histories,
+        histories={name: histories[name] for name in STUDENTS},
         settings={
             "all": {**COMMON_SETTINGS, "LoRA rank": LORA_RANK, "weights": "averaged over training (EMA)", **overrides},
             **{name: {"rewards": student.rewards, **student.settings} for name, student in STUDENTS.items()},

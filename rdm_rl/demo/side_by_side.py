@@ -11,39 +11,48 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+Pieces = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]
 
-def side_by_side(pieces: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Any]:
-    """What functions return for their arguments, each called in a process of its own.
 
-    A user's own ``OMP_NUM_THREADS`` wins over the share of the cores. Progress bars get a line each.
+@contextmanager
+def side_by_side(count: int) -> Iterator[Callable[[Pieces], dict[str, Any]]]:
+    """Processes that stay for a while, as what can be called with pieces of work, one for each process at most.
+
+    A piece is a function and its arguments, by name; all of them, and what is returned, can be pickled. What is called
+    waits for all pieces, and returns what they returned, by name; if one raises, it raises that, and the others are
+    ended. The first processes get the first pieces, and have imported what those need when the next come. A user's own
+    ``OMP_NUM_THREADS`` wins over the share of the cores. Progress bars get a line each.
 
     Args:
-        pieces: The function and its arguments, by name; all of them, and what is returned, can be pickled.
-
-    Raises:
-        Exception: What the first function that fails raises; the others are ended.
+        count: How many processes.
 
     Example:
-        >>> side_by_side({"two": (abs, (-2,)), "three": (abs, (-3,))})
-        {'two': 2, 'three': 3}
+        >>> with side_by_side(2) as run:
+        ...     run({"two": (abs, (-2,)), "three": (abs, (-3,))}), run({"four": (abs, (-4,))})
+        ({'two': 2, 'three': 3}, {'four': 4})
     """
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(pieces))))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     others = {*multiprocessing.active_children()}
     with ExitStack() as stack:
-        futures = {}
-        for position, (name, (function, arguments)) in enumerate(pieces.items()):
-            # A pool of one, as the worker takes the environment of the moment in which it starts.
-            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-            stack.enter_context(pool)
+        pools = []
+        for position in range(count):
+            # Pools of one, as a worker takes the environment of the moment in which it starts.
+            pools.append(stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))))
             with _environment(OMP_NUM_THREADS=threads, TQDM_POSITION=str(position)):
-                futures[name] = pool.submit(function, *arguments)
-        done, waiting = wait(futures.values(), return_when=FIRST_EXCEPTION)
-        if waiting:
-            for process in {*multiprocessing.active_children()} - others:
-                process.terminate()
-        for future in done:
-            future.result()
-        return {name: future.result() for name, future in futures.items()}
+                pools[-1].submit(int)
+
+        def run(pieces: Pieces) -> dict[str, Any]:
+            free = iter(pools)
+            futures = {name: next(free).submit(function, *given) for name, (function, given) in pieces.items()}
+            done, waiting = wait(futures.values(), return_when=FIRST_EXCEPTION)
+            if waiting:
+                for process in {*multiprocessing.active_children()} - others:
+                    process.terminate()
+            for future in done:
+                future.result()
+            return {name: future.result() for name, future in futures.items()}
+
+        yield run
 
 
 @contextmanager
