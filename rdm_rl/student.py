@@ -291,7 +291,7 @@ def set_decoder_precision(pipeline: Any, dtype: torch.dtype) -> None:
     In training it has float32. A stock pipeline of SDXL still decodes in float32 what it has in float16.
     """
     decoder = getattr(pipeline, FAMILIES[type(pipeline).__name__].decoder_name or "", None)
-    if decoder is not None:
+    if decoder is not None and decoder.dtype != dtype:
         decoder.to(dtype)
 
 
