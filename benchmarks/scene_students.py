@@ -80,6 +80,10 @@ FEW = {4: 2, 2: 2, 1: 1}  # Updates of the fake score, as benchmarks/lab/lab.md 
 UPDATES = 48
 # The constants are what the adaptive weights came to on a development seed.
 REWARD_WEIGHTS = {1: 0.04, 3: 0.125, 10: 0.42}
+PAIRS = {
+    "rewards": [(f"gndmr, {adaptive}", f"dmdr, {constant}") for adaptive, constant in REWARD_WEIGHTS.items()],
+    "groups": [(f"group_rms, {size}", f"dmd, {size}") for size in ("4 x 8", "16 x 2")],
+}
 
 
 def arms(steps, study):
@@ -278,31 +282,27 @@ def table(folder, seeds, steps, study):
     return "\n".join(lines) + "\n"
 
 
-def weightings(folder, seeds):
-    """Adaptive weights against the constants that they came to, at each level and over the levels of a seed."""
-    heads = " | ".join(FIGURES["rewards"])
-    lines = [f"| `gndmr` minus `dmdr` | {heads} |", "|---|---|---|---|"]
+def in_pairs(folder, seeds, study):
+    """The first arm of each pair minus the second, at their ends, and the mean of a seed over the pairs."""
+    figures, pairs = FIGURES[study], PAIRS[study]
+    heads = " | ".join(figures)
+    lines = [f"| first minus second | {heads} |", f"|---|{'---|' * len(figures)}"]
     ends = {
-        level: [
-            {seed: run["curve"][-1] for seed, run in read(folder, name, seeds).items()}
-            for name in (f"gndmr, {level}", f"dmdr, {constant}")
-        ]
-        for level, constant in REWARD_WEIGHTS.items()
+        pair: [{seed: run["curve"][-1] for seed, run in read(folder, name, seeds).items()} for name in pair]
+        for pair in pairs
     }
-    seeds = [seed for seed in seeds if all(seed in run for pair in ends.values() for run in pair)]
-    by_level = {
-        f"{level} and {REWARD_WEIGHTS[level]}": [
-            {figure: adaptive[seed][figure] - constant[seed][figure] for figure in FIGURES["rewards"]} for seed in seeds
-        ]
-        for level, (adaptive, constant) in ends.items()
+    seeds = [seed for seed in seeds if all(seed in run for both in ends.values() for run in both)]
+    differences = {
+        " and ".join(pair): [{figure: one[seed][figure] - two[seed][figure] for figure in figures} for seed in seeds]
+        for pair, (one, two) in ends.items()
     }
     means = [
-        {figure: statistics.mean(row[figure] for row in rows) for figure in FIGURES["rewards"]}
-        for rows in zip(*by_level.values(), strict=True)
+        {figure: statistics.mean(row[figure] for row in rows) for figure in figures}
+        for rows in zip(*differences.values(), strict=True)
     ]
-    for name, rows in {**by_level, "mean of the three": means}.items():
+    for name, rows in {**differences, "mean of these": means}.items():
         if rows:
-            cells = " | ".join(compared([row[figure] for row in rows]) for figure in FIGURES["rewards"])
+            cells = " | ".join(compared([row[figure] for row in rows]) for figure in figures)
             lines.append(f"| {name} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -333,8 +333,8 @@ def main():
         for seed in options.seeds:
             run_seed(folder, seed, options.steps, options.study, options.development, options.settings, options.arms)
     print(table(folder, options.seeds, options.steps, options.study))
-    if options.study == "rewards":
-        print(weightings(folder, options.seeds))
+    if options.study in PAIRS:
+        print(in_pairs(folder, options.seeds, options.study))
 
 
 if __name__ == "__main__":
