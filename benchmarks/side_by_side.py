@@ -145,21 +145,19 @@ def peak(title, name, width, sample_size):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / GIB
 
 
-def memory():
-    """The peak of each contender, less its peak with the digits' own U-Net (code, mostly), as Markdown.
+def peak_of_process(*arguments):
+    """:func:`peak` in a process of its own."""
+    process = [sys.executable, __file__, "--peak", *arguments]
+    return json.loads(subprocess.run(process, check=True, stdout=subprocess.PIPE).stdout)
 
-    Each is measured in a process of its own.
-    """
+
+def memory():
+    """The peak of each contender, less its peak with the digits' own U-Net (code, mostly), as Markdown."""
     print("| group | update of | peak, GiB | ours / it |\n|---|---|---|---|")
     for title, group in MEMORY.items():
         peaks = {}
         for name in without_missing(group):
-            large, small = (
-                json.loads(subprocess.run(process, check=True, stdout=subprocess.PIPE).stdout)
-                for size in (("5.5", "32"), ("1", "8"))
-                for process in [[sys.executable, __file__, "--peak", title, name, *size]]
-            )
-            peaks[name] = large - small
+            peaks[name] = peak_of_process(title, name, "5.5", "32") - peak_of_process(title, name, "1", "8")
             print(f"| {title} | {name} | {peaks[name]:.2f} | {peaks['ours'] / peaks[name]:.2f} |")
 
 
