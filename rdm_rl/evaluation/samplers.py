@@ -126,7 +126,8 @@ class Evaluation(ABC):
 
     def timed(self, draw: Draw, pipeline: StableDiffusionPipeline) -> Draw:
         """A draw with the time that its pipeline takes, which should be asked for while nothing else runs."""
-        sample, times = pipeline_sampler(pipeline, draw.steps, draw.guidance_scale), []
+        sample = pipeline_sampler(pipeline, draw.steps, draw.guidance_scale)
+        times: list[float] = []
         while len(times) < 3 and sum(times) < 0.05:  # A second for the 20.
             start = time.perf_counter()
             sample(self.prompts[:20], torch.Generator().manual_seed(0))
