@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -149,30 +150,36 @@ def file_of(folder, name, seed):
     return folder / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
 
 
+def begin(work, make_start, judged):
+    """The checkpoint that arms begin with, made where it is missing, and the figures of its student."""
+    figures, checkpoint = work / "start.json", work / "checkpoint-0"
+    if not figures.exists() or not (checkpoint / "trainer_state.json").exists():
+        start = make_start()
+        start.train()
+        start.save_checkpoint()
+        figures.write_text(json.dumps(judged(start)))
+        print(f"start in {work}: {figures.read_text()}", flush=True)
+    return checkpoint, json.loads(figures.read_text())
+
+
 def run_seed(folder, seed, arms, updates, development, settings):
     """The arms of one seed that have no file yet, each with its number of updates."""
     files = {name: file_of(folder, name, seed) for name in arms}
     if all(file.exists() for file in files.values()):
         return
     evaluation, work = DigitsEvaluation(seed), folder / "work" / str(seed)
-    start_file = work / "start.json"
+    start = partial(make_trainer, work, seed, 1, [StopAtOnce()], **settings)
     for name, file in files.items():
         if file.exists():
             continue
         rows = []
+        checkpoint, begun = begin(work, start, partial(measure, evaluation=evaluation, development=development))
 
-        def look(trainer, rows=rows):
+        def look(trainer, rows=rows, begun=begun):
             # All arms begin with the same student, so that it is judged once.
-            begun = trainer.spent["updates"] > 0
-            figures = measure(trainer, evaluation, development) if begun else json.loads(start_file.read_text())
+            figures = measure(trainer, evaluation, development) if trainer.spent["updates"] > 0 else begun
             rows.append({**trainer.spent, **figures})
 
-        checkpoint = work / "checkpoint-0"
-        if not start_file.exists() or not (checkpoint / "trainer_state.json").exists():
-            start = make_trainer(work, seed, 1, [StopAtOnce()], **settings)
-            start.train()
-            start.save_checkpoint()
-            start_file.write_text(json.dumps(measure(start, evaluation, development)))
         trainer = make_trainer(work, seed, updates[name], look=look, **{**settings, **arms[name]})
         trainer.train(resume_from_checkpoint=checkpoint)
         ratios = {ratio: statistics.fmean(values) for ratio, values in trainer.ratios.items() if values}

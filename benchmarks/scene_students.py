@@ -24,12 +24,13 @@ Every arm is one JSON file, so an interrupted run goes on where it was.
 import argparse
 import json
 import statistics
+from functools import partial
 from math import nan
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from reuse import MeasuredTrainer, file_of, read
+from reuse import MeasuredTrainer, begin, file_of, read
 from scales import at
 from scenes import draw, measure, samplers
 from scipy import stats
@@ -53,14 +54,8 @@ from rdm_rl.trainers.methods import method_settings
 
 NUM_IMAGES = 300
 SEEDS = [9200, 9201, 9202, 9203, 9204]  # No setting was chosen on these.
-FIGURES = {
-    "scales": ("excess", "asked", "recall"),
-    "rewards": ("reward", "asked", "excess"),
-    "length": ("excess", "asked", "recall"),
-    "groups": ("excess", "asked", "recall"),
-    "warm": ("excess", "asked", "recall"),
-}
 REFERENCES = {"scales": "dmd", "rewards": "gndm", "length": "group_rms", "groups": "group_rms, 4 x 8", "warm": "dmd"}
+FIGURES = {**dict.fromkeys(REFERENCES, ("excess", "asked", "recall")), "rewards": ("reward", "asked", "excess")}
 COMMON = {
     "per_device_train_batch_size": 32,
     "num_generations": 8,
@@ -73,16 +68,20 @@ COMMON = {
 }
 FROM_TEACHER = {"warm_start": "none", "learning_rate": 1e-3}
 FROM_WARM_START = {
-    **{"warm_start_steps": 200, "warm_start_learning_rate": 1e-3, "warm_start_num_states": 512},
+    "warm_start_steps": 200,
+    "warm_start_learning_rate": 1e-3,
+    "warm_start_num_states": 512,
     "learning_rate": 3e-4,
 }
 FEW = {4: 2, 2: 2, 1: 1}  # Updates of the fake score, as benchmarks/lab/lab.md recommends.
 UPDATES = 48
+SCALES = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "none"}
+GROUPS = {"4 x 8": 8, "16 x 2": 2}  # Prompts of an update, and samples of each.
 # The constants are what the adaptive weights came to on a development seed.
 REWARD_WEIGHTS = {1: 0.04, 3: 0.125, 10: 0.42}
 PAIRS = {
     "rewards": [(f"gndmr, {adaptive}", f"dmdr, {constant}") for adaptive, constant in REWARD_WEIGHTS.items()],
-    "groups": [(f"group_rms, {size}", f"dmd, {size}") for size in ("4 x 8", "16 x 2")],
+    "groups": [(f"group_rms, {size}", f"dmd, {size}") for size in GROUPS],
 }
 
 
@@ -103,29 +102,29 @@ def arms(steps, study):
             yield f"dmdr, {constant}", UPDATES, {**settings, "reward_weights": [1, constant]}
         return
     if study == "groups":
-        for size in (COMMON["num_generations"], 2):
-            for name, normalization in {"group_rms": "group_rms", "dmd": "sample"}.items():
-                settings = {"dm_normalization": normalization, "fake_score_updates_per_policy_update": few}
-                prompts = COMMON["per_device_train_batch_size"] // size
-                yield f"{name}, {prompts} x {size}", UPDATES, {**settings, "num_generations": size}
+        for size, generations in GROUPS.items():
+            for name in ("group_rms", "dmd"):
+                yield f"{name}, {size}", UPDATES, {**matching(name, few), "num_generations": generations}
         return
     if study == "warm":
-        for name, normalization in {"dmd": "sample", "group_rms": "group_rms"}.items():
-            yield name, UPDATES, {"dm_normalization": normalization, "fake_score_updates_per_policy_update": few}
+        for name in ("dmd", "group_rms"):
+            yield name, UPDATES, matching(name, few)
         return
     if study == "length":
-        for name, normalization in {"group_rms": "group_rms", "dmd": "sample"}.items():
-            settings = {"dm_normalization": normalization, "fake_score_updates_per_policy_update": few}
-            yield name, UPDATES, settings
-            yield f"{name}, four times as long", 4 * UPDATES, settings
+        for name in ("group_rms", "dmd"):
+            yield name, UPDATES, matching(name, few)
+            yield f"{name}, four times as long", 4 * UPDATES, matching(name, few)
         return
-    scales = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "none"}
     yield "dmd, 5 fake updates", {4: 31, 2: 30, 1: 22}[steps], {"dm_normalization": "sample"}  # As many evaluations.
-    for name, normalization in scales.items():
-        settings = {"dm_normalization": normalization, "fake_score_updates_per_policy_update": few}
-        yield name, UPDATES, settings
+    for name in SCALES:
+        yield name, UPDATES, matching(name, few)
         if steps > 1 and name == "group_rms":
-            yield f"{name}, anchor", UPDATES, {**settings, "first_step_anchor": 0.05}
+            yield f"{name}, anchor", UPDATES, {**matching(name, few), "first_step_anchor": 0.05}
+
+
+def matching(name, few):
+    """The settings of distribution matching with a scale and few updates of the fake score."""
+    return {"dm_normalization": SCALES[name], "fake_score_updates_per_policy_update": few}
 
 
 def make_trainer(folder, seed, steps, max_steps, callbacks=(), look=None, reward_funcs="rdm", **settings):
@@ -204,18 +203,6 @@ def run_stock(folder, seed, steps, judge):
     file_of(folder, "teacher", seed).write_text(json.dumps(judge.figures(judge.second)))
 
 
-def begin(work, seed, steps, judge, settings):
-    """The checkpoint that arms begin with, and its figures."""
-    figures, checkpoint = work / "start.json", work / "checkpoint-0"
-    if not figures.exists():
-        start = make_trainer(work, seed, steps, 1, [StopAtOnce()], **settings)
-        start.train()
-        start.save_checkpoint()
-        figures.write_text(json.dumps(judge.figures(judge.of_student(start))))
-        print(f"start-{seed}: {figures.read_text()}", flush=True)
-    return checkpoint, {"reward": nan, **json.loads(figures.read_text())}
-
-
 def run_seed(folder, seed, steps, study, development, settings, only):
     plan = [(name, *rest) for name, *rest in arms(steps, study) if not only or name in only]
     if all(file_of(folder, name, seed).exists() for name, *_ in plan):
@@ -223,16 +210,17 @@ def run_seed(folder, seed, steps, study, development, settings, only):
     judge = Judge(folder.parent, seed, development)
     run_stock(folder, seed, steps, judge)
     settings = {**(FROM_TEACHER if steps == 4 and study != "warm" else FROM_WARM_START), **settings}
-    work = folder.parent / (f"K{steps}-warm" if study == "warm" else f"K{steps}") / "work" / str(seed)
+    work = (folder if study == "warm" else folder.parent / f"K{steps}") / "work" / str(seed)
     if settings.get("warm_start") != "none":
         settings["warm_start_cache_dir"] = str(work / "solutions")
     for name, updates, changed in plan:
         file, rows = file_of(folder, name, seed), []
         if file.exists():
             continue
-        groups = {key: value for key, value in changed.items() if key == "num_generations"}
-        its_work = work / f"groups-of-{groups['num_generations']}" if groups else work
-        checkpoint, begun = begin(its_work, seed, steps, judge, {**settings, **groups})
+        size = changed.get("num_generations", COMMON["num_generations"])
+        its_work = work if size == COMMON["num_generations"] else work / f"groups-of-{size}"
+        start = partial(make_trainer, its_work, seed, steps, 1, [StopAtOnce()], **{**settings, "num_generations": size})
+        checkpoint, begun = begin(its_work, start, lambda trainer: judge.figures(judge.of_student(trainer)))
 
         def look(trainer, rows=rows, begun=begun):
             # Arms that begin with the same student have it judged once.

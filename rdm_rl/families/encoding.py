@@ -224,9 +224,7 @@ class PromptEncoding(ABC):
             if value.is_meta or bool(value.isfinite().all()):
                 continue
             prompt = prompts[int((~value.isfinite()).flatten(1).any(1).nonzero()[0])]
-            encoders = [
-                f"{type(encoder).__name__} in {next(encoder.parameters()).dtype}" for encoder in self.text_encoders
-            ]
+            encoders = [f"{type(encoder).__name__} in {dtype_of(encoder)}" for encoder in self.text_encoders]
             raise ValueError(
                 f"The prompt {prompt!r} is encoded with values that are not finite ({name}, by {', '.join(encoders)}): "
                 "an encoder overflows, or its weights are damaged. If fp16=True is set, set bf16=True instead, or none."

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rdm_rl.families import Family
+from rdm_rl.families.encoding import dtype_of
 from rdm_rl.families.hub import sharing_a_base
 from rdm_rl.families.precision import to_precision
 from rdm_rl.families.quantization import is_quantized
@@ -437,7 +438,7 @@ def make_networks(
     copies = None if peft_config else SeparateNetworks(family, teacher_family, autocast, **starts)
     frozen = families if copies is None else [copies.teacher_family]
     for member in frozen:
-        if not is_quantized(member.network) and next(member.network.parameters()).dtype != dtype:
+        if not is_quantized(member.network) and dtype_of(member.network) != dtype:
             to_precision(member.network, dtype)
     networks = copies or AdapterNetworks(family, peft_config, generator, teacher_family, autocast, **starts)
     if sharded:
