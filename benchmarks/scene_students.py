@@ -7,6 +7,7 @@
     python benchmarks/scene_students.py --steps 1 --study length
     python benchmarks/scene_students.py --steps 1 --study groups
     python benchmarks/scene_students.py --steps 4 --study warm
+    python benchmarks/scene_students.py --steps 1 --study thorough
     python benchmarks/scene_students.py --steps 4 --table        # only print the table again
     python benchmarks/scene_students.py --steps 4 --development --seeds 11    # network A, for choosing
 
@@ -17,7 +18,8 @@ distance on network B to the teacher's images of the same prompts (other noise),
 teacher (``excess``); the share of images that show all that was asked for, by network C; recall. ``--study rewards``
 adds the reward ``scene_logprob`` by adaptive and by constant weights, and measures it, too; ``--study length`` trains
 four times as long; ``--study groups`` has 16 prompts x 2 in an update beside 4 x 8; ``--study warm`` begins with a warm
-start for four steps, too. Network evaluations are counted as in ``reuse.py``.
+start for four steps, too; ``--study thorough`` has a warm start ten times as long, larger batches and three times the
+updates. Network evaluations are counted as in ``reuse.py``.
 Every arm is one JSON file, so an interrupted run goes on where it was.
 """
 
@@ -54,7 +56,10 @@ from rdm_rl.trainers.methods import method_settings
 
 NUM_IMAGES = 300
 SEEDS = [9200, 9201, 9202, 9203, 9204]  # No setting was chosen on these.
-REFERENCES = {"scales": "dmd", "rewards": "gndm", "length": "group_rms", "groups": "group_rms, 4 x 8", "warm": "dmd"}
+REFERENCES = {
+    **dict.fromkeys(["scales", "warm", "thorough"], "dmd"),
+    **{"rewards": "gndm", "length": "group_rms", "groups": "group_rms, 4 x 8"},
+}
 FIGURES = {**dict.fromkeys(REFERENCES, ("excess", "asked", "recall")), "rewards": ("reward", "asked", "excess")}
 COMMON = {
     "per_device_train_batch_size": 32,
@@ -73,8 +78,15 @@ FROM_WARM_START = {
     "warm_start_num_states": 512,
     "learning_rate": 3e-4,
 }
+THOROUGH = {
+    "per_device_train_batch_size": 64,
+    "num_generations": 2,
+    "warm_start_steps": 2000,
+    "warm_start_num_states": 4096,
+    "learning_rate": 1e-4,
+}
 FEW = {4: 2, 2: 2, 1: 1}  # Updates of the fake score, as benchmarks/lab/lab.md recommends.
-UPDATES = 48
+UPDATES, THOROUGH_UPDATES = 48, 144
 SCALES = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "none"}
 GROUPS = {"4 x 8": 8, "16 x 2": 2}  # Prompts of an update, and samples of each.
 # The constants are what the adaptive weights came to on a development seed.
@@ -106,9 +118,9 @@ def arms(steps, study):
             for name in ("group_rms", "dmd"):
                 yield f"{name}, {size}", UPDATES, {**matching(name, few), "num_generations": generations}
         return
-    if study == "warm":
+    if study in ("warm", "thorough"):
         for name in ("dmd", "group_rms"):
-            yield name, UPDATES, matching(name, few)
+            yield name, THOROUGH_UPDATES if study == "thorough" else UPDATES, matching(name, few)
         return
     if study == "length":
         for name in ("group_rms", "dmd"):
@@ -209,16 +221,22 @@ def run_seed(folder, seed, steps, study, development, settings, only):
         return
     judge = Judge(folder.parent, seed, development)
     run_stock(folder, seed, steps, judge)
-    settings = {**(FROM_TEACHER if steps == 4 and study != "warm" else FROM_WARM_START), **settings}
-    work = (folder if study == "warm" else folder.parent / f"K{steps}") / "work" / str(seed)
+    begins_anew = study in ("warm", "thorough")
+    common = FROM_TEACHER if steps == 4 and not begins_anew else FROM_WARM_START
+    if study == "thorough":
+        # With guidance, what is solved again at each of four steps is no longer the teacher's.
+        common = {**common, **THOROUGH, "warm_start": "denoise" if steps == 4 else "ode"}
+    settings = {**common, **settings}
+    work = (folder if begins_anew else folder.parent / f"K{steps}") / "work" / str(seed)
     if settings.get("warm_start") != "none":
         settings["warm_start_cache_dir"] = str(work / "solutions")
     for name, updates, changed in plan:
         file, rows = file_of(folder, name, seed), []
         if file.exists():
             continue
-        size = changed.get("num_generations", COMMON["num_generations"])
-        its_work = work if size == COMMON["num_generations"] else work / f"groups-of-{size}"
+        common_size = settings.get("num_generations", COMMON["num_generations"])
+        size = changed.get("num_generations", common_size)
+        its_work = work if size == common_size else work / f"groups-of-{size}"
         start = partial(make_trainer, its_work, seed, steps, 1, [StopAtOnce()], **{**settings, "num_generations": size})
         checkpoint, begun = begin(its_work, start, lambda trainer: judge.figures(judge.of_student(trainer)))
 

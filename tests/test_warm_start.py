@@ -36,6 +36,7 @@ def collect(teacher: CountingTeacher, folder: Path, prompts: list[str] | None = 
     settings = {
         "prompts": prompts or ["a", "bb", "ccc", "dddd", "eeeee"],
         "times": (1.0, 0.75, 0.5, 0.25),
+        "solve_later": True,
         "shape": (2, 2, 2),
         "ode_steps": 4,
         "batch_size": 2,
@@ -178,6 +179,18 @@ def test_students_share_what_they_have_in_common(tmp_path: Path) -> None:
     pairs = collect(teacher, tmp_path, times=(1.0,))
     assert teacher.calls == 0
     assert len(pairs.states) == 5
+
+
+def test_denoising_goes_back_to_the_samples_that_the_states_are_made_from(tmp_path: Path) -> None:
+    teacher = CountingTeacher()
+    solved, pairs = collect(CountingTeacher(), tmp_path / "solved"), collect(teacher, tmp_path / "x", solve_later=False)
+    assert teacher.calls == 3 * 4
+    assert torch.equal(pairs.states, solved.states)
+    first = pairs.times == 1
+    assert torch.equal(pairs.solutions[first], solved.solutions[first])
+    samples = dict(zip([pairs.prompts[row] for row in first.nonzero()], pairs.solutions[first], strict=True))
+    for solution, prompt in zip(pairs.solutions, pairs.prompts, strict=True):
+        assert torch.equal(solution, samples[prompt])
 
 
 def test_noise_depends_on_the_seed(tmp_path: Path) -> None:

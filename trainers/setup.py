@@ -371,7 +371,7 @@ def check_family_settings(args: RDMConfig, families: list[Family], *, matches_di
             f"guidance_scale={args.guidance_scale} gives the policy guidance of its own, but with 'rdm' it takes over "
             "the teacher's (teacher_guidance_scale). Set guidance_scale=1, or leave out 'rdm'."
         )
-    if args.warm_start == "ode":
+    if args.warm_start != "none":
         raise ValueError(
             f"guidance_scale={args.guidance_scale} asks the policy with guidance, but the warm start teaches it to "
             "do without. Set guidance_scale=1, or warm_start='none'."

@@ -143,7 +143,7 @@ class StudentRun(TrainingLoop):
         begin_in_folder(self, checkpoint, changed)
         self.cache_prompts()
         if checkpoint is None:
-            if self.args.warm_start == "ode":
+            if self.args.warm_start != "none":
                 self.run_warm_start()
             self._start_average()
             self.warm_up_fake_score()
@@ -242,7 +242,7 @@ class StudentRun(TrainingLoop):
         rollouts = [-(-self.state.max_steps // args.num_iterations)]
         rollouts += [-(-(args.fake_score_warmup_steps or 0) // updates)] if updates else []
         seen = max(rollouts) * self.prompts_per_step
-        seen = max(seen, args.warm_start_num_states if args.warm_start == "ode" else 0)
+        seen = max(seen, args.warm_start_num_states if args.warm_start != "none" else 0)
         rows = self.prompts.rows(0, min(seen, len(self.prompts)))
         texts = [*dict.fromkeys([EMPTY_PROMPT, *(row["prompt"] for row in rows), *self.eval_prompts])]
         self.family.fill_prompt_cache(
@@ -296,6 +296,7 @@ class StudentRun(TrainingLoop):
             family.schedule,
             prompts=[row["prompt"] for row in rows],
             times=times.tolist(),
+            solve_later=args.warm_start == "ode",
             shape=family.latent_shape,
             ode_steps=args.warm_start_ode_steps,
             batch_size=args.per_device_train_batch_size,

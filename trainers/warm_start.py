@@ -1,12 +1,18 @@
 r"""The warm start: regression of the student on the teacher's own ODE solutions.
 
 A few-step student that starts from the teacher's weights is far from any sensible sampler, and distribution matching
-alone improves it slowly and unevenly. So it is first shown, for states :math:`x_k` of each of its K steps, where the
-teacher's deterministic sampler would end: pure noise for the first step, and the teacher's own samples re-noised to
-:math:`t_k` for the others. The loss is L1 on x_0.
+alone improves it slowly and unevenly. So it is first shown, for states :math:`x_k` of each of its K steps, where to go:
+from the pure noise of the first step to where the teacher's deterministic sampler ends, and from these samples,
+re-noised to :math:`t_k` for the others, to
 
-Solutions are kept on disk in one file for each student time and chunk, so an interrupted collection continues where
-it stopped, and students with other numbers of steps share what they have in common.
+===========  ====================================================================================================
+``ode``      where the sampler ends from there; with guidance it is guided anew, and a chain of such steps leaves the
+             teacher's samples, the farther the more there are
+``denoise``  the samples themselves: no pass of the teacher, but from much noise a blur is the best guess
+===========  ====================================================================================================
+
+The loss is L1 on x_0. Solutions are kept on disk in one file for each student time and chunk, so an interrupted
+collection continues where it stopped, and students with other numbers of steps share what they have in common.
 
 References:
     | Improved Distribution Matching Distillation for Fast Image Synthesis (Yin et al., 2024) initialises its one-step
@@ -36,11 +42,11 @@ from rdm_rl.trainers.optimization import RoleOptimizer
 
 @dataclass(frozen=True, kw_only=True)
 class OdePairs:
-    """States of the student's steps and where the teacher's ODE takes them.
+    """States of the student's steps and where it is to go from them.
 
     Args:
         states: The states, shape (M, C, H, W).
-        solutions: The teacher's solutions from them, the same shape.
+        solutions: Where to go, the same shape.
         times: Time of each state, shape (M,).
         prompts: Prompt of each state, length M.
 
@@ -66,6 +72,7 @@ def collect_pairs(
     *,
     prompts: Sequence[str],
     times: Sequence[float],
+    solve_later: bool,
     shape: Sequence[int],
     ode_steps: int,
     batch_size: int,
@@ -76,7 +83,7 @@ def collect_pairs(
     show_progress: bool = True,
     anywhere: Callable[[bool], bool] = bool,
 ) -> OdePairs:
-    """The teacher's solutions for every prompt at every student time, read from disk where they exist.
+    """States and targets for every prompt at every student time; solutions are read from disk where they exist.
 
     Args:
         teacher: The teacher, guidance included.
@@ -84,6 +91,7 @@ def collect_pairs(
         schedule: The noise schedule.
         prompts: One prompt for each state.
         times: The student's times, the first being the one it starts from.
+        solve_later: Solve from the states of the others, too, instead of going back to what they were made from.
         shape: The latent shape (C, H, W).
         ode_steps: Teacher steps of a solution from noise.
         batch_size: States solved together.
@@ -98,26 +106,28 @@ def collect_pairs(
         The pairs of all times, on the CPU: len(prompts) * len(times) of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(prompts), batch_size)
+    starts, solved = range(0, len(prompts), batch_size), times if solve_later else times[:1]
     pieces = []
-    bar = tqdm(total=len(starts) * len(times), desc="warm start: teacher solutions", disable=not show_progress)
+    bar = tqdm(total=len(starts) * len(solved), desc="warm start: teacher solutions", disable=not show_progress)
     for start in starts:
         chunk = list(prompts[start : start + batch_size])
-        first_solution = torch.empty(0)
+        samples = torch.empty(0)
         name = crc32("\n".join(chunk).encode())  # Other prompts make other files.
         for index, t in enumerate(times):
-            file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}-{name:08x}.safetensors"
-            if anywhere(not file.exists()):
-                generator = seeded_generator(seed, "warm_start", first + start, round(t * 10000))
-                noise = normal((len(chunk), *shape), generator, device)
-                # The first time is noise; the others start from the teacher's own samples.
-                state = noise if index == 0 else schedule.perturb(first_solution, noise, torch.tensor(t, device=device))
-                solution = ode_solution(teacher, state, t, encode(chunk), schedule, ode_steps)
-                save_tensors(file, {"states": state, "solutions": solution}, prompts=json.dumps(chunk))
-            states, solutions = _read(file, chunk)
-            first_solution = solutions.to(device) if index == 0 else first_solution
-            pieces.append((states, solutions, torch.full((len(chunk),), t), chunk))
-            bar.update()
+            generator = seeded_generator(seed, "warm_start", first + start, round(t * 10000))
+            noise = normal((len(chunk), *shape), generator, device)
+            # The first time is noise; the others start from the teacher's own samples.
+            states = noise if index == 0 else schedule.perturb(samples, noise, torch.tensor(t, device=device))
+            targets = samples
+            if t in solved:
+                file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}-{name:08x}.safetensors"
+                if anywhere(not file.exists()):
+                    solutions = ode_solution(teacher, states, t, encode(chunk), schedule, ode_steps)
+                    save_tensors(file, {"states": states, "solutions": solutions}, prompts=json.dumps(chunk))
+                states, targets = _read(file, chunk)
+                bar.update()
+            samples = targets.to(device) if index == 0 else samples
+            pieces.append((states.cpu(), targets.cpu(), torch.full((len(chunk),), t), chunk))
     bar.close()
     return OdePairs(
         states=torch.cat([piece[0] for piece in pieces]),
@@ -188,14 +198,15 @@ def _read(file: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 class WarmStartSettings:
     """Warm start."""
 
-    warm_start: Literal["ode", "none"] = setting(
+    warm_start: Literal["ode", "denoise", "none"] = setting(
         "ode",
-        "`ode` regresses the policy on the teacher's ODE solutions first; `none` does not (a student that is already "
-        "distilled).",
+        "First the policy is regressed on the teacher's ODE solutions. From the states of later steps, which are these "
+        "solutions with noise, `ode` solves anew, while `denoise` goes back to them: nearer to a guided teacher with "
+        "four steps, and cheaper. `none` does without a warm start (a student that is already distilled).",
     )
     warm_start_steps: Count = setting(300, "Updates of that regression.")
     warm_start_learning_rate: Size = setting(1e-4, "Its highest learning rate.")
-    warm_start_num_states: Count = setting(1000, "Teacher solutions for each student step.")
+    warm_start_num_states: Count = setting(1000, "Teacher solutions; with `ode` for each student step.")
     warm_start_ode_steps: Count = setting(
         20, "Teacher steps of a solution from pure noise; proportionally fewer from lower noise."
     )
