@@ -8,6 +8,7 @@
     python benchmarks/scene_students.py --steps 1 --study groups
     python benchmarks/scene_students.py --steps 4 --study warm
     python benchmarks/scene_students.py --steps 1 --study thorough
+    python benchmarks/scene_students.py --steps 2 --study black_boxes
     python benchmarks/scene_students.py --steps 4 --table        # only print the table again
     python benchmarks/scene_students.py --steps 4 --development --seeds 11    # network A, for choosing
 
@@ -19,7 +20,8 @@ teacher (``excess``); the share of images that show all that was asked for, by n
 adds the reward ``scene_logprob`` by adaptive and by constant weights, and measures it, too; ``--study length`` trains
 four times as long; ``--study groups`` has 16 prompts x 2 in an update beside 4 x 8; ``--study warm`` begins with a warm
 start for four steps, too; ``--study thorough`` has a warm start ten times as long, larger batches and three times the
-updates. Network evaluations are counted as in ``reuse.py``.
+updates; ``--study black_boxes`` hands over the reward as plain numbers, too, and leaves out distribution matching.
+Network evaluations are counted as in ``reuse.py``.
 Every arm is one JSON file, so an interrupted run goes on where it was.
 """
 
@@ -58,9 +60,15 @@ NUM_IMAGES = 300
 SEEDS = [9200, 9201, 9202, 9203, 9204]  # No setting was chosen on these.
 REFERENCES = {
     **dict.fromkeys(["scales", "warm", "thorough"], "dmd"),
-    **{"rewards": "gndm", "length": "group_rms", "groups": "group_rms, 4 x 8"},
+    "length": "group_rms",
+    "groups": "group_rms, 4 x 8",
+    "rewards": "gndm",
+    "black_boxes": "gndm, 4 x 8",
 }
-FIGURES = {**dict.fromkeys(REFERENCES, ("excess", "asked", "recall")), "rewards": ("reward", "asked", "excess")}
+FIGURES = {
+    **dict.fromkeys(REFERENCES, ("excess", "asked", "recall")),
+    **dict.fromkeys(["rewards", "black_boxes"], ("reward", "asked", "excess")),
+}
 COMMON = {
     "per_device_train_batch_size": 32,
     "num_generations": 8,
@@ -86,52 +94,95 @@ THOROUGH = {
     "learning_rate": 1e-4,
 }
 FEW = {4: 2, 2: 2, 1: 1}  # Updates of the fake score, as benchmarks/lab/lab.md recommends.
-UPDATES, THOROUGH_UPDATES = 48, 144
+UPDATES = 48
 SCALES = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "none"}
 GROUPS = {"4 x 8": 8, "16 x 2": 2}  # Prompts of an update, and samples of each.
 # The constants are what the adaptive weights came to on a development seed.
 REWARD_WEIGHTS = {1: 0.04, 3: 0.125, 10: 0.42}
+WITHOUT_RDM = {
+    "reward_weighting": "fixed",
+    "fake_score_updates_per_policy_update": 0,
+    "fake_score_warmup_steps": 0,
+    "reward_start_step": 0,
+}
 PAIRS = {
+    "black_boxes": [(f"policy gradient, {size}", f"gndm, {size}") for size in GROUPS],
     "rewards": [(f"gndmr, {adaptive}", f"dmdr, {constant}") for adaptive, constant in REWARD_WEIGHTS.items()],
     "groups": [(f"group_rms, {size}", f"dmd, {size}") for size in GROUPS],
 }
 
 
-def arms(steps, study):
-    """The settings of each arm, by name, and how many updates it makes."""
-    few = FEW[steps]
-    if study == "rewards":
-        rdm = {"fake_score_updates_per_policy_update": few}
-        yield "gndm", UPDATES, {**rdm, "dm_normalization": "group_rms"}
-        rewarded = {**rdm, "reward_funcs": ["rdm", "scene_logprob"], "reward_start_step": 8}
-        for adaptive, constant in REWARD_WEIGHTS.items():
-            yield (
-                f"gndmr, {adaptive}",
-                UPDATES,
-                {**method_settings("gndmr"), **rewarded, "reward_weights": [1, adaptive]},
-            )
-            settings = {**method_settings("dmdr"), **rewarded, "dm_scale_floor": COMMON["dm_scale_floor"]}
-            yield f"dmdr, {constant}", UPDATES, {**settings, "reward_weights": [1, constant]}
-        return
-    if study == "groups":
-        for size, generations in GROUPS.items():
-            for name in ("group_rms", "dmd"):
-                yield f"{name}, {size}", UPDATES, {**matching(name, few), "num_generations": generations}
-        return
-    if study in ("warm", "thorough"):
-        for name in ("dmd", "group_rms"):
-            yield name, THOROUGH_UPDATES if study == "thorough" else UPDATES, matching(name, few)
-        return
-    if study == "length":
-        for name in ("group_rms", "dmd"):
-            yield name, UPDATES, matching(name, few)
-            yield f"{name}, four times as long", 4 * UPDATES, matching(name, few)
-        return
+gradient = SceneLogProb()
+
+
+def black_box(images, prompts):
+    """``scene_logprob`` as plain numbers: nothing to differentiate."""
+    with torch.no_grad():
+        return gradient(images, prompts).tolist()
+
+
+# The arms of each study: their name, how many updates they make, and their settings.
+
+
+def scales(few, steps):
     yield "dmd, 5 fake updates", {4: 31, 2: 30, 1: 22}[steps], {"dm_normalization": "sample"}  # As many evaluations.
     for name in SCALES:
         yield name, UPDATES, matching(name, few)
         if steps > 1 and name == "group_rms":
             yield f"{name}, anchor", UPDATES, {**matching(name, few), "first_step_anchor": 0.05}
+
+
+def two_scales(few, steps, updates):
+    for name in ("dmd", "group_rms"):
+        yield name, updates, matching(name, few)
+
+
+def lengths(few, steps):
+    for name in ("group_rms", "dmd"):
+        yield name, UPDATES, matching(name, few)
+        yield f"{name}, four times as long", 4 * UPDATES, matching(name, few)
+
+
+def groups(few, steps):
+    for size, generations in GROUPS.items():
+        for name in ("group_rms", "dmd"):
+            yield f"{name}, {size}", UPDATES, {**matching(name, few), "num_generations": generations}
+
+
+def rewards(few, steps):
+    rdm = {"fake_score_updates_per_policy_update": few}
+    yield "gndm", UPDATES, {**rdm, "dm_normalization": "group_rms"}
+    rewarded = {**rdm, "reward_funcs": ["rdm", "scene_logprob"], "reward_start_step": 8}
+    for adaptive, constant in REWARD_WEIGHTS.items():
+        settings = {**method_settings("gndmr"), **rewarded, "reward_weights": [1, adaptive]}
+        yield f"gndmr, {adaptive}", UPDATES, settings
+        settings = {**method_settings("dmdr"), **rewarded, "dm_scale_floor": COMMON["dm_scale_floor"]}
+        yield f"dmdr, {constant}", UPDATES, {**settings, "reward_weights": [1, constant]}
+
+
+def black_boxes(few, steps):
+    rdm = {**matching("group_rms", few), "num_replayed_steps": steps}
+    rewarded = {**rdm, "reward_weighting": "adaptive", "reward_start_step": 8}
+    plain = {**rewarded, "reward_funcs": ["rdm", black_box], "reward_weights": [1, 20]}
+    for size, generations in GROUPS.items():
+        yield f"gndm, {size}", UPDATES, {**rdm, "num_generations": generations}
+        yield f"policy gradient, {size}", UPDATES, {**plain, "num_generations": generations}
+    hybrid = {"reward_funcs": ["rdm", black_box, gradient], "reward_weights": [1, 5, 1]}
+    yield "hybrid, 4 x 8", UPDATES, {**rewarded, **hybrid}
+    yield "gradient, 4 x 8", UPDATES, {**rewarded, "reward_funcs": ["rdm", gradient], "reward_weights": [1, 3]}
+    yield "gradient without rdm, 4 x 8", UPDATES, {**rdm, **WITHOUT_RDM, "reward_funcs": [gradient]}
+    yield "policy gradient without rdm, 4 x 8", UPDATES, {**rdm, **WITHOUT_RDM, "reward_funcs": [black_box]}
+
+
+STUDIES = {
+    "scales": scales,
+    "warm": partial(two_scales, updates=UPDATES),
+    "thorough": partial(two_scales, updates=3 * UPDATES),
+    "length": lengths,
+    "groups": groups,
+    "rewards": rewards,
+    "black_boxes": black_boxes,
+}
 
 
 def matching(name, few):
@@ -216,7 +267,7 @@ def run_stock(folder, seed, steps, judge):
 
 
 def run_seed(folder, seed, steps, study, development, settings, only):
-    plan = [(name, *rest) for name, *rest in arms(steps, study) if not only or name in only]
+    plan = [(name, *rest) for name, *rest in STUDIES[study](FEW[steps], steps) if not only or name in only]
     if all(file_of(folder, name, seed).exists() for name, *_ in plan):
         return
     judge = Judge(folder.parent, seed, development)
@@ -247,7 +298,7 @@ def run_seed(folder, seed, steps, study, development, settings, only):
 
         trainer = make_trainer(its_work, seed, steps, updates, look=look, **{**settings, **changed})
         trainer.train(resume_from_checkpoint=checkpoint)
-        file.write_text(json.dumps({"curve": rows, "settings": {**COMMON, **settings, **changed}}))
+        file.write_text(json.dumps({"curve": rows, "settings": {**COMMON, **settings, **changed}}, default=repr))
         curve = " ".join(f"{row['excess']:.2f}/{row['asked']:.2f}" for row in rows)
         print(f"{file.stem}: {curve}; {rows[-1]['evaluations']} evaluations, {rows[-1]['seconds']:.0f} s", flush=True)
         shown = {"student": judge.of_student(trainer)[:12]}
@@ -272,7 +323,7 @@ def table(folder, seeds, steps, study):
         if rows:
             cells = [f"{statistics.mean(row.get(figure, nan) for row in rows.values()):.3g} | " for figure in figures]
             lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
-    for name, *_ in arms(steps, study):
+    for name, *_ in STUDIES[study](FEW[steps], steps):
         runs = {seed: run["curve"] for seed, run in read(folder, name, seeds).items() if seed in reference}
         cells = []
         for figure in figures if runs else ():
@@ -325,7 +376,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-output/scene_students"))
     parser.add_argument("--steps", type=int, choices=[1, 2, 4], required=True, help="steps K of the students")
-    parser.add_argument("--study", choices=sorted(FIGURES), default="scales")
+    parser.add_argument("--study", choices=STUDIES, default="scales")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--arms", nargs="+", default=[], help="only these")
     parser.add_argument("--development", action="store_true", help="judge with network A")

@@ -34,9 +34,10 @@ def test_what_a_user_would_pick_instead_still_makes_updates(side_by_side: Module
         make(side_by_side.load(), 2).update()
 
 
-@pytest.mark.parametrize(("steps", "study"), [(1, "scales"), (4, "rewards"), (2, "length"), (1, "groups"), (4, "warm")])
-def test_the_arms_of_the_scenes_are_settings(steps: int, study: str, tmp_path: Path) -> None:
+def test_the_arms_of_the_scenes_are_settings(tmp_path: Path) -> None:
     students = import_module("scene_students")
-    for _, updates, settings in students.arms(steps, study):
-        own = {name: value for name, value in settings.items() if name != "reward_funcs"}
-        RDMConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=updates, **{**students.COMMON, **own})
+    for steps, few in students.FEW.items():
+        for arms in students.STUDIES.values():
+            for _, updates, settings in arms(few, steps):
+                own = {name: value for name, value in settings.items() if name != "reward_funcs"}
+                RDMConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=updates, **{**students.COMMON, **own})

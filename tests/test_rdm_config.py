@@ -101,7 +101,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"renoise_distribution": "unifrom"}, "Did you mean 'uniform'?"),
     ({"reward_weighting": "fixt"}, "Did you mean 'fixed'?"),
     ({"warm_start": "odes"}, "Did you mean 'ode'?"),
-    ({"warm_start": "xyz"}, "is unknown. Use one of ('ode', 'none')"),
+    ({"warm_start": "xyz"}, "is unknown. Use one of ('ode', 'denoise', 'none')"),
     ({"sampler": "dimm"}, "sampler='dimm' is unknown. Did you mean 'ddim'?"),
     ({"importance_sampling_level": "token"}, "importance_sampling_level='token' is unknown"),
     ({"step_weighting": "sdt"}, "Did you mean 'std'?"),
