@@ -339,6 +339,15 @@ def test_page_is_well_formed_self_contained_and_holds_the_numbers(written: tuple
     assert "$" not in page.text
 
 
+def test_page_explains_only_the_columns_that_it_has() -> None:
+    overlaps = {name: 0.5 for name in ("precision", "recall", "density", "coverage")}
+    plain, full = (html_report(Report(rows=[a_row(**values)])) for values in ({}, overlaps))
+    assert "<b>As asked</b>" in plain
+    assert "<b>Distance to teacher</b>" not in plain
+    assert "<b>Precision</b>" not in plain and "<b>coverage</b>" not in plain
+    assert "<b>Precision</b>" in full and "<b>coverage</b>" in full
+
+
 def test_page_escapes_what_users_write() -> None:
     evil = '<script>alert("x")</script> & $title'
     report = a_report(
