@@ -63,15 +63,16 @@ PANELS = (
         title="Gap between teacher and fake score",
         metrics={"rewards/rdm/gap": "gap"},
         reading="How differently the teacher and the fake score would denoise the student's images, relative to the "
-        "error of the teacher's own guess. It falls while the student approaches the teacher and levels off above "
-        "zero, because both networks err. A gap that climbs again means that the student drifts.",
+        "error of the teacher's own guess. It stays above zero, because both networks err, and after a warm start it "
+        "may hardly move while the student still gets better: the distances decide. A gap that climbs is a warning: "
+        "the student drifts, or the fake score is behind.",
     ),
     Panel(
         title="Reward R_dm",
         metrics={"rewards/rdm/mean": "mean"},
         reading="The distribution-matching reward as one number: minus the mean squared difference of the two "
-        "networks' predictions. It should rise towards 0, its best value. It depends on the noise levels drawn, so "
-        "single points scatter.",
+        "networks' predictions, at most 0. It depends on the noise levels drawn, so single points scatter, and a short "
+        "run after a warm start may show no clear rise.",
     ),
     Panel(
         title="Size of the direction",
@@ -101,8 +102,8 @@ PANELS = (
     Panel(
         title="Other rewards",
         metrics={"rewards/*/mean": "{}"},
-        reading="The mean of each further reward; each should rise. A reward that rises while the distances in the "
-        "table get worse is being exploited.",
+        reading="The mean of each further reward. It should rise and then level off; single points scatter with the "
+        "prompts. A reward that rises while the distances in the table get worse is being exploited.",
         from_zero=False,
     ),
     Panel(
