@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --constraint constraints.txt \
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed  ## Distil the embedded teacher and write a report to demo-output/
+demo: $(VENV)/.installed  ## Distil the embedded teacher of scenes and write a report to demo-output/
 	$(BIN)/rdm-rl demo --output_dir demo-output
 
 test: $(VENV)/.installed-dev  ## Run the tests and the docstring examples

@@ -1,4 +1,4 @@
-"""Train the embedded teacher: a tiny text-to-image Stable Diffusion of handwritten digits, from scratch.
+"""Train the embedded teacher of the digits: a tiny text-to-image Stable Diffusion of handwritten digits, from scratch.
 
     python examples/train_digits_teacher.py --output_dir rdm_rl/digits
 

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rdm-rl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
 
-    demo = commands.add_parser("demo", help="distil the embedded teacher and report how well it went")
+    demo = commands.add_parser("demo", help="distil the embedded teacher of scenes and report how well it went")
     demo.add_argument("--output_dir", type=Path, help="where everything goes; default: demo-output")
     demo.add_argument("--seed", type=int, default=0, help="seed of training and evaluation")
     judged = "judge this saved student of an embedded teacher instead of training any; repeat for more"

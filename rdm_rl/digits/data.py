@@ -63,7 +63,7 @@ def enlarge(pixels: Tensor) -> Tensor:
 def load_digits(split: Literal["train", "held_out"]) -> Digits:
     """The images of one split.
 
-    ``"train"`` (1,297 images) trained the embedded teacher and the evaluation networks. ``"held_out"`` (500 images,
+    ``"train"`` (1,297 images) trained the digits' teacher and the evaluation networks. ``"held_out"`` (500 images,
     50 of each digit) was seen by none of them and is kept for reporting.
 
     Raises:
@@ -83,7 +83,7 @@ def load_digits(split: Literal["train", "held_out"]) -> Digits:
 
 
 def digit_prompts(digit: int) -> list[str]:
-    """Every phrasing that the embedded teacher knows for one digit: each template with the word and the numeral.
+    """Every phrasing that the digits' teacher knows for one digit: each template with the word and the numeral.
 
     Example:
         >>> digit_prompts(7)[:3]

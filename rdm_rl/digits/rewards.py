@@ -74,7 +74,7 @@ class DigitLogProb(RewardModel):
         if images.shape[1:] != (3, 32, 32):
             raise ValueError(
                 f"digit_logprob got images of shape {tuple(images.shape)}, but its network reads (N, 3, 32, 32), the "
-                "embedded digits. It suits the embedded teacher only: use another reward for other models."
+                "embedded digits. It suits their teacher only: use another reward for other models."
             )
         digits = torch.tensor([named_digit(prompt) for prompt in prompts], dtype=torch.int64, device=images.device)
         logits: Tensor = network(images.to(self.dtype))
