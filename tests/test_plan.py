@@ -17,7 +17,7 @@ from rdm_rl.cli.plan.command import plan_command
 from rdm_rl.cli.plan.memory import CARDS, GIB, Phase, Setup, fits, kept, phases
 from rdm_rl.cli.plan.model_sizes import MODELS
 from rdm_rl.cli.plan.passes import Cuda, Memory, Passes, encoded_prompts
-from rdm_rl.cli.plan.report import format_plan, make_plan
+from rdm_rl.cli.plan.report import TOGETHER, format_plan, make_plan
 from rdm_rl.cli.plan.skeleton import make_skeleton, read_blueprint
 from rdm_rl.cli.train import TrainArguments
 from rdm_rl.families import StableDiffusionFamily, load_family, register_family
@@ -452,8 +452,29 @@ def test_settings_that_lower_working_memory(folder, usual, tmp_path) -> None:
 def test_remedies_are_what_the_changed_run_would_take(folder, usual, tmp_path) -> None:
     found = planned(folder, tmp_path, "--activation_checkpointing", "true")
     assert usual["remedies"]["activation_checkpointing: true"] == found["peak"]
-    assert min(usual["remedies"], key=usual["remedies"].get) == next(iter(usual["remedies"])) == "all of these"
+    assert min(usual["remedies"], key=usual["remedies"].get) == next(iter(usual["remedies"])) == TOGETHER
     assert "decode_batch_size: 1" not in usual["remedies"]  # The policy update is what takes the most.
+
+
+def test_a_smaller_base_and_smaller_groups_are_remedies(folder, usual, tmp_path) -> None:
+    small = ["--reward_funcs", "rdm", "--activation_checkpointing", "true"]
+    small += ["--num_generations", "1", "--per_device_train_batch_size", "1"]
+    found = planned(folder, tmp_path, *small, "--base_quantization", "int8")
+    assert planned(folder, tmp_path, *small)["remedies"]["base_quantization: int8"] == found["peak"]
+    assert not any(name.startswith("shard") for name in found["remedies"])  # What is quantised cannot be cut.
+    words = ["--num_generations", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"]
+    name = "num_generations: 4, per_device_train_batch_size: 4 (more accumulation)"
+    assert usual["remedies"][name] == pytest.approx(planned(folder, tmp_path, *words)["peak"], rel=0.05)
+    full = planned(folder, tmp_path, *small, "--full", "true")
+    assert not any(name.startswith("base_quantization") for name in full["remedies"])
+
+
+def test_no_remedy_is_printed_that_does_not_change_the_figure(tmp_path, capsys) -> None:
+    found = planned("scenes", tmp_path, "--num_generations", "1", "--per_device_train_batch_size", "1")
+    text = capsys.readouterr().out
+    changes = {name: f"{size / GIB:.2f}" != f"{found['peak'] / GIB:.2f}" for name, size in found["remedies"].items()}
+    assert {*changes.values()} == {False}
+    assert not any(name in text for name in changes)
 
 
 def test_full_copies_can_be_cut(folder, usual, tmp_path) -> None:

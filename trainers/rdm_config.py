@@ -191,7 +191,8 @@ def _refuse_run(args: RDMConfig) -> None:
         fitting = max(1, round(args.per_device_train_batch_size / args.num_generations)) * args.num_generations
         raise ValueError(
             f"per_device_train_batch_size={args.per_device_train_batch_size} counts samples and is not a multiple "
-            f"of num_generations={args.num_generations}, so a prompt's group would be split. Set it to {fitting}."
+            f"of num_generations={args.num_generations}, so a prompt's group would be split. Set it to {fitting}, or "
+            "num_generations to a divisor of it."
         )
 
 

@@ -16,8 +16,9 @@ from rdm_rl.cli.plan.passes import Passes, encoded_prompts
 from rdm_rl.cli.plan.skeleton import make_skeleton, read_blueprint
 from rdm_rl.cli.train import TrainArguments, lora_config, make_rewards
 from rdm_rl.families import Family, load_family
-from rdm_rl.families.quantization import quantized_size, quantized_weights, unpacked_size
+from rdm_rl.families.quantization import Quantization, quantized_size, quantized_weights, unpacked_size
 from rdm_rl.families.resolution import Resolution, read_resolutions
+from rdm_rl.families.single_file import is_single_file
 from rdm_rl.networks.roles import ADAPTERS, Networks, Role, make_networks
 from rdm_rl.networks.sharding import blocks
 from rdm_rl.rewards.images import TinyDecoder
@@ -39,6 +40,8 @@ NOTE = (
 )
 # Bytes of optimiser state for each byte of trained weights; Adam's for what is not named here.
 STATE = {"8bit": 0.5, "4bit": 0.25, "sgd": 0.0, "adafactor": 0.0}
+# The remedy that is all others, but for more GPUs.
+TOGETHER = "all of these without more GPUs"
 # Where a reward's facts say how large its network is.
 PARAMETERS = re.compile(r"([\d.,]+)( M)? parameters")
 
@@ -126,15 +129,20 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
         fused=any(word in _optimiser(args) for word in ("fused", "bit")),
     )
     # What is looked at first: checkpointing stays on once it is on.
-    stored = _stored(networks, args)
-    components = _components(networks, tiny, arguments.full, stored)
-    parts = _parts(networks, tiny, rewards, args, stored)
+    components = _components(networks, tiny, arguments.full, _stored(networks, args.base_quantization))
+    parts = _parts(networks, tiny, rewards, args, args.base_quantization)
+    smaller = _smaller_base(model, arguments, args, networks)
+    lighter = parts if smaller is None else _parts(networks, tiny, rewards, args, smaller)
     passes, activations = _measure(Passes(networks, DTYPES[precision(args)], tiny), args, rewards)
 
-    def peak(changed: Setup) -> int:
+    def peak(changed: Setup, parts: Mapping[str, int] = parts) -> int:
         return max(phase.peak for phase in phases(parts, passes, changed).values())
 
-    peaks = {name: peak(change) for name, change in _changes(setup, args).items()}
+    peaks = {
+        name: peak(change, lighter if name == TOGETHER else parts) for name, change in _changes(setup, args).items()
+    }
+    if smaller is not None:
+        peaks[f"base_quantization: {smaller}"] = peak(setup, lighter)
     return Plan(
         title=_title(model, networks.family, arguments, args, gpus),
         components=components,
@@ -209,22 +217,36 @@ def _networks(
         )
 
 
-def _stored(networks: Networks, args: RDMConfig) -> dict[int, int]:
-    """The bytes, by id, of the weights that ``base_quantization`` stores in fewer bits."""
-    if args.base_quantization is None:
+def _smaller_base(
+    model: str | Path | Blueprint, arguments: TrainArguments, args: RDMConfig, networks: Networks
+) -> Quantization | None:
+    """The ``base_quantization`` that takes less than the run's, if there is one and the run can have it."""
+    whole = arguments.policy_init is not None and _is_pipeline(arguments.policy_init)
+    one_file = any(is_single_file(str(each)) for each in (model, arguments.teacher))
+    families = (networks.family, networks.teacher_family)
+    if args.shard or arguments.full or whole or one_file or not all(family.loads_lora for family in families):
+        return None
+    if args.adapter_pass == "added" or args.base_quantization == "nf4":
+        return None
+    return "int8" if args.base_quantization is None else "nf4"
+
+
+def _stored(networks: Networks, kind: Quantization | None) -> dict[int, int]:
+    """The bytes, by id, of the weights that a ``base_quantization`` stores in fewer bits."""
+    if kind is None:
         return {}
     families = dict.fromkeys((networks.family, networks.teacher_family))
     modules = [module for family in families for module in (family.network, *family.text_encoders)]
     weights = (weight for module in modules for weight in quantized_weights(module))
-    return {id(weight): quantized_size(weight, args.base_quantization) for weight in weights}
+    return {id(weight): quantized_size(weight, kind) for weight in weights}
 
 
-def _unpacked(networks: Networks, args: RDMConfig) -> int:
+def _unpacked(networks: Networks, kind: Quantization | None) -> int:
     """What putting the largest of these weights back takes."""
-    if args.base_quantization is None:
+    if kind is None:
         return 0
     weights = quantized_weights(networks.module("policy"))
-    return max(unpacked_size(weight, args.base_quantization) for weight in weights)
+    return max((unpacked_size(weight, kind) for weight in weights), default=0)
 
 
 def _bytes(*sources: nn.Module | Iterable[torch.Tensor] | None, stored: Mapping[int, int] = {}) -> int:
@@ -269,9 +291,14 @@ def _components(
 
 
 def _parts(
-    networks: Networks, tiny: TinyDecoder | None, rewards: Mapping[str, Any], args: RDMConfig, stored: Mapping[int, int]
+    networks: Networks,
+    tiny: TinyDecoder | None,
+    rewards: Mapping[str, Any],
+    args: RDMConfig,
+    kind: Quantization | None,
 ) -> dict[str, int]:
-    """What a run keeps, by part, before anything is cut or offloaded."""
+    """What a run keeps with a kind of ``base_quantization``, by part, before anything is cut or offloaded."""
+    stored = _stored(networks, kind)
     families = (networks.family, networks.teacher_family)
     policy, fake_score = (_bytes(networks.parameters(role)) for role in ADAPTERS)
     roles = [networks.module(role) for role in ADAPTERS]
@@ -281,7 +308,7 @@ def _parts(
         "frozen networks": _bytes(*(family.network for family in families), *roles, stored=stored)
         - policy
         - fake_score,
-        "a weight put back": _unpacked(networks, args),
+        "a weight put back": _unpacked(networks, kind),
         "policy": policy,
         "fake score": fake_score,
         "optimiser state": int(updated * state),
@@ -392,14 +419,22 @@ def _changes(setup: Setup, args: RDMConfig) -> dict[str, Setup]:
         "activation_checkpointing: true": {"checkpointing": True},
         "prompt_cache_dir: FOLDER": {"offload": setup.offload | {"text_encoders"}, "caches_prompts": True},
         f"per_device_train_batch_size: {args.num_generations} (and more gradient_accumulation_steps)": {"batch": batch},
+    }
+    # Groups of at least two. With it the batch is one group.
+    if (fewer := args.num_generations // 2) > 1:
+        smaller = fewer / args.per_device_train_batch_size
+        name = f"num_generations: {fewer}, per_device_train_batch_size: {fewer} (more accumulation)"
+        changes[name] = {"batch": smaller}
+    changes |= {
         "decode_batch_size: 1": {"decoded": decoded},
         "offload: [rewards]": {"offload": setup.offload | {"rewards"}},
     }
     if setup.full:
         changes["offload: [teacher]"] = {"offload": setup.offload | {"teacher"}}
     together = {name: value for change in changes.values() for name, value in change.items()}
-    changes["all of these"] = {**together, "offload": setup.offload | away}
-    changes |= {f"shard: true, on {count} GPUs": {"shards": count} for count in (2, 4, 8) if count > setup.shards}
+    changes[TOGETHER] = {**together, "offload": setup.offload | away}
+    if args.base_quantization is None and args.adapter_pass != "added":  # Neither can be cut.
+        changes |= {f"shard: true, on {count} GPUs": {"shards": count} for count in (2, 4, 8) if count > setup.shards}
     return {name: replace(setup, **change) for name, change in changes.items()}
 
 
@@ -444,9 +479,10 @@ def format_plan(plan: Plan) -> str:
         f"(it is {'on' if plan.setup.checkpointing else 'off'}).",
         "Fits: " + ", ".join(f"{card} GB {'yes' if fits(plan.peak, card) else 'NO'}" for card in CARDS),
     ]
-    if plan.remedies:
+    remedies = {name: peak for name, peak in plan.remedies.items() if f"{peak / GIB:.2f}" != f"{plan.peak / GIB:.2f}"}
+    if remedies:
         lines += ["", f"{'what lowers the peak':74} {'peak GiB':>8}  fits from"]
-        for name, peak in plan.remedies.items():
+        for name, peak in remedies.items():
             card = next((f"{card} GB" for card in CARDS if fits(peak, card)), "-")
             lines.append(f"{name:74} {peak / GIB:8.2f}  {card}")
     return "\n".join([*lines, *(f"\nNote: {note}" for note in plan.notes)])
