@@ -201,6 +201,14 @@ def _files_of(folder: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
+def student_parts(folder: Path) -> list[Path]:
+    """The files and folders of the student that is saved in a folder, also of one half written; none if none is."""
+    if not any((folder / name).is_file() for name in (DIFFUSERS_LORA, KOHYA_LORA, _USE_FILE)):
+        return []
+    names = {file.relative_to(folder).parts[0] for file in _files_of(folder)} | {MANIFEST}
+    return [folder / name for name in sorted(names) if (folder / name).exists()]
+
+
 def _code_for_file(place: str, single_file: SingleFile, family: Family) -> tuple[str, dict[str, list[str]]]:
     """The call that loads a base from one file, and the classes that it takes, by library."""
     kind, config = type(family.pipeline).__name__, public_name(single_file.model_config)

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 
 from rdm_rl import RDMConfig, RDMTrainer
 from rdm_rl.cli.main import main
-from rdm_rl.manifest import MANIFEST, read_manifest, write_manifest
+from rdm_rl.manifest import MANIFEST, damage, read_manifest, write_manifest
 from rdm_rl.records import Direction
 from rdm_rl.settings import groups
 from rdm_rl.trainers.checkpointing import (
@@ -370,11 +370,14 @@ def test_a_fresh_run_keeps_apart_from_an_earlier_one(
 ) -> None:
     earlier = quick_trainer(base, tmp_path, ["rdm"], **QUICK_SAVING)
     earlier.train()
+    earlier.save_model()
     settings = {**QUICK_SAVING, "seed": 8}
     stopped = quick_trainer(base, tmp_path, ["rdm"], given={"callbacks": [StopAfter(1)]}, **settings)
     stopped.train()
     assert str(tmp_path / "earlier-1") in capsys.readouterr().out
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "earlier-1"}
+    assert damage(tmp_path / "earlier-1") == []
+    stopped.save_model()
     resumed = quick_trainer(base, tmp_path, ["rdm"], **settings)
     resumed.train(resume_from_checkpoint=True)
     assert "checkpoint-1 after 1 updates" in capsys.readouterr().out
@@ -384,7 +387,15 @@ def test_a_fresh_run_keeps_apart_from_an_earlier_one(
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
     kept = read_checkpoint(tmp_path / "earlier-1" / "checkpoint-2")[0]
     assert same(kept["policy"], earlier.networks.state_dict("policy"))
+    assert damage(tmp_path) == []
     assert not (tmp_path / "earlier-2").exists()
+
+
+def test_a_student_without_checkpoints_is_set_aside(base: Path, tmp_path: Path) -> None:
+    quick_trainer(base, tmp_path, ["rdm"], **QUICK).save_model()
+    place = set_aside(tmp_path, "a", 0)
+    assert place == tmp_path / "earlier-1" and damage(place) == []
+    assert [*tmp_path.iterdir()] == [place]
 
 
 class Counting(TrainerCallback, ExportableState):

@@ -45,6 +45,7 @@ from transformers.trainer_callback import TrainerState
 
 from rdm_rl.files import written_whole
 from rdm_rl.manifest import MANIFEST, damage, read_manifest, sync, write_manifest
+from rdm_rl.student import student_parts
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -131,7 +132,9 @@ def find_checkpoint(output_dir: str | Path, wish: str | Path | bool) -> Path:
 
 
 def set_aside(output_dir: str | Path, run: str, step: int) -> Path | None:
-    """Move the checkpoints that a run does not continue out of its way: those of other runs, and later ones.
+    """Move what a run does not continue out of its way: checkpoints of other runs, and later ones, and a student.
+
+    A saved student stays where a checkpoint does that the run continues.
 
     Args:
         output_dir: The run's folder.
@@ -141,14 +144,17 @@ def set_aside(output_dir: str | Path, run: str, step: int) -> Path | None:
     Returns:
         The folder in ``output_dir`` that they are in now; None if there were none.
     """
-    others = [folder for folder in checkpoints(output_dir) if not _continues(folder, run, step)]
+    saved = checkpoints(output_dir)
+    others = [folder for folder in saved if not _continues(folder, run, step)]
+    if len(others) == len(saved):
+        others += student_parts(Path(output_dir))
     if not others:
         return None
     places = (Path(output_dir) / f"earlier-{number}" for number in count(1))
     place = next(place for place in places if not place.exists())
     place.mkdir()
-    for folder in others:
-        folder.rename(place / folder.name)
+    for path in others:
+        path.rename(place / path.name)
     return place
 
 

@@ -225,7 +225,7 @@ def checkpoint_to_resume(run: "StudentRun", wish: str | Path | bool) -> tuple[Pa
 
 
 def begin_in_folder(run: "StudentRun", checkpoint: Path | None, changed: Sequence[Change]) -> None:
-    """Say what is continued, if anything, and move the checkpoints that are not out of the way."""
+    """Say what is continued, if anything, and move checkpoints and a student that are not out of the way."""
     if not run.accelerator.is_main_process:
         return
     step, steps, folder = run.state.global_step, run.state.max_steps, run.args.output_dir
@@ -236,7 +236,7 @@ def begin_in_folder(run: "StudentRun", checkpoint: Path | None, changed: Sequenc
             print(f"The run is already finished: max_steps={steps}")
     place = set_aside(folder, run.run_id, step)
     if place is not None:
-        print(f"Checkpoints in {folder} that this run does not continue are now in {place}")
+        print(f"Checkpoints and a saved student in {folder} that this run does not continue are now in {place}")
 
 
 def say_how_to_go_on(run: "StudentRun", signal: int) -> str:
