@@ -1,5 +1,6 @@
 """The first embedded problem: its data, prompts and teacher."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from rdm_rl.digits.students import (
     training_prompts,
 )
 from rdm_rl.evaluation import frechet_distance
-from rdm_rl.evaluation.samplers import stock_schedulers
+from rdm_rl.evaluation.samplers import Draw, stock_schedulers
 
 
 def test_the_split_keeps_the_held_out_images_apart() -> None:
@@ -86,6 +87,22 @@ def test_judged_and_reference_images_have_other_noise(monkeypatch: pytest.Monkey
     first, again, other = DigitsEvaluation(0), DigitsEvaluation(0), DigitsEvaluation(1)
     assert torch.equal(first.reference, again.reference)
     assert len({first.judged_seed, first.reference_seed, other.judged_seed, other.reference_seed}) == 4
+
+
+def test_the_time_of_an_image_is_what_it_takes_undisturbed() -> None:
+    evaluation, teacher, threads = DigitsEvaluation(0), DigitsEvaluation.load_teacher(), list[int]()
+
+    def disturb(*_: object) -> None:
+        threads.append(torch.get_num_threads())
+        time.sleep(1.0 if len(threads) == 2 else 0.0)
+
+    teacher.unet.register_forward_hook(disturb)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    drawn = evaluation.timed(Draw(images=torch.empty(0), steps=1), teacher)
+    assert {*threads} == {1} and torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+    assert 0 < drawn.seconds_per_image < 1 / 20
 
 
 def test_the_stock_schedulers_start_from_noise() -> None:
