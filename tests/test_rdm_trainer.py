@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -257,6 +258,26 @@ def test_hooks_that_no_run_calls_are_refused(hook: str) -> None:
         trainer("unused")
 
 
+@pytest.mark.parametrize(
+    ("hook", "method", "message"),
+    [
+        ("log", lambda self, logs, start_time: None, "takes (logs, start_time), but a run calls it with (logs): "),
+        ("training_step", lambda self, model, inputs, num_items: {}, "a run calls it with (): missing a required"),
+        ("compute_distribution_matching", lambda self, x_0, t: x_0, "with (x_0, teacher_x_0, fake_x_0, t, group_ids)"),
+        ("generate", lambda self, prompts: None, "with (prompts, generator): "),
+    ],
+)
+def test_hooks_that_a_run_could_not_call_are_refused(hook: str, method: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"Own.{hook} .*{re.escape(message)}"):
+        type("Own", (RDMTrainer,), {hook: method})("unused")
+
+
+def test_hooks_may_take_more_than_they_are_given() -> None:
+    own = {"log": lambda self, logs, start_time=None: None, "compute_rewards": lambda self, *given, **named: {}}
+    with pytest.raises(ValueError, match="train_dataset is missing"):
+        type("Own", (RDMTrainer,), own)("unused")
+
+
 @pytest.mark.usefixtures("no_loading")
 def test_folders_that_hold_no_supported_pipeline(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"without model_index\.json"):
@@ -283,6 +304,9 @@ def test_a_teacher_with_other_latents_is_refused(base: Path, tmp_path: Path) -> 
         ("compute_policy_loss", None, "compute_policy_loss returned a NoneType, but its caller needs a LossOutput"),
         ("compute_rewards", {}, "judgements of no reward, but the rewards are rdm"),
         ("compute_rewards", {"rdm": torch.zeros(4)}, "for 'rdm', returned a Tensor, but its caller needs a Judgement"),
+        ("compute_distribution_matching", torch.zeros(()), r"shape \(\), but it is the direction of predictions of"),
+        ("compute_directions", None, "compute_directions returned a NoneType"),
+        ("compute_fake_score_loss", torch.zeros(()), "compute_fake_score_loss returned a Tensor"),
         ("evaluate", None, "evaluate returned a NoneType"),
     ],
 )

@@ -1,9 +1,11 @@
 """What scripts give the trainer, as it must be: its arguments, and what their hooks return."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from peft import LoraConfig
+from torch import Tensor
 from transformers.trainer_callback import EarlyStoppingCallback
 
 from rdm_rl.records import Judgement
@@ -26,21 +28,41 @@ FOREIGN_HOOKS = {
 }
 
 
-def check_hooks(trainer: type) -> None:
-    """Refuse a subclass that overrides what no run would call.
+def check_hooks(trainer: object, base: type) -> None:
+    """Refuse a subclass that overrides what no run would call, or so that no run can call it.
 
     Args:
-        trainer: The trainer's class.
+        trainer: The trainer.
+        base: The library's class that it derives from.
 
     Raises:
-        TypeError: If it has a hook of transformers' or TRL's trainers.
+        TypeError: If it has a hook of transformers' or TRL's trainers, or one that does not take what it is given.
     """
+    kind = type(trainer)
     for name, instead in FOREIGN_HOOKS.items():
-        if hasattr(trainer, name):
+        if hasattr(kind, name):
             raise TypeError(
-                f"{trainer.__name__}.{name} is a hook of transformers' or TRL's trainers, and no run would call it. "
+                f"{kind.__name__}.{name} is a hook of transformers' or TRL's trainers, and no run would call it. "
                 f"Here it is: {instead}. Give a method of your own another name."
             )
+    for name, hook in inspect.getmembers(base, inspect.isfunction):
+        if getattr(kind, name) is not hook and not name.startswith("_"):
+            _check_signature(f"{kind.__name__}.{name}", getattr(trainer, name), hook)
+
+
+def _check_signature(name: str, method: Callable[..., Any], hook: Callable[..., Any]) -> None:
+    """Raise where a method does not take what the library's own, without a default, is given."""
+    taken, own = inspect.signature(method), list(inspect.signature(hook).parameters.values())[1:]  # Without self.
+    given = [each for each in own if each.default is inspect.Parameter.empty]
+    names = [each.name for each in given]
+    by_name = {each.name for each in given if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    try:
+        taken.bind(*(name for name in names if name not in by_name), **dict.fromkeys(by_name))
+    except TypeError as error:
+        raise TypeError(
+            f"{name} takes ({', '.join(taken.parameters)}), but a run calls it with ({', '.join(names)}): {error}. "
+            "Take these; what it takes beside them needs a default."
+        ) from None
 
 
 def check_arguments(args: Any, peft_config: Any, callbacks: Iterable[Any], optimizers: Sequence[Any]) -> None:
@@ -90,6 +112,22 @@ def returned(hook: str, value: Any, kind: type[Result]) -> Result:
     if not isinstance(value, kind):
         raise TypeError(f"{hook} returned a {type(value).__name__}, but its caller needs a {kind.__name__}.")
     return value
+
+
+def returned_direction(value: Any, x_0: Tensor) -> Tensor:
+    """What ``compute_distribution_matching`` returned: a direction for each of the predictions.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If its shape is another.
+    """
+    direction: Tensor = returned("compute_distribution_matching", value, Tensor)
+    if direction.shape != x_0.shape:
+        raise ValueError(
+            f"compute_distribution_matching returned a tensor of shape {tuple(direction.shape)}, but it is the "
+            f"direction of predictions of shape {tuple(x_0.shape)}. Return one of that shape."
+        )
+    return direction
 
 
 def returned_judgements(value: Any, rewards: Iterable[str]) -> dict[str, Judgement]:

@@ -25,7 +25,7 @@ from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
 from rdm_rl.statistics import measure_directions, measure_rewards, reward_metrics
-from rdm_rl.trainers.arguments import check_arguments, check_hooks, returned, returned_judgements
+from rdm_rl.trainers.arguments import check_arguments, check_hooks, returned, returned_direction, returned_judgements
 from rdm_rl.trainers.evaluation import check_eval_columns, load_eval_features
 from rdm_rl.trainers.faults import directions_cause, samples_cause
 from rdm_rl.trainers.optimization import OptimizerFactory
@@ -74,7 +74,8 @@ class RDMTrainer(StudentRun):
 
     Raises:
         ValueError: If settings, data or rewards cannot work together; before a model is loaded where possible.
-        TypeError: If an argument is of another kind, or a subclass has a hook of transformers' or TRL's trainers.
+        TypeError: If an argument is of another kind, or a subclass has a hook of transformers' or TRL's trainers, or
+            one that does not take what a run gives it.
         FileNotFoundError: If a model folder does not exist.
     """
 
@@ -95,7 +96,7 @@ class RDMTrainer(StudentRun):
         optimizers: tuple[OptimizerFactory | None, OptimizerFactory | None] = (None, None),
     ) -> None:
         """Check everything that can be checked without a model, then load."""
-        check_hooks(type(self))
+        check_hooks(self, RDMTrainer)
         check_arguments(args, peft_config, callbacks, optimizers)
         args = args or RDMConfig()
         rewards = load_rewards(reward_funcs)
@@ -145,7 +146,9 @@ class RDMTrainer(StudentRun):
             device=self.device,
             global_step=lambda: self.state.global_step,
             last_checkpoint=lambda: self.last_checkpoint,
-            distribution_matching=self.compute_distribution_matching,
+            distribution_matching=lambda x_0, *others: returned_direction(
+                self.compute_distribution_matching(x_0, *others), x_0
+            ),
             anywhere=self.on_any_process if args.shard else bool,
         )
         for reward in self.rewards.values():
@@ -166,7 +169,7 @@ class RDMTrainer(StudentRun):
         number, iteration = divmod(self.state.global_step, self.args.num_iterations)
         metrics: dict[str, float] = {}
         if iteration == 0 or not (self.experiences or self._spoilt):
-            rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(number)]
+            rollouts = self._rollouts(number)
             # Of samples that are not finite, nobody learns, and no reward is asked: it would be blamed for them.
             self.experiences, self._spoilt = [], self.first_cause(samples_cause(rollouts))
             if not self._spoilt:
@@ -176,6 +179,11 @@ class RDMTrainer(StudentRun):
             self.skip_update("policy", self._spoilt)
             return metrics
         return metrics | self._update_policy()
+
+    def _rollouts(self, number: int, stream: str = "train") -> list[Rollout]:
+        """The policy's chains for each micro-batch of one rollout."""
+        batches = self.prompt_batches(number, stream)
+        return [returned("generate_rollout", self.generate_rollout(batch), Rollout) for batch in batches]
 
     def _update_fake_score_on(self, rollouts: Sequence[Rollout], number: int) -> dict[str, float]:
         """The fake score's updates on new samples, a rollout for each micro-batch."""
@@ -201,10 +209,14 @@ class RDMTrainer(StudentRun):
         statistics = measure_rewards(
             judgements, [rollout.batch.group_ids for rollout in judged], self.sum_over_processes
         )
-        advantages = self.compute_advantages(judged, judgements, statistics)
-        self.experiences = [
-            Experience(rollout=rollout, step=step, directions=self.compute_directions(rollout, step, said, normalised))
+        advantages = returned("compute_advantages", self.compute_advantages(judged, judgements, statistics), list)
+        moves = [
+            returned("compute_directions", self.compute_directions(rollout, step, said, normalised), dict)
             for (rollout, step), said, normalised in zip(recorded, judgements, advantages, strict=True)
+        ]
+        self.experiences = [
+            Experience(rollout=rollout, step=step, directions=directions)
+            for (rollout, step), directions in zip(recorded, moves, strict=True)
         ]
         self._is_fresh = True
         directions = [experience.directions for experience in self.experiences]
@@ -458,7 +470,8 @@ class RDMTrainer(StudentRun):
         )
         x_0 = rollout.x_0[drawn.to(self.device), torch.arange(count, device=self.device)]
         noise = normal(x_0.shape, generators, self.device)
-        return self.compute_fake_score_loss(x_0, rollout.batch.conditioning, t.to(self.device), noise)
+        output = self.compute_fake_score_loss(x_0, rollout.batch.conditioning, t.to(self.device), noise)
+        return returned("compute_fake_score_loss", output, LossOutput)
 
     def _update_fake_score(self, rollouts: Sequence[Rollout], stream: str, update: int) -> dict[str, float]:
         losses = (self._fake_score_loss(rollout, stream, update) for rollout in rollouts)
@@ -523,7 +536,7 @@ class RDMTrainer(StudentRun):
         bar = trange(steps, desc="fake score: warm-up", disable=self.hides_progress or not steps)
         for update in bar:
             if update % count == 0:  # As in training: so many updates on each rollout.
-                rollouts = [self.generate_rollout(batch) for batch in self.prompt_batches(update // count, "warmup")]
+                rollouts = self._rollouts(update // count, "warmup")
             losses.append(self._update_fake_score(rollouts, "fake_score", update).get("fake_score/loss", math.nan))
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
         self.record_phase("fake_score_warmup/loss", losses)
