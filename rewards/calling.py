@@ -50,6 +50,12 @@ Call = tuple[Tensor, list[str], dict[str, Any]]  # What a reward is called with:
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
+# The attributes of the table above; those of any reward are its name in the log, and what `rdm-rl rewards list` says.
+DECLARATIONS = (
+    *("differentiable", "inputs", "wants_teacher_images", "whole_groups", "batch_size", "concurrency"),
+    *("required_columns", "prepare", "release", "name", "info"),
+)
+
 # Names by which a reward may ask for what is no column of the data set.
 EXTRAS = ("teacher_images", "group_ids")
 

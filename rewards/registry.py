@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from zlib import crc32
 
+from rdm_rl.rewards.calling import DECLARATIONS
 from rdm_rl.rewards.protocol import DirectionReward
+from rdm_rl.settings import did_you_mean
 
 ENTRY_POINTS = "rdm_rl.rewards"
 
@@ -64,10 +66,11 @@ def register_reward(name: str, **declarations: Any) -> Callable[[Reward], Reward
 
     Args:
         name: The name to use in ``reward_funcs``.
-        declarations: Attributes to set on it, such as ``differentiable=True`` (see :mod:`rdm_rl.rewards.calling`).
+        declarations: Attributes to set on it, such as ``differentiable=True`` (see :mod:`rdm_rl.rewards.calling`), or
+            others that it has.
 
     Raises:
-        ValueError: If the name is taken, or could not be told from ``module:attribute``.
+        ValueError: If the name is taken, or could not be told from ``module:attribute``, or a declaration is unknown.
 
     Example:
         >>> @register_reward("brightness", differentiable=True)
@@ -86,6 +89,12 @@ def register_reward(name: str, **declarations: Any) -> Callable[[Reward], Reward
                 f"A reward named {name!r} is already registered. Choose another name, or call "
                 f"rdm_rl.rewards.unregister_reward({name!r}) first if you are defining it again."
             )
+        for attribute in declarations:
+            if attribute not in DECLARATIONS and not hasattr(reward, attribute):
+                raise ValueError(
+                    f"register_reward({name!r}, {attribute}=...) declares what no reward has."
+                    f"{did_you_mean(attribute, DECLARATIONS)} Declarations are {', '.join(DECLARATIONS)}."
+                )
         for attribute, value in declarations.items():
             setattr(reward, attribute, value)
         _REGISTERED[name] = reward

@@ -252,6 +252,12 @@ def test_declarations_are_set_on_what_is_registered() -> None:
         register_reward("my:reward")(grey)
 
 
+def test_a_declaration_that_no_reward_has_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"declares what no reward has\. Did you mean 'differentiable'"):
+        register_reward("misspelt", differentiabel=True)(grey)
+    assert "misspelt" not in list_rewards() and not hasattr(grey, "differentiabel")
+
+
 def test_a_name_that_is_taken_is_not_touched(registered: str) -> None:
     with pytest.raises(ValueError, match="already registered"):
         register_reward(registered, differentiable=True)(Scaled)
