@@ -50,6 +50,25 @@ def written_whole(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: If it is no JSON.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> file = Path(mkdtemp()) / "facts.json"
+        >>> _ = file.write_text('{"steps": 4}')
+        >>> read_json(file)
+        {'steps': 4}
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # Of what is no JSON, or no UTF-8.
+        raise ValueError(f"{str(file)!r} is no JSON, or cut off: {error}. Mend it, or make or copy it again.") from None
+
+
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], **facts: str) -> None:
     """Write tensors whole or not at all, with some facts and a checksum that :func:`load_tensors` compares."""
     plain = {name: value.cpu().contiguous() for name, value in tensors.items()}

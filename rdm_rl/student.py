@@ -12,12 +12,14 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
+from yaml import YAMLError
 
 from rdm_rl import __version__
 from rdm_rl.families.adapters import DIFFUSERS_LORA, adapter_scales
 from rdm_rl.families.base import Family
 from rdm_rl.families.loading import FAMILIES, load_family, load_pipeline
 from rdm_rl.families.single_file import SingleFile
+from rdm_rl.files import read_json
 from rdm_rl.manifest import MANIFEST, damage, write_manifest
 from rdm_rl.networks.roles import AdapterNetworks, Networks
 from rdm_rl.policy import SamplerName
@@ -194,7 +196,7 @@ def save_student(
 def _files_of(folder: Path) -> list[Path]:
     """The files of a student, in a folder that may be a run's and hold much else."""
     index = folder / "model_index.json"
-    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else ["scheduler"]
+    parts = read_json(index) if index.is_file() else ["scheduler"]
     names = (index.name, DIFFUSERS_LORA, KOHYA_LORA, _USE_FILE, _BASE_FILE, _FACTS_FILE, "README.md")
     files = [folder / name for name in names]
     files += [file for part in parts if (folder / part).is_dir() for file in (folder / part).rglob("*")]
@@ -250,7 +252,10 @@ def public_name(source: str) -> str:
     """
     path = Path(source)
     if (path / "README.md").is_file():
-        named = getattr(ModelCard.load(path / "README.md", ignore_metadata_errors=True).data, "model_name", None)
+        try:
+            named = getattr(ModelCard.load(path / "README.md", ignore_metadata_errors=True).data, "model_name", None)
+        except YAMLError:  # Somebody has edited it: no run is lost for that.
+            named = None
         return str(named or path.resolve().name)
     return path.name if path.is_absolute() or path.exists() else source
 
@@ -289,7 +294,7 @@ def _base_facts(folder: str | Path) -> dict[str, str]:
 
 
 def _read_facts(file: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    facts: dict[str, Any] = read_json(file) if file.is_file() else {}
     return facts
 
 
@@ -330,7 +335,7 @@ def load_student(
         family = load_family(model, dtype=dtype, model_config=model_config)
         family.load_adapter(str(folder), "student", setting="student")
         pipeline = family.pipeline
-        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "scheduler" / "scheduler_config.json")
         schedulers = {kind.__name__: kind for kind in (LCMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
         pipeline.scheduler = schedulers[config["_class_name"]].from_config(config)
     elif (folder / "model_index.json").is_file():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rdm_rl import RDMTrainer
-from rdm_rl.files import fingerprint, load_tensors, save_tensors
+from rdm_rl.files import fingerprint, load_tensors, read_json, save_tensors
 from rdm_rl.noise_schedule import FlowMatching
+from rdm_rl.student import public_name
 from rdm_rl.trainers.setup import teacher_fingerprint, teacher_key
 from tests.helpers import QUICK, StepAway, quick_trainer, same, tiny_sd
 
@@ -35,6 +36,14 @@ def test_facts_may_be_sets_tensors_and_records() -> None:
     ]
     assert len(set(names)) == 3
     assert names[0] == names[3]
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text('{"steps": ', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"training.json' is no JSON, or cut off: [^\n]*$"):
+        read_json(tmp_path / "training.json")
+    (tmp_path / "README.md").write_text("---\ntags: [a\n---\n", encoding="utf-8")
+    assert public_name(str(tmp_path)) == tmp_path.name
 
 
 def test_tensors_come_back_with_their_facts(tmp_path: Path) -> None:

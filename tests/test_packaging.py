@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = {"rdm_rl": ROOT / "rdm_rl", "rdm_rl.rewards": ROOT / "rewards", "rdm_rl.trainers": ROOT / "trainers"}
 # Distributions whose import name differs from their own.
-IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn"}
 
 
 def package_files() -> dict[str, Path]:

@@ -215,6 +215,9 @@ def test_mistakes_in_a_file_are_explained(tmp_path: Path) -> None:
     file.write_text("- max_steps\n", encoding="utf-8")
     with pytest.raises((ValueError, TypeError), match="mapping"):
         parser().parse([*DIGITS, "--config", str(file)])
+    file.write_text("learning_rate: [a\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run.yaml' is no YAML: [^\n]*line 1[^\n]*$"):
+        parser().parse([*DIGITS, "--config", str(file)])
 
 
 def test_a_file_s_options_of_rewards_that_the_command_line_leaves_out(

@@ -1,7 +1,6 @@
 """``rdm-rl evaluate`` and ``rdm-rl compare``: students, models and folders of images side by side, and a report."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from rdm_rl.evaluation.results import read_results
 from rdm_rl.evaluation.run import Settings, evaluate
 from rdm_rl.families.adapters import DIFFUSERS_LORA
 from rdm_rl.families.loading import load_family
+from rdm_rl.files import read_json
 from rdm_rl.rewards.registry import load_rewards
 from rdm_rl.student import (
     SavedStudent,
@@ -161,5 +161,5 @@ def _load_teacher(base: str, student: Path | None, options: argparse.Namespace) 
 def _log(student: Path) -> History:
     """The log of a student's training, if its run's checkpoints are beside it."""
     states = sorted(student.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
-    log: History = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"] if states else []
+    log: History = read_json(states[-1])["log_history"] if states else []
     return log

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 from trl import TrlParser
+from yaml import YAMLError
 
 from rdm_rl.cli.help import EPILOG, USAGE, SettingsFormatter, help_text
 from rdm_rl.settings import groups, help_of
@@ -97,7 +98,7 @@ class SettingsParser(TrlParser):
 
         Raises:
             FileNotFoundError: If the YAML file does not exist.
-            ValueError: If a setting is unknown, or cannot work.
+            ValueError: If a setting is unknown, or cannot work, or the file is no YAML.
         """
         first = argparse.ArgumentParser(prog=self.prog, usage=self.usage, add_help=False, allow_abbrev=False)
         first.add_argument("--config")
@@ -116,7 +117,11 @@ class SettingsParser(TrlParser):
             rest = ["--config", str(self._file), *rest]  # Which TRL reads.
         else:
             raise FileNotFoundError(f"--config {str(self._file)!r} does not exist.")
-        *filled, strange = self.parse_args_and_config(rest, return_remaining_strings=True)
+        try:
+            *filled, strange = self.parse_args_and_config(rest, return_remaining_strings=True)
+        except YAMLError as error:
+            what = " ".join(str(error).split())
+            raise ValueError(f"--config {str(self._file)!r} is no YAML: {what}. Mend it there.") from None
         if strange:
             raise ValueError(f"{strange[0]!r} on the command line belongs to no flag.")
         return tuple(filled[: len(self.kinds)])

@@ -18,6 +18,7 @@ from rdm_rl.evaluation.page import data_uri, drawn_panels, library_versions, pla
 from rdm_rl.evaluation.pictures import image_grid, tiled
 from rdm_rl.evaluation.sampler_metrics import COLUMNS, FLOAT_FIELDS, SamplerMetrics, summarize, table_rows
 from rdm_rl.evaluation.tables import markdown_table, table_cells
+from rdm_rl.files import read_json
 
 SCHEMA_VERSION = 1
 DEFAULT_SUMMARY = (
@@ -134,7 +135,7 @@ def read_rows(file: Path | str) -> list[SamplerMetrics]:
         >>> read_rows(path.with_name("metrics.json"))[0].recall
         0.5
     """
-    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    content = read_json(Path(file))
     if content.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
             f"{file} has schema_version {content.get('schema_version')!r}; this version of rdm_rl reads "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rdm_rl.families.loading import FAMILIES
-from rdm_rl.files import cache_key, config_facts, tensors_checksum, written_whole
+from rdm_rl.files import cache_key, config_facts, read_json, tensors_checksum, written_whole
 from rdm_rl.pixels import read_image
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.rewards.teacher_images import TeacherCache
@@ -207,7 +207,7 @@ def draw(
                 cost = {"seconds_per_image": median(seconds), "network_evaluations": evaluations / (first + len(batch))}
                 with written_whole(cost_file) as file:
                     file.write_text(json.dumps({**cost, "device": str(device), "batch_size": size}), encoding="utf-8")
-    cost = json.loads(cost_file.read_text(encoding="utf-8")) if cost_file.is_file() else {}
+    cost = read_json(cost_file) if cost_file.is_file() else {}
 
     def read(number: int) -> Tensor:
         pixels = cache.get(*asked[number])

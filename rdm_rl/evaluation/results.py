@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from rdm_rl.evaluation.intervals import Estimate
 from rdm_rl.evaluation.page import plain
+from rdm_rl.files import read_json
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
@@ -99,7 +100,7 @@ def read_results(path: str | Path) -> Results:
     file = Path(path) / RESULTS_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{str(path)!r} has no {RESULTS_FILE}: give a folder that `rdm-rl evaluate` wrote.")
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(file)
     version = content.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise ValueError(

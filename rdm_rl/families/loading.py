@@ -1,6 +1,5 @@
 """From a name or a folder to a family, with one clear line for everything that can be wrong with it."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -45,6 +44,7 @@ from rdm_rl.families.single_file import (
 )
 from rdm_rl.families.unconditional import UnconditionalFamily
 from rdm_rl.families.zimage import ZImageFamily
+from rdm_rl.files import read_json
 
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusionFamily,
@@ -333,7 +333,7 @@ def configuration(source: str, setting: str) -> dict[str, Any] | None:
             folder = Path(snapshot_download(source, allow_patterns=["model_index.json", "config.json"]))
     for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():
-            found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            found: dict[str, Any] = read_json(folder / name)
             return found
     return None
 
@@ -405,7 +405,7 @@ def _index(setting: str, folder: Path) -> dict[str, Any]:
             f"{setting}={str(folder)!r} is a folder without model_index.json, so it is no diffusers pipeline. Pass the "
             "folder that save_pretrained() wrote."
         )
-    index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    index: dict[str, Any] = read_json(file)
     return index
 
 

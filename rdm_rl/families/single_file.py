@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rdm_rl.families.hub import check_hub_name, one_line_errors, without_diffusers_log
+from rdm_rl.files import read_json
 
 _VAE = ("first_stage_model.", "vae.")
 _UNET = ("model.diffusion_model.input_blocks.", "down_blocks.")
@@ -260,7 +261,7 @@ def check_prediction(header: Header, folder: Path) -> None:
         ValueError: If the two differ.
     """
     file = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     wanted: dict[str, object] = {"prediction_type": "v_prediction"} if header.predicts_v else {}
     if "ztsnr" in header.tensors:
         wanted["rescale_betas_zero_snr"] = True

@@ -1,7 +1,6 @@
 """Pipelines without weights: every network of its true class and size, on torch's meta device, from configurations."""
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rdm_rl.cli.plan.model_sizes import MODELS, Blueprint
 from rdm_rl.families.hub import one_line_errors
 from rdm_rl.families.loading import check_model_name
 from rdm_rl.families.single_file import default_config, is_single_file, parts_in, read_model_header
+from rdm_rl.files import read_json
 
 CONFIG_FILES = ["model_index.json", "*/config.json", "*/*_config.json"]
 
@@ -56,12 +56,12 @@ def read_blueprint(model: str | Path | Blueprint, model_config: str | Path | Non
         with one_line_errors("model", name):
             folder = Path(snapshot_download(name, allow_patterns=CONFIG_FILES))
     blueprint: Blueprint = {}
-    for part, entry in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
+    for part, entry in read_json(folder / "model_index.json").items():
         if not isinstance(entry, list):  # The pipeline's own settings.
             blueprint[part] = entry
         for file in (folder / part / "config.json", folder / part / "scheduler_config.json"):
             if isinstance(entry, list) and entry[1] is not None and file.is_file():
-                blueprint[part] = {**json.loads(file.read_text(encoding="utf-8")), "_class_name": entry[1]}
+                blueprint[part] = {**read_json(file), "_class_name": entry[1]}
     return blueprint
 
 
