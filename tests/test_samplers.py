@@ -255,6 +255,13 @@ def test_steps_that_stock_ddim_cannot_chain_are_refused(base: Path, tmp_path: Pa
         quick_trainer(base, tmp_path, [brightness()], **settings)
 
 
+@pytest.mark.parametrize("sampler", ["renoise", "ddim"])
+def test_more_steps_than_the_model_knows_times_are_refused(sampler: str, base: Path, tmp_path: Path) -> None:
+    settings = {**WITHOUT_RDM, "num_inference_steps": 2000, "sampler": sampler}
+    with pytest.raises(ValueError, match="num_inference_steps=2000, but the model knows 1000 times"):
+        quick_trainer(base, tmp_path, [brightness()], **settings)
+
+
 @pytest.mark.parametrize("sampler", ["cps", "flow_sde"])
 def test_a_sampler_of_flows_is_refused_for_another_model(sampler: str, base: Path, tmp_path: Path) -> None:
     settings = {**WITHOUT_RDM, "num_inference_steps": 2, "sampler": sampler}

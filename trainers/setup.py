@@ -355,6 +355,7 @@ def check_family_settings(args: RDMConfig, families: list[Family], *, matches_di
             f"sampler={args.sampler!r} is not made for this model's noise schedule. Use 'renoise' with any model, "
             "'ddim' with a variance-preserving one, 'flow_sde' or 'cps' with a flow."
         )
+    family.student_times(args.num_inference_steps, args.sampler)  # Which the number of steps may not suit.
     for setting, scale, guided in (
         ("guidance_scale", args.guidance_scale, family),
         ("teacher_guidance_scale", args.teacher_guidance_scale, teacher),

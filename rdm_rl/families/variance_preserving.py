@@ -53,10 +53,15 @@ class VariancePreservingFamily(Family):
         steps begin at pure noise; its last one goes to clean data.
         """
         config = {**self.pipeline.scheduler.config, "clip_sample": False, "thresholding": False}
+        steps = len(self.schedule.alphas_cumprod)
+        if num_inference_steps > steps:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}, but the model knows {steps} times, and a student takes "
+                f"one for each step. Set at most {steps}: 1 to 8 are usual."
+            )
         if sampler == "renoise":
             extra: dict[str, Any] = {"timestep_scaling": 10000.0, "original_inference_steps": num_inference_steps}
             return _scheduler(LCMScheduler, self.schedule.alphas_cumprod, {**config, **extra})
-        steps = len(self.schedule.alphas_cumprod)
         if sampler != "ddim" or steps % num_inference_steps:
             raise ValueError(
                 f"sampler={sampler!r} with num_inference_steps={num_inference_steps}: a variance-preserving model is "
