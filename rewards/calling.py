@@ -227,7 +227,7 @@ class PlainReward:
             at least one group.
         timeout: Seconds for all batches of a rollout together; None for no limit.
         on_error: ``raise``, or ``skip``: samples on which it fails count as not applicable.
-        last_checkpoint: Gives the folder of the last checkpoint, for the error.
+        last_checkpoint: Gives the folder of the last checkpoint, for the error; None if there is no run to resume.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class PlainReward:
         batch_size: int | None = None,
         timeout: float | None = None,
         on_error: str = "raise",
-        last_checkpoint: Callable[[], Path | None] = lambda: None,
+        last_checkpoint: Callable[[], Path | None] | None = None,
     ) -> None:
         """Read its signature and declarations."""
         self.name = name
@@ -445,6 +445,8 @@ class PlainReward:
         if self.on_error == "skip":
             logger.warning("%s: %s. They count as not applicable (on_reward_error='skip').", what, reason)
             return len(prompts)
+        if self.last_checkpoint is None:
+            raise RewardError(f"{what}: {reason}. Mend the reward.") from error
         checkpoint = self.last_checkpoint()
         saved = f"The last checkpoint is {str(checkpoint)!r}" if checkpoint else "No checkpoint was written yet"
         raise RewardError(

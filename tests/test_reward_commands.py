@@ -120,11 +120,15 @@ def test_faults_of_a_reward_that_is_tried(image: Path, tmp_path: Path, capsys: p
     file.write_text(
         "async def later(images, prompts):\n    return [0.25]\n\n"
         "def nothing(images, prompts):\n    return [float('nan')]\n\n"
+        "def wide(images, prompts):\n    return images\n\n"
         "def compare(images, prompts, teacher_images):\n    return [0.0]\n\ncompare.wants_teacher_images = True\n"
     )
+    assert main(["rewards", "test", "ink", "--image", "nowhere.png", "--prompt", "a"]) == 2
+    assert "--image 'nowhere.png' does not exist" in capsys.readouterr().err
     for name, status, text in (
         ("later", 0, "'a': 0.25 "),
         ("nothing", 2, "its value is NaN or infinite"),
+        ("wide", 2, "returned a tensor of shape (1, 3, 8, 8) for 1 samples, not (1,). Mend the reward. (--debug"),
         ("compare", 2, "teacher's images, which an image file has not"),
     ):
         assert main(["rewards", "test", f"{file}:{name}", "--image", str(image), "--prompt", "a"]) == status

@@ -87,11 +87,15 @@ def try_reward(
         device: Where the images are.
 
     Raises:
+        FileNotFoundError: If an image does not exist.
         ValueError: If the numbers of images and prompts do not fit, or the reward needs a run.
         RewardError: If the reward fails.
     """
     if len(prompts) not in (1, len(files)):
         raise ValueError(f"{len(files)} images but {len(prompts)} prompts: give one --prompt for all, or one for each.")
+    absent = [file for file in files if not file.is_file()]
+    if absent:
+        raise FileNotFoundError(f"--image {str(absent[0])!r} does not exist, or is no file.")
     reward = get_reward(name, **options)
     if isinstance(reward, DirectionReward):
         raise ValueError(f"The reward {name!r} compares networks of a run; it cannot judge an image alone.")
