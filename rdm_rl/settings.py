@@ -12,10 +12,12 @@ from contextlib import suppress
 from dataclasses import Field, field, fields
 from difflib import get_close_matches
 from enum import Enum
+from functools import wraps
+from inspect import signature
 from os import PathLike, fspath
 from os.path import expanduser
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 
 class Within(NamedTuple):
@@ -54,6 +56,8 @@ Size: TypeAlias = Annotated[float, Within(0)]
 Positive: TypeAlias = Annotated[float, Within(0, but_not=0)]
 Share: TypeAlias = Annotated[float, Within(0, 1)]
 Folder: TypeAlias = Annotated[str, expanduser]  # What is called in a type, is called on the value.
+
+Kind = TypeVar("Kind")
 
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
 _BOOLEANS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
@@ -165,6 +169,53 @@ def did_you_mean(value: Any, known: Iterable[Any]) -> str:
     """
     near = get_close_matches(str(value), [str(each) for each in known], n=1, cutoff=0.4)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def explains_names(kind: type[Kind]) -> type[Kind]:
+    """A decorator for a class that says which argument is meant where it is given one that it does not take.
+
+    Args:
+        kind: The class; what it takes must be named in its ``__init__``.
+
+    Returns:
+        The same class.
+
+    Example:
+        >>> @explains_names
+        ... class Demo:
+        ...     def __init__(self, adam_beta1: float = 0.9) -> None: ...
+        >>> Demo(beta1=0.5)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        TypeError: Demo takes no 'beta1'. Did you mean 'adam_beta1'? docs/reference.md has ...
+    """
+    make = kind.__init__
+
+    @wraps(make)
+    def __init__(self: Kind, *values: Any, **named: Any) -> None:
+        strange = [name for name in named if name not in known]
+        if strange:
+            near = nearest_setting(strange[0], known)
+            raise TypeError(
+                f"{kind.__name__} takes no {strange[0]!r}.{f' Did you mean {near!r}?' if near else ''} "
+                "docs/reference.md has all that it takes, and docs/migration_from_trl.md what TRL calls otherwise."
+            )
+        make(self, *values, **named)
+
+    known = signature(make).parameters
+    kind.__init__ = __init__  # type: ignore[method-assign, assignment]
+    return kind
+
+
+def nearest_setting(name: str, known: Collection[str]) -> str | None:
+    """The setting that a name ends, or else the nearest if one is near.
+
+    Example:
+        >>> nearest_setting("train_batch_size", ["reward_batch_size", "per_device_train_batch_size"])
+        'per_device_train_batch_size'
+    """
+    ended = [each for each in known if each.endswith(f"_{name}")]
+    return next(iter(ended or get_close_matches(name, known, n=1, cutoff=0.75)), None)
 
 
 class _UnsavableError(Exception):

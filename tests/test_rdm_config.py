@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from rdm_rl import RDMConfig
+from rdm_rl import RDMConfig, RDMTrainer, ReDiFConfig
 from rdm_rl.trainers.inherited import HONOURED
 from tests.helpers import tiny_config
 
@@ -160,6 +161,24 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "message"),
+    [
+        (RDMConfig, "adam_beta", "RDMConfig takes no 'adam_beta'. Did you mean 'adam_beta"),
+        (RDMConfig, "train_batch_size", "Did you mean 'per_device_train_batch_size'?"),
+        (ReDiFConfig, "sample_num_steps", "ReDiFConfig takes no 'sample_num_steps'. docs/reference.md"),
+        (
+            partial(RDMTrainer, "unused"),
+            "processing_class",
+            "RDMTrainer takes no 'processing_class'. docs/reference.md",
+        ),
+    ],
+)
+def test_names_that_there_are_not_are_explained(make: Any, name: str, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make(**{name: 1})
 
 
 def test_nothing_is_no_setting() -> None:

@@ -15,7 +15,7 @@ from rdm_rl.policy import PolicySettings
 from rdm_rl.ratio import PolicyGradientSettings
 from rdm_rl.renoise import DistributionMatchingSettings
 from rdm_rl.rewards.calling import RewardCallSettings
-from rdm_rl.settings import Count, Folder, Size, check, convert
+from rdm_rl.settings import Count, Folder, Size, check, convert, explains_names
 from rdm_rl.trainers import processes
 from rdm_rl.trainers.evaluation import EvaluationSettings
 from rdm_rl.trainers.faults import FaultSettings
@@ -38,6 +38,7 @@ SETTLED: dict[str, tuple[Any, ...]] = {
 }
 
 
+@explains_names
 @dataclass
 class RDMConfig(  # In reverse, as a dataclass orders its fields.
     MemorySettings,
@@ -68,6 +69,7 @@ class RDMConfig(  # In reverse, as a dataclass orders its fields.
 
     Raises:
         ValueError: If a value cannot work, or an inherited field is set that the trainer does not act on.
+        TypeError: If there is no such setting.
 
     Example:
         >>> RDMConfig.from_method("dmd", output_dir="out", use_cpu=True).dm_normalization

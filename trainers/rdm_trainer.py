@@ -24,6 +24,7 @@ from rdm_rl.records import Conditioning, Direction, Experience, Judgement, LossO
 from rdm_rl.renoise import anneal_progress, renoise_times
 from rdm_rl.rewards.kinds import as_training_rewards
 from rdm_rl.rewards.registry import RewardSpec, load_rewards, reward_weights
+from rdm_rl.settings import explains_names
 from rdm_rl.statistics import measure_directions, measure_rewards, reward_metrics
 from rdm_rl.trainers.arguments import check_arguments, check_hooks, returned, returned_direction, returned_judgements
 from rdm_rl.trainers.evaluation import check_eval_columns, load_eval_features
@@ -38,6 +39,7 @@ from rdm_rl.trainers.student_run import StudentRun
 from rdm_rl.weighting import DirectionStatistics, Weighting
 
 
+@explains_names
 class RDMTrainer(StudentRun):
     r"""Distils a diffusion pipeline into a few-step student, guided by rewards.
 

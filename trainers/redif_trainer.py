@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rdm_rl.policy import NoisePool, SamplerName
 from rdm_rl.rdm import RewardScale
 from rdm_rl.rewards.registry import RewardSpec, find_reward
-from rdm_rl.settings import Count, Finite, Size, Whole, convert, setting
+from rdm_rl.settings import Count, Finite, Size, Whole, convert, explains_names, setting
 from rdm_rl.trainers.methods import method_settings
 from rdm_rl.trainers.optimization import Decay
 from rdm_rl.trainers.rdm_config import RDMConfig
@@ -40,6 +40,7 @@ _PAPER: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {"paper": _PAPER}
 
 
+@explains_names
 @dataclass
 class ReDiFConfig(RDMConfig):
     r"""The settings of :class:`ReDiFTrainer`: those of :class:`~rdm_rl.RDMConfig` with other defaults.

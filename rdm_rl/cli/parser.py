@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -14,7 +13,7 @@ from trl import TrlParser
 from yaml import YAMLError
 
 from rdm_rl.cli.help import EPILOG, USAGE, SettingsFormatter, help_text
-from rdm_rl.settings import groups, help_of
+from rdm_rl.settings import groups, help_of, nearest_setting
 from rdm_rl.trainers.inherited import HONOURED, INHERITED, UNUSED
 from rdm_rl.trainers.methods import METHODS, method_settings
 from rdm_rl.trainers.rdm_config import RDMConfig
@@ -167,8 +166,8 @@ class SettingsParser(TrlParser):
     def _unknown(self, name: str) -> str:
         known = [action.dest for _, actions in self.groups() for action in actions]
         word = name.removeprefix("--").replace("-", "_")
-        near = [each for each in known if each.endswith(f"_{word}")] or get_close_matches(word, known, n=1, cutoff=0.75)
-        hint = f"Did you mean {near[0]}?" if near else "--help lists them all."
+        near = nearest_setting(word, known)
+        hint = f"Did you mean {near}?" if near else "--help lists them all."
         return f"{name.removeprefix('--')}, which is no setting. {hint}"
 
     def groups(self) -> Iterator[tuple[str, list[argparse.Action]]]:
