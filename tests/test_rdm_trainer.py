@@ -239,7 +239,11 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"given": {"policy_init": "owner/name"}}, ValueError, "warm_start='none'"),
         ({"given": {"teacher_adapter": "/no/such/folder"}}, FileNotFoundError, "teacher_adapter"),
         ({"offload": ["teacher"]}, ValueError, "there is nothing to move"),
-        ({"adapter_pass": "added", "bf16": True}, ValueError, "would round the adapters off. Set 'beside'"),
+        (
+            {"adapter_pass": "added", "bf16": True},
+            ValueError,
+            r"but bf16=True would round the adapters off\. Set 'beside'",
+        ),
         ({"per_device_train_batch_size": 3}, ValueError, "not a multiple of num_generations"),
         ({"num_inference_steps": 0}, ValueError, "must be at least 1"),
     ],

@@ -215,7 +215,7 @@ def check_adapter_pass(args: RDMConfig, peft_config: LoraConfig | None) -> None:
     """
     reasons = {
         "without a peft_config (--full) there are no adapters": peft_config is None,
-        "bf16 or fp16 would round the adapters off": args.bf16 or args.fp16,
+        f"{precision(args)}=True would round the adapters off": args.bf16 or args.fp16,
         "base_quantization stores the weights otherwise": args.base_quantization is not None,
         "shard=True leaves each process a part of them": args.shard,
     }
