@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from rdm_rl.cli.main import main
 from rdm_rl.trainers.checkpointing import checkpoint_damage, checkpoints, read_checkpoint
+from rdm_rl.trainers.resuming import say_how_to_go_on
 from rdm_rl.trainers.signals import StopSignals, TrainingStopped
 from tests.helpers import QUICK, ROOT, quick_trainer, same
 
@@ -121,6 +122,13 @@ def test_a_run_is_saved_when_its_rollout_is_used_up(
     assert (stopped.value.code, trainer.state.global_step) == (status, steps)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{steps}"]
     assert f"checkpoint-{steps} with --resume_from_checkpoint true" in capsys.readouterr().err
+
+
+def test_a_warm_start_that_is_ended_says_what_is_kept(base: Path, tmp_path: Path) -> None:
+    trainer = quick_trainer(base, tmp_path, ["rdm"], **{**QUICK, "warm_start": "ode"})
+    assert say_how_to_go_on(trainer, signal.SIGINT).endswith("no checkpoint was written: start again")
+    (tmp_path / "warm_start").mkdir()
+    assert say_how_to_go_on(trainer, signal.SIGINT).endswith(f"kept in {tmp_path / 'warm_start'}")
 
 
 REWARD = """

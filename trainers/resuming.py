@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from rdm_rl.files import config_facts
 from rdm_rl.manifest import read_manifest
 from rdm_rl.trainers.checkpointing import find_checkpoint, read_settings, set_aside
+from rdm_rl.trainers.warm_start import solutions_folder
 
 if TYPE_CHECKING:
     from rdm_rl.trainers.student_run import StudentRun
@@ -241,7 +242,10 @@ def begin_in_folder(run: "StudentRun", checkpoint: Path | None, changed: Sequenc
 
 def say_how_to_go_on(run: "StudentRun", signal: int) -> str:
     """What a run that a signal ended leaves, printed by one process."""
-    advice = "nothing was saved: start again"
+    advice = "no checkpoint was written: start again"
+    solutions = solutions_folder(run.args, run.args.output_dir)
+    if run.args.warm_start == "ode" and solutions.exists():
+        advice += f", from the teacher's solutions that are kept in {solutions}"
     if run.last_checkpoint is not None:
         advice = (
             f"go on from {run.last_checkpoint} with --resume_from_checkpoint true, or "

@@ -40,7 +40,7 @@ from rdm_rl.trainers.resuming import begin_in_folder, checkpoint_to_resume, made
 from rdm_rl.trainers.sanity import check_run
 from rdm_rl.trainers.setup import LoadedModels, teacher_fingerprint, teacher_key
 from rdm_rl.trainers.signals import TrainingStopped
-from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress
+from rdm_rl.trainers.warm_start import OdePairs, collect_pairs, regress, solutions_folder
 from rdm_rl.weighting import RunningMean, Weighting
 
 logger = logging.getLogger(__name__)
@@ -302,7 +302,7 @@ class StudentRun(TrainingLoop):
             batch_size=args.per_device_train_batch_size,
             seed=args.seed,
             first=rank * count,
-            folder=Path(args.warm_start_cache_dir or Path(args.output_dir) / "warm_start") / name,
+            folder=solutions_folder(args, args.output_dir) / name,
             device=self.device,
             show_progress=not self.hides_progress,
             anywhere=self.on_any_process if args.shard else bool,

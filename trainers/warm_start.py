@@ -65,6 +65,11 @@ class OdePairs:
             raise ValueError("states, solutions, times and prompts must have one entry for each pair.")
 
 
+def solutions_folder(settings: "WarmStartSettings", output_dir: str) -> Path:
+    """Where a run keeps the teacher's solutions: ``warm_start_cache_dir``, or a folder in ``output_dir``."""
+    return Path(settings.warm_start_cache_dir or Path(output_dir) / "warm_start")
+
+
 def collect_pairs(
     teacher: X0Predictor,
     encode: Callable[[Sequence[str]], Conditioning],
