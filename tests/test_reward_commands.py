@@ -48,6 +48,15 @@ def test_rewards_are_listed(capsys: pytest.CaptureFixture) -> None:
     assert [line.split()[0] for line in lines] == list_rewards()
 
 
+@pytest.mark.parametrize(
+    ("words", "listed"), [([], "list the rewards, or try one"), (["rewards"], "print what a reward says")]
+)
+def test_a_command_alone_lists_what_there_is(words: list[str], listed: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    assert listed in capsys.readouterr().out
+
+
 def test_an_image_is_read_as_floats(image: Path) -> None:
     assert torch.equal(read_image(image), torch.full((3, 8, 8), 0.2))
 

@@ -74,7 +74,8 @@ def _command(words: list[str]) -> int | None:
 
         plan_command(words[1:])
     else:
-        options = _parser().parse_args(words)
+        asks_nothing = words in ([], ["rewards"])
+        options = _parser().parse_args([*words, "--help"] if asks_nothing else words)
         options.command = shlex.join(["rdm-rl", *words])
         status: int | None = options.run(options)
         return status
