@@ -206,8 +206,8 @@ class WarmStartSettings:
     warm_start: Literal["ode", "denoise", "none"] = setting(
         "ode",
         "First the policy is regressed on the teacher's ODE solutions. From the states of later steps, which are these "
-        "solutions with noise, `ode` solves anew, while `denoise` goes back to them: nearer to a guided teacher with "
-        "four steps, and cheaper. `none` does without a warm start (a student that is already distilled).",
+        "solutions with noise, `ode` solves anew, while `denoise` goes back to them: cheaper, and as good for a guided "
+        "teacher, four steps and a long warm start. `none` does without (a student that is already distilled).",
     )
     warm_start_steps: Count = setting(300, "Updates of that regression.")
     warm_start_learning_rate: Size = setting(1e-4, "Its highest learning rate.")
