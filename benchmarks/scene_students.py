@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from policy_gradient import WITHOUT_RDM
 from reuse import MeasuredTrainer, begin, file_of, read
 from scales import at
 from scenes import draw, measure, samplers
@@ -99,12 +100,6 @@ SCALES = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "
 GROUPS = {"4 x 8": 8, "16 x 2": 2}  # Prompts of an update, and samples of each.
 # The constants are what the adaptive weights came to on a development seed.
 REWARD_WEIGHTS = {1: 0.04, 3: 0.125, 10: 0.42}
-WITHOUT_RDM = {
-    "reward_weighting": "fixed",
-    "fake_score_updates_per_policy_update": 0,
-    "fake_score_warmup_steps": 0,
-    "reward_start_step": 0,
-}
 PAIRS = {
     "black_boxes": [(f"policy gradient, {size}", f"gndm, {size}") for size in GROUPS],
     "rewards": [(f"gndmr, {adaptive}", f"dmdr, {constant}") for adaptive, constant in REWARD_WEIGHTS.items()],

@@ -244,7 +244,7 @@ def say_how_to_go_on(run: "StudentRun", signal: int) -> str:
     """What a run that a signal ended leaves, printed by one process."""
     advice = "no checkpoint was written: start again"
     solutions = solutions_folder(run.args, run.args.output_dir)
-    if run.args.warm_start == "ode" and solutions.exists():
+    if run.args.warm_start != "none" and solutions.exists():
         advice += f", from the teacher's solutions that are kept in {solutions}"
     if run.last_checkpoint is not None:
         advice = (

@@ -23,6 +23,7 @@ References:
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from zlib import crc32
@@ -111,27 +112,27 @@ def collect_pairs(
         The pairs of all times, on the CPU: len(prompts) * len(times) of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    starts, solved = range(0, len(prompts), batch_size), times if solve_later else times[:1]
+    starts, solved = range(0, len(prompts), batch_size), len(times) if solve_later else 1
     pieces = []
-    bar = tqdm(total=len(starts) * len(solved), desc="warm start: teacher solutions", disable=not show_progress)
+    bar = tqdm(total=len(starts) * solved, desc="warm start: teacher solutions", disable=not show_progress)
     for start in starts:
         chunk = list(prompts[start : start + batch_size])
-        samples = torch.empty(0)
+        samples: Tensor | None = None
         name = crc32("\n".join(chunk).encode())  # Other prompts make other files.
-        for index, t in enumerate(times):
+        for t in times:
             generator = seeded_generator(seed, "warm_start", first + start, round(t * 10000))
-            noise = normal((len(chunk), *shape), generator, device)
-            # The first time is noise; the others start from the teacher's own samples.
-            states = noise if index == 0 else schedule.perturb(samples, noise, torch.tensor(t, device=device))
-            targets = samples
-            if t in solved:
+            draw = partial(_states, schedule, samples, t, (len(chunk), *shape), generator, device)
+            if samples is None or solve_later:
                 file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}-{name:08x}.safetensors"
                 if anywhere(not file.exists()):
+                    states = draw()
                     solutions = ode_solution(teacher, states, t, encode(chunk), schedule, ode_steps)
                     save_tensors(file, {"states": states, "solutions": solutions}, prompts=json.dumps(chunk))
                 states, targets = _read(file, chunk)
                 bar.update()
-            samples = targets.to(device) if index == 0 else samples
+            else:
+                states, targets = draw(), samples
+            samples = targets.to(device) if samples is None else samples
             pieces.append((states.cpu(), targets.cpu(), torch.full((len(chunk),), t), chunk))
     bar.close()
     return OdePairs(
@@ -140,6 +141,19 @@ def collect_pairs(
         times=torch.cat([piece[2] for piece in pieces]),
         prompts=[prompt for piece in pieces for prompt in piece[3]],
     )
+
+
+def _states(
+    schedule: NoiseSchedule,
+    samples: Tensor | None,
+    t: float,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """Noise for the first time; for the others the teacher's own samples, re-noised."""
+    noise = normal(shape, generator, device)
+    return noise if samples is None else schedule.perturb(samples, noise, torch.tensor(t, device=device))
 
 
 def regress(
