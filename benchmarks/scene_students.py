@@ -146,7 +146,7 @@ def groups(few, steps):
 
 def rewards(few, steps):
     rdm = {"fake_score_updates_per_policy_update": few}
-    yield "gndm", UPDATES, {**rdm, "dm_normalization": "group_rms"}
+    yield "gndm", UPDATES, matching("group_rms", few)
     rewarded = {**rdm, "reward_funcs": ["rdm", "scene_logprob"], "reward_start_step": 8}
     for adaptive, constant in REWARD_WEIGHTS.items():
         settings = {**method_settings("gndmr"), **rewarded, "reward_weights": [1, adaptive]}

@@ -124,8 +124,9 @@ def test_a_run_is_saved_when_its_rollout_is_used_up(
     assert f"checkpoint-{steps} with --resume_from_checkpoint true" in capsys.readouterr().err
 
 
-def test_a_warm_start_that_is_ended_says_what_is_kept(base: Path, tmp_path: Path) -> None:
-    trainer = quick_trainer(base, tmp_path, ["rdm"], **{**QUICK, "warm_start": "ode"})
+@pytest.mark.parametrize("warm_start", ["ode", "denoise"])
+def test_a_warm_start_that_is_ended_says_what_is_kept(warm_start: str, base: Path, tmp_path: Path) -> None:
+    trainer = quick_trainer(base, tmp_path, ["rdm"], **{**QUICK, "warm_start": warm_start})
     assert say_how_to_go_on(trainer, signal.SIGINT).endswith("no checkpoint was written: start again")
     (tmp_path / "warm_start").mkdir()
     assert say_how_to_go_on(trainer, signal.SIGINT).endswith(f"kept in {tmp_path / 'warm_start'}")
