@@ -59,6 +59,7 @@ Level = Literal["dimension", "sample"]
 StepNoise = Callable[[Sequence[int], Generators, torch.device], Tensor]
 SamplerName = Literal["renoise", "ddim", "flow_sde", "cps"]
 NoisePool = Annotated[int, Within(1, 2**24)]
+RandomTimes = Annotated[int, Within(2, 1000)]
 
 # How random each sampler is when the user does not say: as in DDPO, Flow-GRPO and RTDMD.
 DEFAULT_ETA: dict[SamplerName, float] = {"ddim": 1.0, "flow_sde": 0.7, "cps": 0.9}
@@ -84,6 +85,33 @@ def student_times(num_inference_steps: int) -> Tensor:
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}, but a student needs at least one step.")
     return torch.arange(num_inference_steps, 0, -1, dtype=torch.float32) / num_inference_steps
+
+
+def random_times(longest: int, generator: torch.Generator) -> Tensor:
+    r"""Times that a student walks down to one at which it learns: a schedule of random length.
+
+    Of :math:`N \sim U\{1, ..., longest\}` times, 1 and N - 1 others that are drawn from thousandths without repetition,
+    one is the last, and nothing is walked beyond it: (longest + 3) / 4 steps on average.
+
+    References:
+        | Continuous-Time Distribution Matching for Few-Step Diffusion Distillation (Liu et al., 2026): N up to 28
+        | https://arxiv.org/abs/2605.06376
+
+    Args:
+        longest: The longest schedule, 1 to 1000 times.
+        generator: Where the draws come from.
+
+    Returns:
+        The times, falling from 1, float32.
+
+    Example:
+        >>> random_times(28, torch.Generator().manual_seed(3))
+        tensor([1.0000, 0.8940, 0.8850, 0.8710, 0.8540, 0.8420])
+    """
+    count = int(torch.randint(1, longest + 1, (1,), generator=generator))
+    others = torch.randperm(999, generator=generator)[: count - 1].add(1).sort(descending=True).values
+    times = torch.cat([torch.ones(1), others / 1000])
+    return times[: int(torch.randint(1, count + 1, (1,), generator=generator))]
 
 
 def renoise(schedule: NoiseSchedule, t: Tensor, next_t: Tensor) -> Transition:
@@ -441,6 +469,11 @@ class PolicySettings:
         None,
         "How random `ddim`, `flow_sde` and `cps` are in training. Default: 1, 0.7 and 0.9. The saved student walks "
         "with 0.",
+    )
+    random_times: RandomTimes | None = setting(
+        None,
+        "Train on walks down to one of up to so many random times, of which only the last is learnt from, instead of "
+        "on the student's own K (CDM: 28). Needs `eta=0`, with `ddim` or, for flow models, `cps`.",
     )
     guidance_scale: Finite = setting(
         1.0,

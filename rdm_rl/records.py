@@ -5,7 +5,7 @@ K student steps, (C, H, W) the latent shape.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -176,6 +176,10 @@ class Rollout:
     def is_random(self, step: int) -> bool:
         """Whether a step's next state was drawn, so that it has a likelihood; the last step's never is."""
         return 0 <= step < len(self.transitions) and bool(self.transitions[step].std > 0)
+
+    def only(self, step: int) -> "Rollout":
+        """One step of the chains, counted as in a list, as chains of their own: its predictions are the samples."""
+        return replace(self, times=self.times[[step]], states=self.states[[step]], x_0=self.x_0[[step]], transitions=())
 
     @property
     def sample(self) -> Tensor:

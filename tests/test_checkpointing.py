@@ -132,6 +132,9 @@ def test_resuming_with_everything_switched_on(base: Path, tmp_path: Path) -> Non
         "warm_start": "none",
         "fake_score_warmup_steps": 0,
         "fake_score_updates_per_policy_update": 2,
+        "sampler": "ddim",
+        "eta": 0.0,
+        "random_times": 5,
     }
     whole = run(base, tmp_path / "whole", **settings)
     resumed = run(base, tmp_path / "parts", resume=tmp_path / "whole" / "checkpoint-1", **settings)

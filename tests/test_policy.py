@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from rdm_rl.noise_schedule import FlowMatching, NoiseSchedule, VariancePreserving, append_dims
-from rdm_rl.policy import rollout, student_times
+from rdm_rl.policy import random_times, rollout, student_times
 from rdm_rl.randomness import Generators, seeded_generators
 from rdm_rl.records import Conditioning, Rollout
 from tests.helpers import prompt_batch
@@ -97,3 +97,15 @@ def test_records_refuse_what_does_not_fit() -> None:
         prompt_batch(2, Conditioning(tensors={"embedding": torch.zeros(3)}))
     with pytest.raises(ValueError, match="one row for each sample"):
         Conditioning(tensors={"one": torch.zeros(2), "two": torch.zeros(3)})
+
+
+def test_random_times_fall_from_noise_and_are_as_many_as_they_should() -> None:
+    drawn = [random_times(28, torch.Generator().manual_seed(seed)) for seed in range(400)]
+    assert all(times[0] == 1 and (times.diff() < 0).all() and times[-1] > 0 for times in drawn)
+    counts = [len(times) for times in drawn]
+    assert min(counts) == 1 and max(counts) > 24
+    # (28 + 3) / 4 on average, with a standard deviation of 6.4: that of the mean is 0.32.
+    assert sum(counts) / len(counts) == pytest.approx(7.75, abs=1.3)
+    # An anchor that is not the first is anywhere: its mean is near the middle.
+    anchors = [times[-1].item() for times in drawn if len(times) > 1]
+    assert sum(anchors) / len(anchors) == pytest.approx(0.5, abs=0.06)

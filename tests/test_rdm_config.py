@@ -146,6 +146,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"group_noise": "shared", "num_inference_steps": 1}, "so they would be copies"),
     ({"eta": 0.5}, "eta=0.5 is set, but sampler='renoise'"),
     ({"importance_weight_clip": 0.1}, "importance_weight_clip=0.1 is set, but no rollout is used twice"),
+    ({"random_times": 28}, "random_times=28 is for students of two steps or more"),
+    ({"random_times": 28, "sampler": "ddim", "eta": 0.0, "num_inference_steps": 1}, "for students of two steps"),
+    ({"random_times": 1}, "random_times=1"),
     ({"beta": 0.1, "num_inference_steps": 1}, "beta=0.1 compares the policy's random steps"),
     ({"beta": 0.1, "sampler": "ddim", "eta": 0.0}, "sampler='ddim', eta=0.0. Set beta=0."),
     # Inherited fields.

@@ -41,7 +41,9 @@ from tests.helpers import (
     tiny_config,
     tiny_sd,
     tiny_trainer,
+    trained_weights,
 )
+from tests.tiny_pipelines import tiny_sd3
 
 # No warm start and no warm-up: only what is under test moves the weights.
 COLD = {"warm_start": "none", "fake_score_warmup_steps": 0}
@@ -870,3 +872,27 @@ def test_solutions_of_another_prediction_type_are_kept_apart(base: Path, tmp_pat
         args = tiny_config(tmp_path / kind, **settings)
         RDMTrainer(tiny_sd(tmp_path / kind, kind), "rdm", args, PROMPTS, peft_config=LoraConfig(r=2)).train()
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_random_times_are_an_updates_own_and_only_the_last_is_learnt_from(
+    flow: bool, base: Path, tmp_path: Path
+) -> None:
+    settings = {"sampler": "cps" if flow else "ddim", "eta": 0.0, "random_times": 12, "num_inference_steps": 2}
+    pipeline = tiny_sd3(tmp_path / "sd3") if flow else base
+    trainer = quick_trainer(pipeline, tmp_path, "rdm", **{**QUICK, **settings, "max_steps": 3})
+    walked = [
+        [trainer.generate_rollout(replace(batch, sample_ids=range(first, first + 4))) for first in (0, 4)]
+        for batch in (next(trainer.prompt_batches(update)) for update in range(5))
+    ]
+    for one, two in walked:
+        assert one.times.shape == (1,) and one.states.shape == one.x_0.shape
+        assert torch.equal(one.times, two.times), "other samples of an update"
+        assert not torch.equal(one.states, two.states)
+        assert torch.equal(one.x_0[0], trainer.replay_step(one, 0).detach())
+    assert len({one.times.item() for one, _ in walked}) > 2
+    before = trained_weights(trainer)
+    trainer.train()
+    assert {name.partition("/")[0] for name in changed(before, trained_weights(trainer))} == {"policy", "fake_score"}
+    # In use it walks its own two steps.
+    assert len(trainer.sample_student(next(trainer.prompt_batches(0)), generator=torch.Generator()).times) == 2

@@ -32,6 +32,7 @@ from tests.helpers import (
 from tests.tiny_pipelines import tiny_autoencoder
 
 PATTERNS = latents(10, 3, 16, 16, seed=5)
+RANDOM_TIMES = {"random_times": 4, "sampler": "ddim", "eta": 0.0, "num_inference_steps": 2, "reward_weighting": "fixed"}
 
 
 def likeness(images: Tensor, prompts: list[str], digit: list[int]) -> Tensor:
@@ -406,6 +407,12 @@ def reads_colour(images: Tensor, prompts: list[str], colour: list[str]) -> list[
         (likeness, {"reward_weighting": "budget"}, "set reward_start_step to at least 1"),
         (likeness, {"fake_score_updates_per_policy_update": 0}, "the fake score is never trained"),
         (likeness, {"first_step_anchor": 0.1, "num_inference_steps": 1}, "the student has no other"),
+        (
+            likeness,
+            {**RANDOM_TIMES, "first_step_anchor": 0.1},
+            "begin with its first noise",
+        ),
+        ("teacher_mse", RANDOM_TIMES, "begin with its first noise"),
         (likeness, {"first_step_anchor": 0.1, "num_inference_steps": 2}, "Set reward_weighting='fixed'"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from rdm_rl.families import load_family
 from rdm_rl.files import fingerprint
 from rdm_rl.noise_schedule import FlowMatching, NoiseSchedule, VariancePreserving, append_dims
-from rdm_rl.policy import ode_chord, ode_solution
+from rdm_rl.policy import make_sampler, ode_chord, ode_solution, renoise
 from rdm_rl.records import Conditioning
 from rdm_rl.trainers.warm_start import OdePairs, collect_pairs
 from tests.helpers import changed, latents, tiny_sd, tiny_trainer
@@ -36,6 +36,7 @@ def collect(teacher: CountingTeacher, folder: Path, prompts: list[str] | None = 
     settings = {
         "prompts": prompts or ["a", "bb", "ccc", "dddd", "eeeee"],
         "times": (1.0, 0.75, 0.5, 0.25),
+        "sampler": renoise,
         "solve_later": True,
         "shape": (2, 2, 2),
         "ode_steps": 4,
@@ -191,6 +192,16 @@ def test_denoising_goes_back_to_the_samples_that_the_states_are_made_from(tmp_pa
     samples = dict(zip([pairs.prompts[row] for row in first.nonzero()], pairs.solutions[first], strict=True))
     for solution, prompt in zip(pairs.solutions, pairs.prompts, strict=True):
         assert torch.equal(solution, samples[prompt])
+
+
+def test_a_deterministic_student_keeps_the_noise_it_began_with(tmp_path: Path) -> None:
+    pairs = collect(CountingTeacher(), tmp_path, sampler=make_sampler("ddim", 0.0), solve_later=False, batch_size=5)
+    states, samples = pairs.states.view(4, 5, 2, 2, 2), pairs.solutions[:5]
+    start = torch.tensor(1.0)
+    noise = (states[0] - VP.alpha(start) * samples) / VP.sigma(start)
+    for state, time in zip(states, (1.0, 0.75, 0.5, 0.25), strict=True):
+        t = torch.tensor(time)
+        torch.testing.assert_close(state, VP.alpha(t) * samples + VP.sigma(t) * noise, rtol=1e-4, atol=1e-4)
 
 
 def test_noise_depends_on_the_seed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from rdm_rl.families.resolution import read_resolutions
 from rdm_rl.networks.roles import Role
-from rdm_rl.policy import kl_divergence, make_sampler
+from rdm_rl.policy import kl_divergence, make_sampler, random_times
 from rdm_rl.randomness import drawn_index, normal, seeded_generator
 from rdm_rl.ratio import check_unmoved, ratio_metrics
 from rdm_rl.rdm import distribution_matching, fake_score_loss, normalize_rewards, policy_loss
@@ -267,13 +267,20 @@ class RDMTrainer(StudentRun):
     def generate_rollout(self, batch: PromptBatch) -> Rollout:
         """The policy's chains for a batch of prompts, without a graph.
 
+        With ``random_times``, of which all processes draw the same for an update, they hold the last step alone.
+
         Args:
             batch: The prompts.
 
         Returns:
             The recorded chains.
         """
-        return self._walk(batch, self.generators("rollout", batch), self.sampler, self.family_at(batch))
+        family, noise, longest = self.family_at(batch), self.generators("rollout", batch), self.args.random_times
+        if longest is None:
+            return self._walk(batch, noise, self.sampler, family)
+        draw = seeded_generator(self.args.seed, f"{batch.stream}/random_times", batch.update)
+        times = random_times(longest, draw).to(self.device)
+        return self._walk(batch, noise, self.sampler, family, times).only(-1)
 
     def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Judgement]:
         """What every reward says of the samples at one recorded step.
@@ -516,13 +523,7 @@ class RDMTrainer(StudentRun):
         """
         update = self.state.global_step
         step = drawn_index(len(rollout.times), self.args.seed, "health/step", update)
-        seen = replace(
-            rollout,
-            times=rollout.times[step : step + 1],
-            states=rollout.states[step : step + 1],
-            x_0=rollout.x_0[step : step + 1],
-            transitions=(),
-        )
+        seen = rollout.only(step)
         again = replace(seen, x_0=self.replay_step(rollout, step).unsqueeze(0))
         now, before = (self._fake_score_loss(made, "health", update).loss.item() for made in (again, seen))
         return now - before

@@ -35,16 +35,16 @@ KINDS: dict[Kind, frozenset[str]] = {
     ),
     "cut": frozenset(("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")),
     "method": frozenset(
-        """base_quantization policy_init_scale
-        resolution sampler eta guidance_scale group_noise noise_pool ema_decay reward_weights reward_weighting
-        adaptive_reference fidelity_budget reward_start_step reward_ramp_steps reward_conflict reward_gradient
-        pathwise_steps reward_decoder teacher_num_inference_steps teacher_cache_dir teacher_guidance_scale
-        dm_normalization dm_scale_floor first_step_anchor renoise_distribution renoise_range
-        renoise_anneal_steps fake_score_updates_per_policy_update fake_score_warmup_steps fake_score_max_grad_norm
-        num_replayed_steps num_iterations importance_weight_clip importance_sampling_level epsilon epsilon_high
-        reward_baseline scale_rewards advantage_clip step_weighting beta warm_start warm_start_steps
-        warm_start_learning_rate warm_start_num_states warm_start_ode_steps weight_decay adam_beta1 adam_beta2
-        adam_epsilon max_grad_norm seed data_seed bf16 fp16""".split()
+        """base_quantization policy_init_scale resolution sampler eta random_times guidance_scale group_noise
+        noise_pool ema_decay reward_weights reward_weighting adaptive_reference fidelity_budget
+        reward_start_step reward_ramp_steps reward_conflict reward_gradient pathwise_steps reward_decoder
+        teacher_num_inference_steps teacher_cache_dir teacher_guidance_scale dm_normalization dm_scale_floor
+        first_step_anchor renoise_distribution renoise_range renoise_anneal_steps
+        fake_score_updates_per_policy_update fake_score_warmup_steps fake_score_max_grad_norm
+        num_replayed_steps num_iterations importance_weight_clip importance_sampling_level epsilon
+        epsilon_high reward_baseline scale_rewards advantage_clip step_weighting beta warm_start
+        warm_start_steps warm_start_learning_rate warm_start_num_states warm_start_ode_steps weight_decay
+        adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed data_seed bf16 fp16""".split()
     ),
     "schedule": frozenset(
         """learning_rate fake_score_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio

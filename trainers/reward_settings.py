@@ -115,6 +115,12 @@ def check_reward_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]
                 f"{anchor} with another force than that of 'rdm', by which reward_weighting={args.reward_weighting!r} "
                 "measures the other rewards. Set reward_weighting='fixed', or leave it out."
             )
+    wanting = any(reward.wants_teacher_images for reward in rewards.values())
+    if args.random_times and (args.first_step_anchor or wanting):
+        raise ValueError(
+            f"random_times={args.random_times} keeps the last step of a walk alone, but first_step_anchor and rewards "
+            "that compare with the teacher's images begin with its first noise. Leave one of them out."
+        )
     directed = any(reward.needs_fake_score for reward in rewards.values())  # rdm, or the user's.
     ratios = boxes or (args.num_iterations > 1 and directed) or args.beta
     if _changed(args, ["importance_sampling_level"]) and not ratios:
@@ -122,7 +128,6 @@ def check_reward_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]
             f"importance_sampling_level={args.importance_sampling_level!r} is set, but this run uses no likelihood: no "
             "black-box reward acts, num_iterations=1 and beta=0. Leave it out."
         )
-    wanting = any(reward.wants_teacher_images for reward in rewards.values())
     if _changed(args, ["teacher_cache_gib"]) and args.teacher_cache_dir is None:
         raise ValueError(
             f"teacher_cache_gib={args.teacher_cache_gib} is set, but no images are kept: set teacher_cache_dir, too."

@@ -287,6 +287,8 @@ class StudentRun(TrainingLoop):
             guidance=guidance,
             steps=args.warm_start_ode_steps,
             start=times[0].item(),
+            sampler=args.sampler,
+            eta=args.eta,
             seed=args.seed,
             first=rank * count,
         )
@@ -296,6 +298,7 @@ class StudentRun(TrainingLoop):
             family.schedule,
             prompts=[row["prompt"] for row in rows],
             times=times.tolist(),
+            sampler=self.sampler,
             solve_later=args.warm_start == "ode",
             shape=family.latent_shape,
             ode_steps=args.warm_start_ode_steps,
@@ -443,13 +446,20 @@ class StudentRun(TrainingLoop):
         number = drawn_index(len(self.sizes), self.args.seed, f"{batch.stream}/resolution", batch.update)
         return self.sizes[number]
 
-    def _walk(self, batch: PromptBatch, generator: Generators, sampler: Sampler, family: Family) -> Rollout:
-        """The chains of the policy as it is, at a family's resolution."""
+    def _walk(
+        self,
+        batch: PromptBatch,
+        generator: Generators,
+        sampler: Sampler,
+        family: Family,
+        times: Tensor | None = None,
+    ) -> Rollout:
+        """The chains of the policy as it is, at a family's resolution; without other times, at the student's."""
         return rollout(
             self.networks.predictor("policy", self.args.guidance_scale),
             batch,
             family.schedule,
-            self.times_of(family),
+            self.times_of(family) if times is None else times,
             shape=family.latent_shape,
             generator=generator,
             sampler=sampler,

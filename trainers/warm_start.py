@@ -2,8 +2,8 @@ r"""The warm start: regression of the student on the teacher's own ODE solutions
 
 A few-step student that starts from the teacher's weights is far from any sensible sampler, and distribution matching
 alone improves it slowly and unevenly. So it is first shown, for states :math:`x_k` of each of its K steps, where to go:
-from the pure noise of the first step to where the teacher's deterministic sampler ends, and from these samples,
-re-noised to :math:`t_k` for the others, to
+from the pure noise of the first step to where the teacher's deterministic sampler ends, and from where the student's
+sampler would lead if it predicted these samples (their re-noising to :math:`t_k`, by default), to
 
 ===========  ====================================================================================================
 ``ode``      where the sampler ends from there; with guidance it is guided anew, and a chain of such steps leaves the
@@ -34,7 +34,7 @@ from tqdm import tqdm, trange
 
 from rdm_rl.files import load_tensors, save_tensors
 from rdm_rl.noise_schedule import NoiseSchedule
-from rdm_rl.policy import X0Predictor, ode_solution
+from rdm_rl.policy import Sampler, X0Predictor, ode_solution
 from rdm_rl.randomness import drawn_index, normal, seeded_generator
 from rdm_rl.records import Conditioning
 from rdm_rl.settings import Count, Folder, Positive, Size, setting
@@ -78,6 +78,7 @@ def collect_pairs(
     *,
     prompts: Sequence[str],
     times: Sequence[float],
+    sampler: Sampler,
     solve_later: bool,
     shape: Sequence[int],
     ode_steps: int,
@@ -97,6 +98,7 @@ def collect_pairs(
         schedule: The noise schedule.
         prompts: One prompt for each state.
         times: The student's times, the first being the one it starts from.
+        sampler: How the student goes from one to the next.
         solve_later: Solve from the states of the others, too, instead of going back to what they were made from.
         shape: The latent shape (C, H, W).
         ode_steps: Teacher steps of a solution from noise.
@@ -117,12 +119,13 @@ def collect_pairs(
     bar = tqdm(total=len(starts) * solved, desc="warm start: teacher solutions", disable=not show_progress)
     for start in starts:
         chunk = list(prompts[start : start + batch_size])
-        samples: Tensor | None = None
+        before: tuple[float, Tensor] | None = None
+        samples = torch.empty(0)  # Those of the first time.
         name = crc32("\n".join(chunk).encode())  # Other prompts make other files.
         for t in times:
             generator = seeded_generator(seed, "warm_start", first + start, round(t * 10000))
-            draw = partial(_states, schedule, samples, t, (len(chunk), *shape), generator, device)
-            if samples is None or solve_later:
+            draw = partial(_states, schedule, sampler, before, samples, t, (len(chunk), *shape), generator, device)
+            if before is None or solve_later:
                 file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}-{name:08x}.safetensors"
                 if anywhere(not file.exists()):
                     states = draw()
@@ -132,7 +135,8 @@ def collect_pairs(
                 bar.update()
             else:
                 states, targets = draw(), samples
-            samples = targets.to(device) if samples is None else samples
+            samples = targets.to(device) if before is None else samples
+            before = t, states.to(device)
             pieces.append((states.cpu(), targets.cpu(), torch.full((len(chunk),), t), chunk))
     bar.close()
     return OdePairs(
@@ -145,15 +149,21 @@ def collect_pairs(
 
 def _states(
     schedule: NoiseSchedule,
-    samples: Tensor | None,
+    sampler: Sampler,
+    before: tuple[float, Tensor] | None,
+    samples: Tensor,
     t: float,
     shape: Sequence[int],
     generator: torch.Generator,
     device: torch.device,
 ) -> Tensor:
-    """Noise for the first time; for the others the teacher's own samples, re-noised."""
+    """Noise for the first time; for the others where the sampler leads from those before, predicting the samples."""
     noise = normal(shape, generator, device)
-    return noise if samples is None else schedule.perturb(samples, noise, torch.tensor(t, device=device))
+    if before is None:
+        return noise
+    last_t, states = before
+    transition = sampler(schedule, torch.tensor(last_t, device=device), torch.tensor(t, device=device))
+    return transition.mean(samples, states if transition.state_scale else None) + transition.std * noise
 
 
 def regress(
@@ -219,9 +229,10 @@ class WarmStartSettings:
 
     warm_start: Literal["ode", "denoise", "none"] = setting(
         "ode",
-        "First the policy is regressed on the teacher's ODE solutions. From the states of later steps, which are these "
-        "solutions with noise, `ode` solves anew, while `denoise` goes back to them: cheaper, and as good for a guided "
-        "teacher, four steps and a long warm start. `none` does without (a student that is already distilled).",
+        "First the policy is regressed on the teacher's ODE solutions. From the states of later steps, to which the "
+        "student's sampler leads from these solutions, `ode` solves anew, while `denoise` goes back to them: cheaper, "
+        "and as good for a guided teacher, four steps and a long warm start. `none` does without (a student that is "
+        "already distilled).",
     )
     warm_start_steps: Count = setting(300, "Updates of that regression.")
     warm_start_learning_rate: Size = setting(1e-4, "Its highest learning rate.")

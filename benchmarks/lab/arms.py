@@ -23,6 +23,9 @@ class Arm:
         fake_updates: Updates of the fake score for each of the policy.
         fake_rate: Its learning rate.
         sync_to_policy: Share of the way that the fake score's weights go to the policy's after each update of it.
+        deterministic: The student's steps keep their noise, in training and in use, instead of drawing it anew.
+        levels: Up to how many random times the student walks in training, as in CDM; 0 for its own K.
+        off_path: CDM's second term, at a state that the student's velocity leads to.
     """
 
     scale: Normalization = "sample"
@@ -33,14 +36,18 @@ class Arm:
     fake_updates: int = 1
     fake_rate: float = 1e-3
     sync_to_policy: float = 0.0
+    deterministic: bool = False
+    levels: int = 0
+    off_path: bool = False
 
-    def evaluations(self, steps: int) -> int:
+    def evaluations(self, steps: int) -> float:
         """Forward passes of a network for each sample and update; a backward pass counts as two.
 
         Args:
             steps: Steps K of the student.
         """
-        return steps + 3 * self.fake_updates + 2 + (2 if self.sgmd else 0) + 3
+        walked = (self.levels + 3) / 4 if self.levels else steps  # On average.
+        return walked + 3 * self.fake_updates + (5 + 2 * bool(self.sgmd)) * (1 + self.off_path)
 
 
 LAGGING = {"fake_rate": 1e-4}
@@ -65,7 +72,20 @@ ARMS = {
     "dmd, residual, lagging": Arm(correction="residual", **LAGGING),
     "dmd, projection, lagging": Arm(correction="projection", **LAGGING),
 }
-SEVERAL_STEPS = {"dmd, anchor": Arm(anchor=0.05), "none, anchor": Arm(scale="none", anchor=0.05)}
+DETERMINISTIC = {"deterministic": True}
+CONTINUOUS = {**DETERMINISTIC, "levels": 28}
+SEVERAL_STEPS = {
+    "dmd, anchor": Arm(anchor=0.05),
+    "none, anchor": Arm(scale="none", anchor=0.05),
+    "dmd, deterministic": Arm(**DETERMINISTIC),
+    "group_rms, deterministic": Arm(scale="group_rms", **DETERMINISTIC),
+    "none, deterministic": Arm(scale="none", **DETERMINISTIC),
+    "dmd, continuous": Arm(**CONTINUOUS),
+    "group_rms, continuous": Arm(scale="group_rms", **CONTINUOUS),
+    "none, continuous": Arm(scale="none", **CONTINUOUS),
+    "dmd, continuous, off path": Arm(**CONTINUOUS, off_path=True),
+    "none, continuous, off path": Arm(scale="none", **CONTINUOUS, off_path=True),
+}
 CORE = ("dmd", "dmd, 5 fake updates", "group", "group_rms", "none", "none, stratified")
 
 

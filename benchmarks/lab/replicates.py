@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from problems import NUM_PROMPTS, PROBLEMS, SCHEDULE, Mixture, energy_distance, 
 from torch import Tensor
 
 from rdm_rl.noise_schedule import append_dims
-from rdm_rl.policy import X0Predictor, ode_solution, rollout, student_times
+from rdm_rl.policy import X0Predictor, cps, ode_solution, random_times, renoise, rollout, student_times
 from rdm_rl.randomness import seeded_generator
 from rdm_rl.rdm import distribution_matching, fake_score_loss, policy_loss
 from rdm_rl.records import Conditioning, Direction, PromptBatch, Rollout
@@ -78,11 +79,12 @@ class Replicates:
 
     def __init__(self, name: str, seeds: Sequence[int], arm: Arm, steps: int, folder: Path) -> None:
         self.arm, self.seeds, self.times = arm, seeds, student_times(steps)
+        self.sampler = partial(cps, eta=0) if arm.deterministic else renoise
         self.problem: Mixture = PROBLEMS[name](seeds)
         self.dimensions = self.problem.centres.shape[-1]
         self.batch = self._batch(GENERATIONS)
         self.group_ids = self.batch.group_ids
-        streams = ("warm start", "rollout", "fake score", "times", "renoise", "step")
+        streams = ("warm start", "rollout", "fake score", "times", "renoise", "step", "levels", "off path")
         self.draws = {stream: seeded_generator(seeds[0], f"lab/{stream}") for stream in streams}
         self.policy, self.fake_score = (pretrained(name, self.problem, seeds, folder) for _ in range(2))
         self._warm_start()
@@ -134,13 +136,19 @@ class Replicates:
             scheduler.step()
 
     def _rollout(self) -> Rollout:
-        shape, policy = (1, 1, self.dimensions), self.predictor(self.policy)
-        return rollout(policy, self.batch, SCHEDULE, self.times, shape=shape, generator=self.draws["rollout"])
+        shape, policy, levels = (1, 1, self.dimensions), self.predictor(self.policy), self.arm.levels
+        times = random_times(levels, self.draws["levels"]) if levels else self.times
+        draw = self.draws["rollout"]
+        return rollout(policy, self.batch, SCHEDULE, times, shape=shape, generator=draw, sampler=self.sampler)
+
+    def _some_steps(self, samples: Rollout, count: int, draw: torch.Generator) -> Tensor:
+        """Steps of a rollout to learn from: any, or only the last, which is the anchor of a random schedule."""
+        return torch.randint(len(samples.x_0) - 1 if self.arm.levels else 0, len(samples.x_0), (count,), generator=draw)
 
     def _update_fake_score(self, samples: Rollout) -> None:
-        """A denoising step on one of the K predictions of each sample."""
+        """A denoising step on one of the predictions of each sample."""
         draw, count = self.draws["fake score"], len(self.group_ids)
-        x_0 = samples.x_0[torch.randint(len(self.times), (count,), generator=draw), torch.arange(count)]
+        x_0 = samples.x_0[self._some_steps(samples, count, draw), torch.arange(count)]
         t, noise = renoise_times(count, draw, interval=(0.001, 1.0)), torch.randn(x_0.shape, generator=draw)
         loss = fake_score_loss(self.predictor(self.fake_score), x_0, NO_PROMPT, t, noise, SCHEDULE, "flow").loss
         minimise(loss, self.fake_optimizer, len(self.seeds))
@@ -176,20 +184,33 @@ class Replicates:
             direction = projected(direction, x_0, fake_x_0)
         return direction
 
+    def _loss(self, states: Tensor, t: Tensor, values: Tensor | None) -> Tensor:
+        """The policy's loss from states at a time t, shape (); the direction is taken at its predictions if None."""
+        x_0 = self.predictor(self.policy)(states, t.expand(len(states)), NO_PROMPT)
+        values = self._direction(x_0.detach()) if values is None else values
+        direction = Direction(values=values, applicable=torch.ones(len(values), dtype=torch.bool))
+        return policy_loss(x_0, direction).loss
+
+    def _off_path(self, states: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """CDM's second term: the loss where the velocity of the anchor's prediction leads at a lower time."""
+        lower = t * (1 - torch.rand((), generator=self.draws["off path"]))
+        ahead = cps(SCHEDULE, t, lower, eta=0).mean(x_0, states)
+        return self._loss(ahead, lower, None)
+
     def update(self) -> None:
         """One update of the policy, after those of the fake score."""
         samples = self._rollout()
         for _ in range(self.arm.fake_updates):
             self._update_fake_score(samples)
-        step = int(torch.randint(len(self.times), (1,), generator=self.draws["step"]))
+        step = int(self._some_steps(samples, 1, self.draws["step"]))
         if step == 0 and self.arm.anchor:
             values = anchored(samples, self.predictor(self.problem.denoise), SCHEDULE, self.arm.anchor).values
         else:
             values = self._direction(samples.x_0[step])
-        t = self.times[step].expand(len(values))
-        x_0 = self.predictor(self.policy)(samples.states[step], t, NO_PROMPT)
-        direction = Direction(values=values, applicable=torch.ones(len(values), dtype=torch.bool))
-        minimise(policy_loss(x_0, direction).loss, self.optimizer, len(self.seeds))
+        loss = self._loss(samples.states[step], samples.times[step], values)
+        if self.arm.off_path:
+            loss = loss + self._off_path(samples.states[step], samples.x_0[step], samples.times[step])
+        minimise(loss, self.optimizer, len(self.seeds))
         move_towards(self.average, self.policy, 1 - EMA_DECAY)
         if self.arm.sync_to_policy:
             move_towards(self.fake_score, self.policy, self.arm.sync_to_policy)
@@ -205,7 +226,13 @@ class Replicates:
         truth = self.problem.sample(EVALUATION_SAMPLES, draw)
         shape, student = (1, 1, self.dimensions), self.predictor(self.average)
         samples = rollout(
-            student, self._batch(EVALUATION_SAMPLES), SCHEDULE, self.times, shape=shape, generator=draw
+            student,
+            self._batch(EVALUATION_SAMPLES),
+            SCHEDULE,
+            self.times,
+            shape=shape,
+            generator=draw,
+            sampler=self.sampler,
         ).sample.view_as(truth)
         shares = mode_shares(samples, self.problem)
         return {
