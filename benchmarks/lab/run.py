@@ -125,10 +125,11 @@ def picture(problems, steps, folder, file):
             axis.errorbar(100 + mean, names.index(name), xerr=half, fmt="o", color=color, capsize=3)
         axis.set_yticks(range(len(names)), names)
         axis.set_xscale("log")
-        axis.set_xticks([80, 100, 150, 200, 300, 500, 1000], minor=False)
+        axis.set_xticks([10, 20, 50, 80, 100, 150, 200, 300, 500, 1000])
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
         axis.axvline(100, color="black", linewidth=0.8)
+        axis.autoscale(axis="x")
         axis.set(title=f"{problem}, K = {steps}", xlabel="energy distance, % of DMD's")
         axis.grid(alpha=0.3)
     axis.invert_yaxis()  # They share it.
