@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rdm_rl.families import load_family
 from rdm_rl.networks.roles import AdapterNetworks
-from tests.helpers import latents, tiny_sd
+from tests.helpers import QUICK, latents, quick_trainer, same, tiny_sd, trained_weights
 from tests.tiny_pipelines import tiny_sd3
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -34,6 +34,32 @@ def test_a_compiled_network_s_student_has_the_names_of_the_plain_one(tmp_path: P
     partly.unet.mid_block = torch.compile(partly.unet.mid_block, backend="eager")
     with pytest.raises(ValueError, match="'mid_block' of the pipeline's unet is compiled"):
         load_family(partly)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # The tracer looks at all of them.
+def test_blocks_that_were_compiled_in_place_train_as_plain_ones(tmp_path: Path) -> None:
+    """Roles, and passes with and without a gradient, are switched in compiled blocks, too."""
+    weights, names = [], []
+    for compiled in (False, True):
+        pipeline, folder = tiny_sd(tmp_path), tmp_path / str(compiled)
+        if compiled:
+            # No compiler of C++ is needed.
+            pipeline.unet.compile_repeated_blocks(backend="eager")
+        trainer = quick_trainer(pipeline, folder, "rdm", **{**QUICK, "max_steps": 1})
+        trainer.train()
+        trainer.save_model()
+        weights.append(trained_weights(trainer))
+        names.append(load_file(folder / FILE).keys())
+    torch.compiler.reset()
+    assert same(*weights)
+    assert names[0] == names[1]
+
+
+def test_a_whole_network_that_is_compiled_in_place_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    pipeline = tiny_sd(tmp_path)
+    pipeline.unet.compile(backend="eager")
+    with pytest.raises(ValueError, match="UNet2DConditionModel is compiled as a whole"):
+        quick_trainer(pipeline, tmp_path / "student", "rdm", **QUICK)
 
 
 def without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

@@ -378,6 +378,16 @@ class SeparateNetworks(Networks):
             network.enable_gradient_checkpointing()
 
 
+def _check_compiled(network: nn.Module, device: torch.device) -> None:
+    """Raise where a whole network is compiled in place for a CPU: its gradients can be wrong without a sign."""
+    if device.type == "cpu" and network._compiled_call_impl is not None:
+        raise ValueError(
+            f"The {type(network).__name__} is compiled as a whole, but torch's compiler for CPUs gives most of a "
+            "U-Net's weights no gradient, without a message. Compile its repeated blocks alone "
+            "(compile_repeated_blocks()), or nothing."
+        )
+
+
 def make_networks(
     family: Family,
     teacher_family: Family | None,
@@ -410,10 +420,11 @@ def make_networks(
         sharded: Cut the weights over the processes (see :mod:`rdm_rl.networks.sharding`).
 
     Raises:
-        ValueError: If the teacher shares too little with the student.
+        ValueError: If the teacher shares too little with the student, or a network is compiled as a whole on a CPU.
     """
     families = [family] if teacher_family is None else [family, teacher_family]
     for member in families:
+        _check_compiled(member.network, device)
         member.set_precision(dtype)
     if teacher_family is not None:
         if teacher_family.latent_shape != family.latent_shape:
