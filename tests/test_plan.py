@@ -30,12 +30,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BENCHMARK = runpy.run_path(str(BENCHMARKS / "gpu.py"))
 
 
-def networks_on(device, pipeline, dtype=torch.float32):
+def networks_on(device, pipeline, dtype=torch.float32, rank=4):
     family = load_family(pipeline)
     family.border = lambda: "any"
-    return make_networks(
-        family, None, LoraConfig(r=4), device=torch.device(device), dtype=dtype, generator=torch.Generator()
-    )
+    adapters = LoraConfig(r=rank) if rank else None
+    return make_networks(family, None, adapters, device=torch.device(device), dtype=dtype, generator=torch.Generator())
 
 
 def skeleton_of(pipeline, folder, dtype=torch.float32):
@@ -185,7 +184,7 @@ def test_what_is_left_out_counts_no_longer() -> None:
         memory.leave_out(kept[:50])
         other = torch.zeros(10)
         del kept
-    assert (memory.now, memory.peak) == (40, 400)
+    assert (memory.now, memory.peak, memory.whole) == (40, 400, 440)
     assert len(other) == 10
 
 
@@ -210,7 +209,8 @@ def real_update(networks, count):
     family = networks.family
     inputs = family.encode(["3"] * count)
     state, t = latents(count, *family.latent_shape), torch.full((count,), 0.5)
-    existing = [*family.network.parameters(), *family.network.buffers(), state, t, *inputs.tensors.values()]
+    network = networks.module("policy")
+    existing = [*network.parameters(), *network.buffers(), state, t, *inputs.tensors.values()]
     known = {one.untyped_storage().data_ptr() for one in existing}
     saved = {}
 
@@ -235,18 +235,17 @@ def real_update(networks, count):
     return total, most[0]
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3", "flux_dev", "sana"])
-def test_passes_without_memory_take_what_real_ones_do(name, tmp_path) -> None:
+# With all weights, most gradients of the first come when most activations have gone.
+@pytest.mark.parametrize(("name", "rank"), [("sd", 0), ("sd", 4), ("sd3", 4), ("flux_dev", 4), ("sana", 4)])
+def test_passes_without_memory_take_what_real_ones_do(name, rank, tmp_path) -> None:
     pipeline = TINY[name](tmp_path)
-    kept_bytes, peak = Passes(networks_on("meta", skeleton_of(pipeline, tmp_path / "saved")), torch.float32).update(
-        "policy", 4
-    )
-    real = networks_on("cpu", pipeline)
+    passes = Passes(networks_on("meta", skeleton_of(pipeline, tmp_path / "saved"), rank=rank), torch.float32)
+    kept_bytes, peak, added = passes.update("policy", 4)
+    real = networks_on("cpu", pipeline, rank=rank)
     saved, most = real_update(real, 4)
-    gradients = sum(one.nbytes for one in real.parameters("policy"))
     # What is alive after a forward pass is what autograd saved for the backward pass.
     assert kept_bytes == pytest.approx(saved, rel=0.01)
-    assert peak + gradients == pytest.approx(most, rel=0.1)
+    assert peak + added == pytest.approx(most, rel=0.05)
 
 
 @pytest.mark.usefixtures("onednn")
@@ -268,10 +267,10 @@ def test_a_decoder_without_memory_takes_what_a_real_one_does(name, tmp_path) -> 
 
 def test_checkpointing_keeps_less_and_batches_add_up(tmp_path) -> None:
     passes = Passes(networks_on("meta", skeleton_of(TINY["sd3"](tmp_path), tmp_path / "saved")), torch.bfloat16)
-    (one, _), (three, most), (five, _) = (passes.update("policy", count) for count in (1, 3, 5))
+    (one, *_), (three, most, _), (five, *_) = (passes.update("policy", count) for count in (1, 3, 5))
     assert five - three == pytest.approx(three - one, rel=0.03)
     passes.enable_checkpointing()
-    less, peak = passes.update("policy", 3)
+    less, peak, _ = passes.update("policy", 3)
     assert less < three / 2
     assert peak < most
 
@@ -314,6 +313,21 @@ AWAY = frozenset({"text_encoders", "rewards"})
 def test_phases_add_what_stays_to_what_works(phase, setup, expected) -> None:
     measured = {"rollout": (7, 7), "reward images": (9, 9), "policy update": (60, 20)}
     assert phases(PARTS, measured, setup)[phase] == expected
+
+
+@pytest.mark.parametrize(
+    ("setup", "working"),
+    [
+        (Setup(), 60 + 100),
+        (Setup(accumulates=False), 60 + 30),
+        (Setup(accumulates=False, checkpointing=True), 20 + 80),
+        (Setup(accumulates=False, full=True, shards=2), 60 + 15),
+    ],
+)
+def test_gradients_of_an_only_micro_batch_come_as_activations_go(setup, working) -> None:
+    found = phases(PARTS, {"policy update": (60, 20)}, setup, {"policy update": (30, 80)})
+    assert found["policy update"].working == working
+    assert found["optimiser step"].working == 2 * kept(PARTS, setup)["policy"]
 
 
 def test_sharding_cuts_copies_and_leaves_adapters_whole() -> None:

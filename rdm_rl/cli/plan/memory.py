@@ -6,8 +6,9 @@ counts only in the phases that need it. Where prompts are cached, they are encod
 of what updates make is there yet.
 
 A phase's peak is what stays and its working memory, which is measured on shapes (:mod:`rdm_rl.cli.plan.passes`):
-activations and everything in between. An update also has the gradients of what it trains, all of them, as from the
-second micro-batch on; an optimiser's step has them and, unless it is fused, one more copy of the weights.
+activations and everything in between. An update also has the gradients of what it trains: all of them, from the second
+micro-batch on; in the only one, those of a layer come as its activations go, and some never meet. An optimiser's step
+has them and, unless it is fused, one more copy of the weights.
 
 A run fits a card if the largest peak, 5 % for the allocator's gaps, and 0.7 GiB for CUDA's own needs fit it. Both
 figures are assumptions. Not counted: the text encoders' and the reward models' own activations, kernels' workspaces,
@@ -53,6 +54,7 @@ class Setup:
         shards: Processes that share the networks; 1 without sharding.
         full: Whether full copies are trained.
         fused: Whether the optimiser's step needs no copy of the weights.
+        accumulates: Whether an update has several micro-batches.
         batch: Share of the measured samples that are in a batch.
         decoded: Share of the measured images that are decoded at once.
     """
@@ -63,6 +65,7 @@ class Setup:
     shards: int = 1
     full: bool = False
     fused: bool = False
+    accumulates: bool = True
     batch: float = 1.0
     decoded: float = 1.0
 
@@ -92,7 +95,12 @@ def kept(parts: Mapping[str, int], setup: Setup) -> dict[str, int]:
     return sizes if setup.shards > 1 else {**sizes, "gathered blocks": 0}
 
 
-def phases(parts: Mapping[str, int], passes: Mapping[str, tuple[int, int]], setup: Setup) -> dict[str, Phase]:
+def phases(
+    parts: Mapping[str, int],
+    passes: Mapping[str, tuple[int, int]],
+    setup: Setup,
+    added: Mapping[str, tuple[int, int]] = {},
+) -> dict[str, Phase]:
     """The memory of every phase that a run has, in the order of :data:`NEEDS`.
 
     Args:
@@ -100,6 +108,7 @@ def phases(parts: Mapping[str, int], passes: Mapping[str, tuple[int, int]], setu
         passes: Working memory by phase without and with checkpointing, gradients apart; a phase that the run has not is
             left out.
         setup: The setup.
+        added: What gradients add to that in an only micro-batch, likewise; without it, all of them.
 
     Example:
         >>> phases({"frozen networks": 100, "policy": 10}, {"policy update": (7, 3)}, Setup())["policy update"]
@@ -110,6 +119,10 @@ def phases(parts: Mapping[str, int], passes: Mapping[str, tuple[int, int]], setu
     working = {"optimiser step": max(gradients.values(), default=0) * (1 if setup.fused else 2)}
     for name, measured in passes.items():
         share = setup.decoded if name in DECODES else 1.0 if name == "evaluation" else setup.batch
+        if (
+            name in added and not setup.accumulates
+        ):  # The most of both is convex in what gradients weigh: a bound if cut.
+            gradients[name] = added[name][setup.checkpointing] // (setup.shards if setup.full else 1)
         working[name] = int(measured[setup.checkpointing] * share) + gradients.get(name, 0)
     if "text_encoders" in setup.offload:
         working["encode prompts"] = 0  # What encoders need beside their weights is not counted.

@@ -44,6 +44,8 @@ WIDENED = {
 class Memory(TorchDispatchMode):
     """Counts the bytes alive (``now``, and at most ``peak``) of what is allocated within the context.
 
+    What is left out counts in ``whole`` only, the most with all that was left out until then, as if nothing freed it.
+
     Args:
         existing: Tensors that are there already, which count as nothing.
         forms: What is known of operations' results on the meta device, which several passes may share.
@@ -60,6 +62,8 @@ class Memory(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: int = 0
         self.peak: int = 0
+        self.whole: int = 0
+        self._left_out = 0
         self._forms = {} if forms is None else forms
         self._sizes = {id(tensor.untyped_storage()): 0 for tensor in existing}
 
@@ -94,6 +98,7 @@ class Memory(TorchDispatchMode):
             self._sizes[id(storage)] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
+            self.whole = max(self.whole, self.now + self._left_out)
             weakref.finalize(storage, self._forget, id(storage)).atexit = False
 
     def _forget(self, storage: int) -> None:
@@ -101,7 +106,8 @@ class Memory(TorchDispatchMode):
 
     def leave_out(self, tensor: Tensor) -> None:
         """Count a tensor no longer."""
-        self.now -= self._sizes[id(tensor.untyped_storage())]
+        size = self._sizes[id(tensor.untyped_storage())]
+        self.now, self._left_out = self.now - size, self._left_out + size
         self._sizes[id(tensor.untyped_storage())] = 0
 
 
@@ -214,10 +220,11 @@ class Passes:
             self._predict(role, *inputs)
         return memory.peak
 
-    def update(self, role: Role, count: int) -> tuple[int, int]:
+    def update(self, role: Role, count: int) -> tuple[int, int, int]:
         """The activations that a role's forward pass keeps, and the most at once until the end of the backward pass.
 
-        The gradients of weights are left out.
+        The gradients of weights are left out; the third figure is what they add to that, where each comes as its
+        layer's activations go.
         """
         inputs = self._inputs(role, count)
         memory, cuda = self._memory(*inputs), Cuda(self.dtype)
@@ -230,7 +237,7 @@ class Passes:
             _pull_back(output, parameters)
         for hook in hooks:
             hook.remove()
-        return kept, memory.peak
+        return kept, memory.peak, memory.whole - memory.peak
 
     def decode(self, count: int, *, gradient: bool) -> int:
         """The most that decoding so many latents takes; with ``gradient``, and a gradient pulled back to them."""

@@ -127,16 +127,17 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
         shards=gpus if args.shard else 1,
         full=arguments.full,
         fused=any(word in _optimiser(args) for word in ("fused", "bit")),
+        accumulates=args.gradient_accumulation_steps > 1,
     )
     # What is looked at first: checkpointing stays on once it is on.
     components = _components(networks, tiny, arguments.full, _stored(networks, args.base_quantization))
     parts = _parts(networks, tiny, rewards, args, args.base_quantization)
     smaller = _smaller_base(model, arguments, args, networks)
     lighter = parts if smaller is None else _parts(networks, tiny, rewards, args, smaller)
-    passes, activations = _measure(Passes(networks, DTYPES[precision(args)], tiny), args, rewards)
+    passes, added, activations = _measure(Passes(networks, DTYPES[precision(args)], tiny), args, rewards)
 
     def peak(changed: Setup, parts: Mapping[str, int] = parts) -> int:
-        return max(phase.peak for phase in phases(parts, passes, changed).values())
+        return max(phase.peak for phase in phases(parts, passes, changed, added).values())
 
     peaks = {
         name: peak(change, lighter if name == TOGETHER else parts) for name, change in _changes(setup, args).items()
@@ -147,7 +148,7 @@ def make_plan(model: str | Path | Blueprint, arguments: TrainArguments, args: RD
         title=_title(model, networks.family, arguments, args, gpus),
         components=components,
         kept=kept(parts, setup),
-        phases=phases(parts, passes, setup),
+        phases=phases(parts, passes, setup, added),
         remedies={
             name: peaks[name] for name in sorted(peaks, key=peaks.__getitem__) if peaks[name] < 0.99 * peak(setup)
         },
@@ -357,8 +358,8 @@ def _records(family: Family, args: RDMConfig, rewards: int) -> int:
 
 def _measure(
     passes: Passes, args: RDMConfig, rewards: Mapping[str, Any]
-) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
-    """What each phase takes, and what an update keeps: both without and with checkpointing."""
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]], tuple[int, int]]:
+    """What each phase takes, what gradients add to an update, and what it keeps: all without and with checkpointing."""
     networks = passes.networks
     count: int = args.per_device_train_batch_size
     scale = args.teacher_guidance_scale
@@ -391,40 +392,44 @@ def _measure(
             passes.forward("teacher", samples("teacher", scale, evaluated)),
         )
 
-    def updates() -> tuple[int, dict[str, int]]:
-        activations, working = passes.update("policy", policy)
-        sizes = {"policy update": working}
+    def updates() -> tuple[int, dict[str, int], dict[str, int]]:
+        activations, *update = passes.update("policy", policy)
+        found = {"policy update": update}
         if args.fake_score_updates_per_policy_update:
             # On the same layers and as many samples, one update is as the other.
             alike = networks.teacher_family is networks.family and policy == count
-            sizes["fake-score update"] = working if alike else passes.update("fake_score", count)[1]
+            found["fake-score update"] = update if alike else [*passes.update("fake_score", count)[1:]]
+        sizes, added = ({name: figures[index] for name, figures in found.items()} for index in (0, 1))
         if sees_images and pulls:
             sizes["reward gradient"] = passes.decode(decoded, gradient=True)
-        return activations, sizes
+        return activations, sizes, added
 
-    kept, plain_sizes = updates()
+    kept, plain_sizes, plain_added = updates()
     passes.enable_checkpointing()
-    kept_with_checkpointing, sizes = updates()
-    both = {name: (size, size) for name, size in fixed.items()}
-    both |= {name: (size, sizes[name]) for name, size in plain_sizes.items()}
-    return both, (kept, kept_with_checkpointing)
+    kept_with_checkpointing, sizes, added = updates()
+    both = _pairs(fixed, fixed) | _pairs(plain_sizes, sizes)
+    return both, _pairs(plain_added, added), (kept, kept_with_checkpointing)
+
+
+def _pairs(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Two figures of each name."""
+    return {name: (first[name], second[name]) for name in first}
 
 
 def _changes(setup: Setup, args: RDMConfig) -> dict[str, Setup]:
     """What a user may try, as the setting and the setup that it makes."""
-    batch = min(1.0, args.num_generations / args.per_device_train_batch_size)
+    batch = _smaller_batch(setup, args.num_generations / args.per_device_train_batch_size)
     decoded = 1 / min(args.decode_batch_size, args.per_device_train_batch_size)
     away: set[str] = {"text_encoders", "rewards"} | ({"teacher"} if setup.full else set())
     changes: dict[str, dict[str, Any]] = {
         "activation_checkpointing: true": {"checkpointing": True},
         "prompt_cache_dir: FOLDER": {"offload": setup.offload | {"text_encoders"}, "caches_prompts": True},
-        f"per_device_train_batch_size: {args.num_generations} (and more gradient_accumulation_steps)": {"batch": batch},
+        f"per_device_train_batch_size: {args.num_generations} (and more gradient_accumulation_steps)": batch,
     }
     # Groups of at least two. With it the batch is one group.
     if (fewer := args.num_generations // 2) > 1:
-        smaller = fewer / args.per_device_train_batch_size
         name = f"num_generations: {fewer}, per_device_train_batch_size: {fewer} (more accumulation)"
-        changes[name] = {"batch": smaller}
+        changes[name] = _smaller_batch(setup, fewer / args.per_device_train_batch_size)
     changes |= {
         "decode_batch_size: 1": {"decoded": decoded},
         "offload: [rewards]": {"offload": setup.offload | {"rewards"}},
@@ -436,6 +441,11 @@ def _changes(setup: Setup, args: RDMConfig) -> dict[str, Setup]:
     if args.base_quantization is None and args.adapter_pass != "added":  # Neither can be cut.
         changes |= {f"shard: true, on {count} GPUs": {"shards": count} for count in (2, 4, 8) if count > setup.shards}
     return {name: replace(setup, **change) for name, change in changes.items()}
+
+
+def _smaller_batch(setup: Setup, share: float) -> dict[str, Any]:
+    """So much of a batch at once, and the rest in more micro-batches."""
+    return {"batch": min(1.0, share), "accumulates": setup.accumulates or share < 1}
 
 
 def _title(model: str | Path | Blueprint, family: Family, arguments: TrainArguments, args: RDMConfig, gpus: int) -> str:
