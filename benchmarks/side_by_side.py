@@ -13,10 +13,14 @@ diffusers' script for latent consistency, the least that a distillation by the t
 three uses this library.
 
 Passes count a forward pass of the batch as 1, and 3 if a backward pass follows. Ratios are within a round.
+
+Memory is what processes of their own take: once with what is freed given back, which is what a loop holds and
+``rdm-rl plan`` counts, and once with the C library as it comes, which keeps part of what is freed.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -30,11 +34,18 @@ from contenders import ConsistencyScript, Contender, Modelopt, Textbook
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from step_cost import in_turns, make_trainer, middle, ratios
 
+from rdm_rl.cli.plan.report import make_plan
+from rdm_rl.cli.plan.skeleton import read_blueprint
+from rdm_rl.cli.train import TrainArguments
 from rdm_rl.digits.data import TEACHER_FOLDER
 from rdm_rl.digits.students import LORA_RANK
 from rdm_rl.networks.roles import Role
 
 GIB = 2**30
+# The C library's own threshold at the start, above which what is freed goes back to the system. Set, it stays; else it
+# grows to 32 MiB, and smaller tensors lie on a heap that keeps the holes between them.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+LARGE, SMALL = ("5.5", "32"), ("1", "8")  # The U-Net's width and the latents' side.
 
 
 def ours(pipeline, batch, lora, steps=4, fake_updates=2, **settings):
@@ -126,55 +137,78 @@ def networks_of(contender):
     return dict.fromkeys(contender.networks.module(role) for role in get_args(Role))
 
 
+def widened(config, width, sample_size):
+    """A U-Net's configuration, so many times as wide."""
+    channels = [round(width * channels / 8) * 8 for channels in config["block_out_channels"]]
+    return {**config, "sample_size": sample_size, "block_out_channels": channels}
+
+
 def load(width=1, sample_size=None):
     """The digits' pipeline, or one with a random U-Net that is so many times as wide."""
     pipeline = StableDiffusionPipeline.from_pretrained(TEACHER_FOLDER)
     if width != 1:
-        config = {**pipeline.unet.config, "sample_size": sample_size}
-        config["block_out_channels"] = [round(width * channels / 8) * 8 for channels in config["block_out_channels"]]
-        pipeline.unet = UNet2DConditionModel.from_config(config)
+        pipeline.unet = UNet2DConditionModel.from_config(widened(pipeline.unet.config, width, sample_size))
     return pipeline
 
 
-def peak(title, name, width, sample_size):
-    """The most that this process has in memory after two updates, less what it had before, in GiB."""
+def peak(title, name, width, sample_size, batch):
+    """The most that this process has in memory after two updates, less what it had before, and what the plan says."""
+    width, sample_size = float(width), int(sample_size)
     before = psutil.Process().memory_info().rss
-    contender = MEMORY[title][name](load(float(width), int(sample_size)), 2)
+    contender = MEMORY[title][name](load(width, sample_size), int(batch))
     for _ in range(2):
         contender.update()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / GIB
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return most, 0 if isinstance(contender, Contender) else planned(title, contender.args, width, sample_size)
 
 
-def peak_of_process(*arguments):
+def planned(title, args, width, sample_size):
+    """What ``rdm-rl plan`` says of our trainer's settings."""
+    model = read_blueprint(TEACHER_FOLDER)
+    arguments = {"model_name_or_path": "", "dataset": "digits", "lora_r": LORA_RANK, "full": title == "all weights"}
+    model["unet"] = widened(model["unet"], width, sample_size)
+    return make_plan(model, TrainArguments(**arguments), args).peak
+
+
+def peak_of_process(*arguments, gives_back=True):
     """:func:`peak` in a process of its own."""
     process = [sys.executable, __file__, "--peak", *arguments]
-    return json.loads(subprocess.run(process, check=True, stdout=subprocess.PIPE).stdout)
+    environment = os.environ | (GIVES_BACK if gives_back else {})
+    return json.loads(subprocess.run(process, check=True, stdout=subprocess.PIPE, env=environment).stdout)
 
 
-def memory():
-    """The peak of each contender, less its peak with the digits' own U-Net (code, mostly), as Markdown."""
-    print("| group | update of | peak, GiB | ours / it |\n|---|---|---|---|")
+def memory(batch):
+    """The peak of each contender less its peak with the digits' own U-Net (code, mostly), as Markdown."""
+    print("| group | update of | peak, GiB | ours / it | plan / it | with holes, GiB |\n|---|---|---|---|---|---|")
     for title, group in MEMORY.items():
         peaks = {}
         for name in without_missing(group):
-            peaks[name] = peak_of_process(title, name, "5.5", "32") - peak_of_process(title, name, "1", "8")
-            print(f"| {title} | {name} | {peaks[name]:.2f} | {peaks['ours'] / peaks[name]:.2f} |")
+            (least, small_plan), (most, large_plan) = (
+                peak_of_process(title, name, *size, str(batch)) for size in (SMALL, LARGE)
+            )
+            holes, _ = peak_of_process(title, name, *LARGE, str(batch), gives_back=False)
+            peaks[name], plan = most - least, large_plan - small_plan
+            print(
+                f"| {title} | {name} | {peaks[name] / GIB:.2f} | {peaks['ours'] / peaks[name]:.2f} "
+                f"| {f'{plan / peaks[name]:.3f}' if plan else ''} | {(holes - least) / GIB:.2f} |",
+                flush=True,
+            )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, help="samples: 64, and 2 for memory, if it is not said")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak:
         print(json.dumps(peak(*options.peak)))
     elif options.memory:
-        memory()
+        memory(options.batch or 2)
     else:
-        times(options.batch, options.rounds)
+        times(options.batch or 64, options.rounds)
 
 
 if __name__ == "__main__":
