@@ -8,6 +8,7 @@
     python benchmarks/scene_students.py --steps 1 --study groups
     python benchmarks/scene_students.py --steps 4 --study warm
     python benchmarks/scene_students.py --steps 1 --study thorough
+    python benchmarks/scene_students.py --steps 4 --study random_times
     python benchmarks/scene_students.py --steps 2 --study black_boxes
     python benchmarks/scene_students.py --steps 4 --table        # only print the table again
     python benchmarks/scene_students.py --steps 4 --development --seeds 11    # network A, for choosing
@@ -20,7 +21,8 @@ teacher (``excess``); the share of images that show all that was asked for, by n
 adds the reward ``scene_logprob`` by adaptive and by constant weights, and measures it, too; ``--study length`` trains
 four times as long; ``--study groups`` has 16 prompts x 2 in an update beside 4 x 8; ``--study warm`` begins with a warm
 start for four steps, too; ``--study thorough`` has a warm start ten times as long, larger batches and three times the
-updates; ``--study black_boxes`` hands over the reward as plain numbers, too, and leaves out distribution matching.
+updates; ``--study random_times`` has it for students that keep their noise, and learn at random times;
+``--study black_boxes`` hands over the reward as plain numbers, too, and leaves out distribution matching.
 Network evaluations are counted as in ``reuse.py``.
 Every arm is one JSON file, so an interrupted run goes on where it was.
 """
@@ -60,7 +62,7 @@ from rdm_rl.trainers.methods import method_settings
 NUM_IMAGES = 300
 SEEDS = [9200, 9201, 9202, 9203, 9204]  # No setting was chosen on these.
 REFERENCES = {
-    **dict.fromkeys(["scales", "warm", "thorough"], "dmd"),
+    **dict.fromkeys(["scales", "warm", "thorough", "random_times"], "dmd"),
     "length": "group_rms",
     "groups": "group_rms, 4 x 8",
     "rewards": "gndm",
@@ -94,6 +96,7 @@ THOROUGH = {
     "warm_start_num_states": 4096,
     "learning_rate": 1e-4,
 }
+KEEPS_NOISE = {"sampler": "ddim", "eta": 0.0}
 FEW = {4: 2, 2: 2, 1: 1}  # Updates of the fake score, as benchmarks/lab/lab.md recommends.
 UPDATES = 48
 SCALES = {"dmd": "sample", "group": "group", "group_rms": "group_rms", "none": "none"}
@@ -130,6 +133,12 @@ def scales(few, steps):
 def two_scales(few, steps, updates):
     for name in ("dmd", "group_rms"):
         yield name, updates, matching(name, few)
+
+
+def random_times(few, steps):
+    for name in ("dmd", "group_rms"):
+        yield name, 3 * UPDATES, {**matching(name, few), "random_times": 28}
+        yield f"{name}, own times", 3 * UPDATES, matching(name, few)
 
 
 def lengths(few, steps):
@@ -173,6 +182,7 @@ STUDIES = {
     "scales": scales,
     "warm": partial(two_scales, updates=UPDATES),
     "thorough": partial(two_scales, updates=3 * UPDATES),
+    "random_times": random_times,
     "length": lengths,
     "groups": groups,
     "rewards": rewards,
@@ -267,11 +277,13 @@ def run_seed(folder, seed, steps, study, development, settings, only):
         return
     judge = Judge(folder.parent, seed, development)
     run_stock(folder, seed, steps, judge)
-    begins_anew = study in ("warm", "thorough")
+    begins_anew = study in ("warm", "thorough", "random_times")
     common = FROM_TEACHER if steps == 4 and not begins_anew else FROM_WARM_START
-    if study == "thorough":
+    if study in ("thorough", "random_times"):
         # With guidance, what is solved again at each of four steps is no longer the teacher's.
         common = {**common, **THOROUGH, "warm_start": "denoise" if steps == 4 else "ode"}
+    if study == "random_times":
+        common |= KEEPS_NOISE
     settings = {**common, **settings}
     work = (folder if begins_anew else folder.parent / f"K{steps}") / "work" / str(seed)
     if settings.get("warm_start") != "none":

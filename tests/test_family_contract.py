@@ -134,6 +134,13 @@ def test_a_prompt_is_cut_where_the_family_says(family: Family) -> None:
         assert all((cut.count, cut.longest > cut.limit) == (1, True) for cut in reported.values())
 
 
+def test_a_pipeline_without_its_tokenizers_cuts_no_prompt(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts may have been encoded before, and the encoders left away."""
+    for name in family.tokenizers:
+        monkeypatch.setattr(family.pipeline, name, None)
+    assert family.cut_prompts(["x" * 2000]) == []
+
+
 def test_prediction_of_x_0_is_the_scheduler_s(family: Family) -> None:
     x_t, texts = latents(2, *family.latent_shape), prompts(family)
     conditioning = family.encode(texts)

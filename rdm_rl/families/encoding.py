@@ -189,7 +189,7 @@ class PromptEncoding(ABC):
         if hasattr(self.pipeline, "_text_preprocessing"):  # Sana's and PixArt's read small letters only.
             texts = self.pipeline._text_preprocessing(texts)
         names: dict[tuple[int, int, int], list[str]] = {}
-        for name, limit in self.token_limits.items():
+        for name, limit in (self.token_limits if self.tokenizers else {}).items():  # Prompts may be given encoded.
             too_long = [length for length in _token_counts(self.tokenizers[name], texts) if length > limit]
             if too_long:
                 names.setdefault((limit, len(too_long), max(too_long)), []).append(name)

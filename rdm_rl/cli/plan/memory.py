@@ -119,9 +119,8 @@ def phases(
     working = {"optimiser step": max(gradients.values(), default=0) * (1 if setup.fused else 2)}
     for name, measured in passes.items():
         share = setup.decoded if name in DECODES else 1.0 if name == "evaluation" else setup.batch
-        if (
-            name in added and not setup.accumulates
-        ):  # The most of both is convex in what gradients weigh: a bound if cut.
+        if name in added and not setup.accumulates:
+            # Shared out, a bound: the most of gradients and activations together is convex in the gradients' weight.
             gradients[name] = added[name][setup.checkpointing] // (setup.shards if setup.full else 1)
         working[name] = int(measured[setup.checkpointing] * share) + gradients.get(name, 0)
     if "text_encoders" in setup.offload:
