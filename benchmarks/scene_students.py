@@ -138,7 +138,7 @@ def two_scales(few, steps, updates):
 def random_times(few, steps):
     for name in ("dmd", "group_rms"):
         yield name, 3 * UPDATES, {**matching(name, few), "random_times": 28}
-        yield f"{name}, own times", 3 * UPDATES, matching(name, few)
+    yield "group_rms, own times", 3 * UPDATES, matching("group_rms", few)
 
 
 def lengths(few, steps):
