@@ -48,7 +48,7 @@ pipe.scheduler = {scheduler}.from_pretrained("{student}", subfolder="scheduler")
 _DRAWING = """
 `{file}` is for {programs}{sampler}.
 """
-_SAMPLER_IN_COMFYUI = ": in ComfyUI with the sampler `lcm` and {times}"
+_SAMPLER_IN_COMFYUI = ": in ComfyUI with the sampler `{name}` and {times}"
 
 KOHYA_LORA = "kohya_lora.safetensors"
 logger = logging.getLogger(__name__)
@@ -144,7 +144,8 @@ def save_student(
     drawing = _DRAWING.format(
         file=drawing_file,
         programs="ComfyUI, A1111 and Forge" if family.network_name == "unet" else "ComfyUI",
-        sampler=_SAMPLER_IN_COMFYUI.format(times=family.comfyui_times) if sampler == "renoise" else "",
+        # Any other walks without new noise in use.
+        sampler=_SAMPLER_IN_COMFYUI.format(name="lcm" if sampler == "renoise" else "euler", times=family.comfyui_times),
     )
     use = family.student_call(num_inference_steps, sampler, guidance_scale)
     call = [

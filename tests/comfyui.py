@@ -6,6 +6,7 @@ Source: github.com/Comfy-Org/ComfyUI, read on 2026-11-29:
 - tensors that a layer may have: comfy/weight_adapter/lora.py (6f98b15);
 - which models there are: comfy/supported_models.py (01f03bb);
 - schedulers: comfy/samplers.py (311c014), over the levels of comfy/model_sampling.py (2fd2083);
+- the sampler ``euler``: algorithm 2 of Karras et al. (2022) without churn, in copies of comfy/k_diffusion/sampling.py;
 - inputs of nodes: nodes.py (02217e3);
 - the node Flux2Scheduler: comfy_extras/nodes_flux.py, in copies whose commits are not known.
 """
@@ -224,6 +225,16 @@ def walked_by_lcm(
     for sigma, following, noise in zip(sigmas, [*sigmas[1:], torch.zeros(())], [*noises[1:], 0], strict=True):
         x_0 = x_t - sigma * network(x_t if is_flow else x_t / (1 + sigma**2).sqrt(), sigma)
         x_t = following * noise + (1 - following if is_flow else 1) * x_0
+    return x_t
+
+
+def walked_by_euler(
+    network: Callable[[Tensor, Tensor], Tensor], sigmas: Tensor, noise: Tensor, *, is_flow: bool
+) -> Tensor:
+    """What the sampler ``euler`` makes of such a network and of this noise."""
+    x_t = noise * (1 if is_flow else (1 + sigmas[0] ** 2).sqrt())
+    for sigma, following in zip(sigmas, [*sigmas[1:], torch.zeros(())], strict=True):
+        x_t = x_t + (following - sigma) * network(x_t if is_flow else x_t / (1 + sigma**2).sqrt(), sigma)
     return x_t
 
 

@@ -23,7 +23,7 @@ from rdm_rl.families.adapters import DIFFUSERS_LORA, adapter_scales
 from rdm_rl.families.kohya import sgm_name
 from rdm_rl.families.sd import StableDiffusionFamily
 from rdm_rl.networks.roles import AdapterNetworks
-from rdm_rl.policy import rollout
+from rdm_rl.policy import make_sampler, renoise, rollout
 from rdm_rl.student import KOHYA_LORA, save_student
 from tests import comfyui
 from tests.helpers import EXAMPLES, latents, prompt_batch, table_rows
@@ -256,13 +256,24 @@ def test_the_page_s_table_of_steps(tmp_path: Path) -> None:
         assert (printed[0] == printed[1]) == (1000 % steps == 0)
 
 
+@pytest.mark.parametrize(("sampler", "name"), [("renoise", "lcm"), ("ddim", "euler")])
+def test_the_card_names_comfyui_s_sampler(sampler: str, name: str, tmp_path: Path) -> None:
+    networks = AdapterNetworks(load_family(tiny_sd(tmp_path)), PLAIN, torch.Generator().manual_seed(0))
+    settings = {"num_inference_steps": 4, "sampler": sampler, "base": "a", "facts": {}}
+    save_student(tmp_path / "student", networks, **settings)
+    assert f"in ComfyUI with the sampler `{name}`" in (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("sampler", ["lcm", "euler"])
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
-def test_comfyui_s_lcm_takes_the_student_s_steps(kind: str, tmp_path: Path) -> None:
+def test_comfyui_s_samplers_take_the_student_s_steps(kind: str, sampler: str, tmp_path: Path) -> None:
     family, steps = load_family(TINY[kind](tmp_path)), 4
     batch = prompt_batch(2, family.encode(["the digit 3", "the digit 4"]))
     noises = [latents(2, *family.latent_shape, seed=seed) for seed in range(steps)]
     draws = iter(noises[1:])
+    is_flow = isinstance(family, FlowFamily)
+    keeps_noise = make_sampler("cps" if is_flow else "ddim", 0.0)
     chains = rollout(
         partial(family.predict_x_0, family.network),
         batch,
@@ -270,11 +281,11 @@ def test_comfyui_s_lcm_takes_the_student_s_steps(kind: str, tmp_path: Path) -> N
         family.student_times(steps),
         shape=family.latent_shape,
         generator=torch.Generator().manual_seed(0),
+        sampler=renoise if sampler == "lcm" else keeps_noise,
         step_noise=lambda *_: next(draws),
     )
     # The levels that the scheduler picks from, and the time that the network is told at each.
     times = (torch.arange(1000) + 1) / 1000
-    is_flow = isinstance(family, FlowFamily)
     if is_flow:
         times = table = family.schedule.shift * times / (1 + (family.schedule.shift - 1) * times)
     else:
@@ -284,11 +295,14 @@ def test_comfyui_s_lcm_takes_the_student_s_steps(kind: str, tmp_path: Path) -> N
         time = times[(table - sigma).abs().argmin()]
         return family.forward(family.network, x_t, time.expand(2), batch.conditioning)
 
-    sigmas = table[comfyui.simple_timesteps(steps)]
-    x_0 = comfyui.walked_by_lcm(network, sigmas, noises, is_flow=is_flow)
+    def walked(timesteps: list[int]) -> Tensor:
+        if sampler == "lcm":
+            return comfyui.walked_by_lcm(network, table[timesteps], noises, is_flow=is_flow)
+        return comfyui.walked_by_euler(network, table[timesteps], noises[0], is_flow=is_flow)
+
+    x_0 = walked(comfyui.simple_timesteps(steps))
     torch.testing.assert_close(x_0, chains.x_0[-1], rtol=1e-3, atol=1e-4)
-    others = table[[999, 759, 499, 259]]  # Ten of 1000 are seen.
-    assert (comfyui.walked_by_lcm(network, others, noises, is_flow=is_flow) - x_0).abs().max() > 1e-2
+    assert (walked([999, 759, 499, 259]) - x_0).abs().max() > 1e-2  # Ten of 1000 are seen.
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux_dev", "flux_schnell", "zimage"])
