@@ -349,7 +349,8 @@ def _records(family: Family, args: RDMConfig, rewards: int) -> int:
     channels, height, width = family.latent_shape
     latent: int = 4 * channels * height * width
     pixels = 4 * 3 * height * width * family.pixels_per_latent**2
-    sample = (2 * args.num_inference_steps + rewards * args.num_replayed_steps) * latent
+    walked = args.random_times or args.num_inference_steps
+    sample = (2 * walked + rewards * args.num_replayed_steps) * latent
     sample += _bytes(encoded_prompts(family, 1).tensors.values())
     # The last rollouts are let go when the new ones are there.
     count: int = args.per_device_train_batch_size
