@@ -60,6 +60,15 @@ class NoiseSchedule(ABC):
         """
         return torch.linspace(start, 0, steps + 1)
 
+    def spaced(self, even: Tensor, steps: int) -> Tensor:
+        """Times that lie among those of the model's sampler as even ones lie among even ones.
+
+        Args:
+            even: Times in [0, 1], any shape.
+            steps: Steps of that sampler.
+        """
+        return even
+
     def perturb(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         r"""A noisy sample, :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`.
 
@@ -139,11 +148,18 @@ class FlowMatching(NoiseSchedule):
 
     def descent(self, start: float, steps: int) -> Tensor:
         """Times evenly spaced before the shift."""
-        shift = self.shift * self.shift_per_step**steps
-        even = torch.linspace(start / (shift - (shift - 1) * start), 0, steps + 1)
-        times = shift * even / (1 + (shift - 1) * even)
+        shift = self._shift(steps)
+        times = self.spaced(torch.linspace(start / (shift - (shift - 1) * start), 0, steps + 1), steps)
         times[0] = start  # Exactly: the rounding of there and back would leave a gap to the given state.
         return times
+
+    def spaced(self, even: Tensor, steps: int) -> Tensor:
+        """The shifted times; 1 stays exactly 1."""
+        shift = self._shift(steps)
+        return torch.where(even == 1, even, shift * even / (1 + (shift - 1) * even))
+
+    def _shift(self, steps: int) -> float:
+        return self.shift * self.shift_per_step**steps
 
     def timestep(self, t: Tensor) -> Tensor:
         """The time times ``steps``, float32."""

@@ -182,6 +182,20 @@ def test_students_share_what_they_have_in_common(tmp_path: Path) -> None:
     assert len(pairs.states) == 5
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_students_that_keep_noise_share_what_has_the_same_way(eta: float, tmp_path: Path) -> None:
+    """The first solutions, and no states that other steps lead to."""
+    settings = {"sampler": make_sampler("ddim", eta), "times": (1.0, 0.5)}
+    alone = collect(CountingTeacher(), tmp_path / "alone", **settings)
+    collect(CountingTeacher(), tmp_path / "shared")  # It draws its noise anew.
+    collect(CountingTeacher(), tmp_path / "shared", sampler=settings["sampler"])  # In four steps.
+    teacher = CountingTeacher()
+    shared = collect(teacher, tmp_path / "shared", **settings)
+    assert teacher.calls == 3 * 2  # At the second time alone.
+    assert torch.equal(shared.states, alone.states)
+    assert torch.equal(shared.solutions, alone.solutions)
+
+
 def test_denoising_goes_back_to_the_samples_that_the_states_are_made_from(tmp_path: Path) -> None:
     teacher = CountingTeacher()
     solved, pairs = collect(CountingTeacher(), tmp_path / "solved"), collect(teacher, tmp_path / "x", solve_later=False)

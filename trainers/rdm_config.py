@@ -256,11 +256,16 @@ def _refuse_policy_gradient(args: RDMConfig) -> None:
             f"importance_weight_clip={args.importance_weight_clip} is set, but no rollout is used twice: set "
             "num_iterations to 2 or more, or leave it out."
         )
+    if args.random_times and args.num_replayed_steps > 1:
+        raise ValueError(
+            f"num_replayed_steps={args.num_replayed_steps} is set, but with random_times={args.random_times} only the "
+            "last step of a walk is kept. Set num_replayed_steps=1, or leave random_times out."
+        )
     if args.random_times and (args.has_random_steps or args.num_inference_steps == 1):
         raise ValueError(
             f"random_times={args.random_times} is for students of two steps or more, each of which keeps its noise, "
             f"not for num_inference_steps={args.num_inference_steps}, sampler={args.sampler!r} and eta={args.eta}. Set "
-            "sampler='ddim' (for flow models 'cps') and eta=0, or leave it out."
+            "sampler='ddim' (for flow models 'cps' or 'flow_sde') and eta=0, or leave it out."
         )
     if args.beta and not args.has_random_steps:
         raise ValueError(

@@ -279,7 +279,7 @@ class RDMTrainer(StudentRun):
         if longest is None:
             return self._walk(batch, noise, self.sampler, family)
         draw = seeded_generator(self.args.seed, f"{batch.stream}/random_times", batch.update)
-        times = random_times(longest, draw).to(self.device)
+        times = family.schedule.spaced(random_times(longest, draw), self.args.num_inference_steps).to(self.device)
         return self._walk(batch, noise, self.sampler, family, times).only(-1)
 
     def compute_rewards(self, rollout: Rollout, step: int) -> dict[str, Judgement]:

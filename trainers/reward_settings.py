@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
-from rdm_rl.rewards.kinds import TrainingReward
+from rdm_rl.rewards.kinds import PathwiseReward, TrainingReward
 from rdm_rl.trainers.rdm_config import RDMConfig
 from rdm_rl.weighting import AdaptiveWeighting, Weighting, make_weighting
 
@@ -121,6 +121,13 @@ def check_reward_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]
             f"random_times={args.random_times} keeps the last step of a walk alone, but first_step_anchor and rewards "
             "that compare with the teacher's images begin with its first noise. Leave one of them out."
         )
+    if args.random_times and args.pathwise_steps == "last":
+        looking = [name for name, reward in rewards.items() if isinstance(reward, PathwiseReward)]
+        if looking:
+            raise ValueError(
+                f"random_times={args.random_times}: the last step of a walk may be at any time, so the reward "
+                f"{looking[0]!r} would see predictions from much noise, too. Set pathwise_steps='any' if that is meant."
+            )
     directed = any(reward.needs_fake_score for reward in rewards.values())  # rdm, or the user's.
     ratios = boxes or (args.num_iterations > 1 and directed) or args.beta
     if _changed(args, ["importance_sampling_level"]) and not ratios:

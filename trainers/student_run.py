@@ -287,8 +287,6 @@ class StudentRun(TrainingLoop):
             guidance=guidance,
             steps=args.warm_start_ode_steps,
             start=times[0].item(),
-            sampler=args.sampler,
-            eta=args.eta,
             seed=args.seed,
             first=rank * count,
         )
@@ -569,7 +567,7 @@ class StudentRun(TrainingLoop):
         if self.reference is not None:
             tensors["reference"] = self.reference.tensors()
         if self._last_rollout is not None:
-            tensors["last_samples"] = {"states": self._last_rollout.states, "x_0": self._last_rollout.x_0}
+            tensors["last_samples"] = {name: getattr(self._last_rollout, name) for name in ("times", "states", "x_0")}
         self.state.stateful_callbacks = callback_states(self.callback_handler)
         writes = self.accelerator.is_main_process
         tensors, state = gather(
@@ -615,5 +613,4 @@ class StudentRun(TrainingLoop):
         if "last_samples" in tensors and self.state.global_step > 0 and alone and not changed:
             batch = next(self.prompt_batches((self.state.global_step - 1) // self.args.num_iterations))
             samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
-            times = self.times_of(self.family_at(batch))
-            self._last_rollout = Rollout(batch=batch, times=times, states=samples["states"], x_0=samples["x_0"])
+            self._last_rollout = Rollout(batch=batch, **samples)

@@ -12,7 +12,7 @@ sampler would lead if it predicted these samples (their re-noising to :math:`t_k
 ===========  ====================================================================================================
 
 The loss is L1 on x_0. Solutions are kept on disk in one file for each student time and chunk, so an interrupted
-collection continues where it stopped, and students with other numbers of steps share what they have in common.
+collection continues where it stopped, and students with other steps and samplers share what they have in common.
 
 References:
     | Improved Distribution Matching Distillation for Fast Image Synthesis (Yin et al., 2024) initialises its one-step
@@ -24,6 +24,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 from zlib import crc32
@@ -36,7 +37,7 @@ from rdm_rl.files import load_tensors, save_tensors
 from rdm_rl.noise_schedule import NoiseSchedule
 from rdm_rl.policy import Sampler, X0Predictor, ode_solution
 from rdm_rl.randomness import drawn_index, normal, seeded_generator
-from rdm_rl.records import Conditioning
+from rdm_rl.records import Conditioning, Transition
 from rdm_rl.settings import Count, Folder, Positive, Size, setting
 from rdm_rl.trainers.optimization import RoleOptimizer
 
@@ -115,28 +116,27 @@ def collect_pairs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts, solved = range(0, len(prompts), batch_size), len(times) if solve_later else 1
+    ways = [sampler(schedule, torch.tensor(before), torch.tensor(t)) for before, t in pairwise(times)]
     pieces = []
     bar = tqdm(total=len(starts) * solved, desc="warm start: teacher solutions", disable=not show_progress)
     for start in starts:
         chunk = list(prompts[start : start + batch_size])
-        before: tuple[float, Tensor] | None = None
-        samples = torch.empty(0)  # Those of the first time.
-        name = crc32("\n".join(chunk).encode())  # Other prompts make other files.
-        for t in times:
+        states = samples = torch.empty(0)
+        for t, way, path in zip(times, [None, *ways], _paths(ways), strict=True):
             generator = seeded_generator(seed, "warm_start", first + start, round(t * 10000))
-            draw = partial(_states, schedule, sampler, before, samples, t, (len(chunk), *shape), generator, device)
-            if before is None or solve_later:
+            draw = partial(_states, way, states, samples, (len(chunk), *shape), generator, device)
+            if way is None or solve_later:
+                name = crc32("\n".join([*chunk, path]).encode())  # Other prompts, or other states, make other files.
                 file = folder / f"t{t:.4f}-{start:06d}-{len(chunk)}-{name:08x}.safetensors"
                 if anywhere(not file.exists()):
                     states = draw()
                     solutions = ode_solution(teacher, states, t, encode(chunk), schedule, ode_steps)
                     save_tensors(file, {"states": states, "solutions": solutions}, prompts=json.dumps(chunk))
-                states, targets = _read(file, chunk)
+                states, targets = (tensor.to(device) for tensor in _read(file, chunk))
                 bar.update()
             else:
                 states, targets = draw(), samples
-            samples = targets.to(device) if before is None else samples
-            before = t, states.to(device)
+            samples = targets if way is None else samples
             pieces.append((states.cpu(), targets.cpu(), torch.full((len(chunk),), t), chunk))
     bar.close()
     return OdePairs(
@@ -147,23 +147,29 @@ def collect_pairs(
     )
 
 
+def _paths(ways: Sequence[Transition]) -> list[str]:
+    """What the states of each time depend on beside samples and new noise: the steps since the noise was last new."""
+    path: list[list[float]] = []
+    paths = [""]
+    for way in ways:
+        path = [*(path if way.state_scale else []), [way.x_0_scale.item(), way.state_scale.item(), way.std.item()]]
+        paths.append(repr(path))
+    return paths
+
+
 def _states(
-    schedule: NoiseSchedule,
-    sampler: Sampler,
-    before: tuple[float, Tensor] | None,
+    way: Transition | None,
+    states: Tensor,
     samples: Tensor,
-    t: float,
     shape: Sequence[int],
     generator: torch.Generator,
     device: torch.device,
 ) -> Tensor:
-    """Noise for the first time; for the others where the sampler leads from those before, predicting the samples."""
+    """Noise for the first time; for the others where the way leads from the states before, predicting the samples."""
     noise = normal(shape, generator, device)
-    if before is None:
+    if way is None:
         return noise
-    last_t, states = before
-    transition = sampler(schedule, torch.tensor(last_t, device=device), torch.tensor(t, device=device))
-    return transition.mean(samples, states if transition.state_scale else None) + transition.std * noise
+    return way.mean(samples, states if way.state_scale else None) + way.std * noise
 
 
 def regress(

@@ -349,12 +349,13 @@ def _records(family: Family, args: RDMConfig, rewards: int) -> int:
     channels, height, width = family.latent_shape
     latent: int = 4 * channels * height * width
     pixels = 4 * 3 * height * width * family.pixels_per_latent**2
-    walked = args.random_times or args.num_inference_steps
-    sample = (2 * walked + rewards * args.num_replayed_steps) * latent
+    recorded = 1 if args.random_times else args.num_inference_steps
+    sample = (2 * recorded + rewards * args.num_replayed_steps) * latent
     sample += _bytes(encoded_prompts(family, 1).tensors.values())
     # The last rollouts are let go when the new ones are there.
     count: int = args.per_device_train_batch_size
-    return count * (2 * int(args.gradient_accumulation_steps) * sample + pixels)
+    walk = 2 * (args.random_times or 0) * latent  # One batch's, of which the last step is kept.
+    return count * (2 * int(args.gradient_accumulation_steps) * sample + walk + pixels)
 
 
 def _measure(
@@ -401,6 +402,8 @@ def _measure(
             alike = networks.teacher_family is networks.family and policy == count
             found["fake-score update"] = update if alike else [*passes.update("fake_score", count)[1:]]
         sizes, added = ({name: figures[index] for name, figures in found.items()} for index in (0, 1))
+        if args.num_replayed_steps > 1:
+            del added["policy update"]  # Several steps add up as micro-batches do.
         if sees_images and pulls:
             sizes["reward gradient"] = passes.decode(decoded, gradient=True)
         return activations, sizes, added
