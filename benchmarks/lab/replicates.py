@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -122,8 +123,9 @@ class Replicates:
         start = torch.randn(count, 1, 1, self.dimensions, generator=draw)
         x_0 = ode_solution(teacher, start, 1.0, NO_PROMPT, SCHEDULE, 50)
         starts, ends = [start], [x_0]
-        for t in self.times[1:]:
-            starts.append(SCHEDULE.perturb(x_0, torch.randn(x_0.shape, generator=draw), t.expand(count)))
+        for before, t in pairwise(self.times):
+            way, noise = self.sampler(SCHEDULE, before, t), torch.randn(x_0.shape, generator=draw)
+            starts.append(way.mean(x_0, starts[-1] if way.state_scale else None) + way.std * noise)
             ends.append(ode_solution(teacher, starts[-1], float(t), NO_PROMPT, SCHEDULE, 50))
         shape = (len(self.times), len(self.seeds), NUM_PROMPTS, WARM_START_STATES, self.dimensions)
         states, targets = torch.stack(starts).view(shape), torch.stack(ends).view(shape)

@@ -90,6 +90,12 @@ def table(problem, steps, folder):
         row, updates = result["results"]["budget 1000"], result["updates"]["budget 1000"]
         against = difference(row["energy"], base["budget 1000"]["energy"]) if name != "dmd" else " | | "
         lines.append(f"| {name} | {updates} | {cells(row)} | {against} |")
+    if steps > 1:  # Students that keep their noise begin elsewhere.
+        marks = ["start", f"budget {BUDGETS[0]}", f"budget {BUDGETS[-1]}"]
+        lines += ["", "| energy distance | start | after a quarter of the evaluations | at the end |", "|---|---|---|---|"]
+        for name, result in results.items():
+            energies = " | ".join(f"{statistics.mean(result['results'][mark]['energy']):.4f}" for mark in marks)
+            lines.append(f"| {name} | {energies} |")
     long = [
         (name, result["results"])
         for name, result in results.items()
