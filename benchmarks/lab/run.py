@@ -92,7 +92,7 @@ def table(problem, steps, folder):
         lines.append(f"| {name} | {updates} | {cells(row)} | {against} |")
     if steps > 1:  # Students that keep their noise begin elsewhere.
         marks = ["start", f"budget {BUDGETS[0]}", f"budget {BUDGETS[-1]}"]
-        lines += ["", "| energy distance | start | after a quarter of the evaluations | at the end |", "|---|---|---|---|"]
+        lines += ["", "| energy distance | start | a quarter of the evaluations | the end |", "|---|---|---|---|"]
         for name, result in results.items():
             energies = " | ".join(f"{statistics.mean(result['results'][mark]['energy']):.4f}" for mark in marks)
             lines.append(f"| {name} | {energies} |")
