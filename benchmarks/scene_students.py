@@ -137,8 +137,8 @@ def two_scales(few, steps, updates):
 
 def random_times(few, steps):
     for name in ("dmd", "group_rms"):
-        yield name, 3 * UPDATES, {**matching(name, few), "random_times": 28}
-    yield "group_rms, own times", 3 * UPDATES, matching("group_rms", few)
+        yield name, 3 * UPDATES, {**KEEPS_NOISE, **matching(name, few), "random_times": 28}
+    yield "group_rms, own times", 3 * UPDATES, {**KEEPS_NOISE, **matching("group_rms", few)}
 
 
 def lengths(few, steps):
@@ -283,7 +283,7 @@ def run_seed(folder, seed, steps, study, development, settings, only):
         # With guidance, what is solved again at each of four steps is no longer the teacher's.
         common = {**common, **THOROUGH, "warm_start": "denoise" if steps == 4 else "ode"}
     if study == "random_times":
-        common |= KEEPS_NOISE
+        common |= KEEPS_NOISE  # The warm start's, too.
     settings = {**common, **settings}
     work = (folder if begins_anew else folder.parent / f"K{steps}") / "work" / str(seed)
     if settings.get("warm_start") != "none":
