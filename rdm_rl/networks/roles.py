@@ -382,9 +382,9 @@ def _check_compiled(network: nn.Module, device: torch.device) -> None:
     """Raise where a whole network is compiled in place for a CPU: its gradients can be wrong without a sign."""
     if device.type == "cpu" and network._compiled_call_impl is not None:
         raise ValueError(
-            f"The {type(network).__name__} is compiled as a whole. On a CPU torch's inductor then gave most weights of a "
-            "U-Net no gradient, without a message; other networks were not checked. Compile its repeated blocks alone "
-            "(compile_repeated_blocks()), or nothing."
+            f"The {type(network).__name__} is compiled as a whole. On a CPU torch's inductor then gave most weights of "
+            "a U-Net no gradient, without a message; other networks were not checked. Compile its repeated blocks "
+            "alone (compile_repeated_blocks()), or nothing."
         )
 
 
