@@ -612,5 +612,5 @@ class StudentRun(TrainingLoop):
         alone = self.accelerator.num_processes == 1
         if "last_samples" in tensors and self.state.global_step > 0 and alone and not changed:
             batch = next(self.prompt_batches((self.state.global_step - 1) // self.args.num_iterations))
-            samples = {name: value.to(self.device) for name, value in tensors["last_samples"].items()}
-            self._last_rollout = Rollout(batch=batch, **samples)
+            times, states, x_0 = (tensors["last_samples"][name].to(self.device) for name in ("times", "states", "x_0"))
+            self._last_rollout = Rollout(batch=batch, times=times, states=states, x_0=x_0)
