@@ -150,6 +150,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"random_times": 28, "sampler": "ddim", "eta": 0.0, "num_inference_steps": 1}, "for students of two steps"),
     ({"random_times": 28, "num_replayed_steps": 2}, "num_replayed_steps=2 is set, but with random_times=28"),
     ({"random_times": 1}, "random_times=1"),
+    ({"torch_compile": True}, "torch_compile=True is set, but RDMTrainer does not act on it. Compile the pipeline's"),
     ({"beta": 0.1, "num_inference_steps": 1}, "beta=0.1 compares the policy's random steps"),
     ({"beta": 0.1, "sampler": "ddim", "eta": 0.0}, "sampler='ddim', eta=0.0. Set beta=0."),
     # Inherited fields.

@@ -80,7 +80,11 @@ INHERITED: dict[str, dict[str, str]] = {
 
 _SHARD = "Networks that many GPUs share: shard=True."
 _EVALUATE = "Checkpoints that save_steps keeps are compared by `rdm-rl evaluate`."
+_COMPILE = "Compile the pipeline's repeated blocks yourself, where that pays: docs/making_it_fast.md says how."
 INSTEAD = {
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
     "fsdp": _SHARD,
     "deepspeed": _SHARD,
     "auto_find_batch_size": "What fits, says `rdm-rl plan`.",
