@@ -473,7 +473,7 @@ class PolicySettings:
     random_times: RandomTimes | None = setting(
         None,
         "Train on walks down to one of up to so many random times, of which only the last is learnt from, instead of "
-        "on the student's own K (CDM: 28). Needs `eta=0`, with `ddim` or, for flow models, `cps`.",
+        "on the student's own K (CDM: 28). Needs `eta=0`, with `ddim` or, for flow models, `cps` or `flow_sde`.",
     )
     guidance_scale: Finite = setting(
         1.0,

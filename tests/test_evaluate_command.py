@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rdm_rl.cli.embedded import named_model, spare_threads
 from rdm_rl.cli.evaluate import _load_teacher
 from rdm_rl.cli.main import main
 from rdm_rl.evaluation.results import read_results
@@ -263,3 +264,18 @@ def test_a_teacher_is_guided_as_its_pipeline_counts(tmp_path: Path) -> None:
     tiny_zimage().save_pretrained(tmp_path / "base")
     options = Namespace(model_config=None, dtype="float32", teacher_guidance_scale=3.0, teacher_steps=2)
     assert _load_teacher(str(tmp_path / "base"), None, options).call["guidance_scale"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("model", "own", "spared"), [("scenes", None, True), ("scenes", "4", False), ("a", None, False)]
+)
+def test_embedded_networks_get_one_thread(
+    model: str, own: str | None, spared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    spare_threads(named_model(model))
+    assert asked == [1] * spared

@@ -410,10 +410,10 @@ def reads_colour(images: Tensor, prompts: list[str], colour: list[str]) -> list[
         (
             likeness,
             {**RANDOM_TIMES, "first_step_anchor": 0.1},
-            "begin with its first noise",
+            "begins with its first noise",
         ),
         (likeness, RANDOM_TIMES, "Set pathwise_steps='any' if that is meant"),
-        ("teacher_mse", RANDOM_TIMES, "begin with its first noise"),
+        ("teacher_mse", RANDOM_TIMES, "begins with its first noise"),
         (likeness, {"first_step_anchor": 0.1, "num_inference_steps": 2}, "Set reward_weighting='fixed'"),
     ],
 )

@@ -15,7 +15,7 @@ def card_facts(run: "StudentRun") -> dict[str, Any]:
     names = ["num_generations", "learning_rate", "seed"]
     names += ["dm_normalization"] if "rdm" in run.rewards else []
     names += ["resolution"] if len(run.sizes) > 1 else []
-    usual = {"sampler": "renoise", "eta": None, "num_iterations": 1}
+    usual = {"sampler": "renoise", "eta": None, "random_times": None, "num_iterations": 1}
     names += [name for name, value in usual.items() if getattr(run.args, name) != value]
     return {
         "weights": "averaged over training (EMA)" if averaged else "of the last update",

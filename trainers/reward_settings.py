@@ -115,11 +115,12 @@ def check_reward_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]
                 f"{anchor} with another force than that of 'rdm', by which reward_weighting={args.reward_weighting!r} "
                 "measures the other rewards. Set reward_weighting='fixed', or leave it out."
             )
-    wanting = any(reward.wants_teacher_images for reward in rewards.values())
-    if args.random_times and (args.first_step_anchor or wanting):
+    comparing = [f"the reward {name!r}" for name, reward in rewards.items() if reward.wants_teacher_images]
+    if args.random_times and (args.first_step_anchor or comparing):
+        other = f"first_step_anchor={args.first_step_anchor}" if args.first_step_anchor else comparing[0]
         raise ValueError(
-            f"random_times={args.random_times} keeps the last step of a walk alone, but first_step_anchor and rewards "
-            "that compare with the teacher's images begin with its first noise. Leave one of them out."
+            f"random_times={args.random_times} keeps the last step of a walk alone, but {other} begins with its first "
+            "noise. Leave one of them out."
         )
     if args.random_times and args.pathwise_steps == "last":
         looking = [name for name, reward in rewards.items() if isinstance(reward, PathwiseReward)]
@@ -139,7 +140,7 @@ def check_reward_settings(args: RDMConfig, rewards: Mapping[str, TrainingReward]
         raise ValueError(
             f"teacher_cache_gib={args.teacher_cache_gib} is set, but no images are kept: set teacher_cache_dir, too."
         )
-    if args.teacher_cache_dir is not None and not (wanting or args.eval_on_start or args.eval_strategy != "no"):
+    if args.teacher_cache_dir is not None and not (comparing or args.eval_on_start or args.eval_strategy != "no"):
         raise ValueError(
             f"teacher_cache_dir={args.teacher_cache_dir!r} is set, but no reward asks for the teacher's images, and no "
             "evaluation. Leave it out, use a reward such as 'teacher_clip', or set eval_strategy='steps'."

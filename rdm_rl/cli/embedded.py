@@ -1,8 +1,11 @@
 """The problems that come with the package, by the names that the command line has for them."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 EMBEDDED = ("digits", "scenes")
 
@@ -26,6 +29,18 @@ def named_model(name: str) -> str:
         'owner/name'
     """
     return str(embedded_teacher(name)) if name in EMBEDDED else name
+
+
+def spare_threads(model: str) -> None:
+    """Give the network of an embedded problem one thread, unless ``OMP_NUM_THREADS`` is set.
+
+    A second gains little on networks as small, and two wait badly for each other on a busy machine.
+
+    Args:
+        model: The model as :func:`named_model` gives it; any other keeps its threads.
+    """
+    if model in map(named_model, EMBEDDED) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def embedded_prompts(name: str) -> list[dict[str, Any]]:

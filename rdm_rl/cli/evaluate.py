@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rdm_rl.cli.embedded import EMBEDDED, embedded_prompts, named_model
+from rdm_rl.cli.embedded import EMBEDDED, embedded_prompts, named_model, spare_threads
 from rdm_rl.cli.main import base_model
 from rdm_rl.cli.train import make_rewards
 from rdm_rl.evaluation.comparison import compare
@@ -56,6 +56,7 @@ def evaluate_command(options: argparse.Namespace, command: str) -> None:
         teacher = named_model(options.teacher)
     else:
         teacher = base_model(adapters[0], options.model) if adapters else "none"
+    spare_threads(teacher)
     if teacher != "none":
         first = next(iter(students.values()), None)
         models.insert(0, Model(name="teacher", load=partial(_load_teacher, teacher, first, options)))

@@ -196,9 +196,11 @@ def _load_silently() -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     _load_silently()
+    from rdm_rl.cli.embedded import EMBEDDED, named_model, spare_threads
     from rdm_rl.demo.run import evaluate_students, run_demo
 
     if options.student:
+        spare_threads(named_model(EMBEDDED[0]))
         evaluate_students(options.student, options.seeds, options.output_dir)
     else:
         run_demo(options.output_dir or "demo-output", seed=options.seed)

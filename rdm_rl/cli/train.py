@@ -1,15 +1,13 @@
 """``rdm-rl train``: a run from flags and a YAML file."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-import torch
 from peft import LoraConfig
 
-from rdm_rl.cli.embedded import EMBEDDED, embedded_prompts, named_model
+from rdm_rl.cli.embedded import EMBEDDED, embedded_prompts, named_model, spare_threads
 from rdm_rl.cli.help import TRAIN_PROG, TRAIN_SUMMARY
 from rdm_rl.cli.parser import SettingsParser
 from rdm_rl.families.hub import one_line_errors
@@ -207,8 +205,7 @@ def train_command(words: Sequence[str]) -> None:
     ``--method NAME`` for a method's settings, which other flags and the file override.
     """
     arguments, args = train_parser().parse(words)
-    if arguments.model_name_or_path in EMBEDDED and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # A second gains nothing on networks as small, and two wait badly on a busy machine.
+    spare_threads(named_model(arguments.model_name_or_path))
     trainer = RDMTrainer(
         arguments.model,
         make_rewards(arguments.reward_funcs, arguments.reward_options),
