@@ -24,7 +24,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 from zlib import crc32
@@ -116,7 +115,8 @@ def collect_pairs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts, solved = range(0, len(prompts), batch_size), len(times) if solve_later else 1
-    ways = [sampler(schedule, torch.tensor(before), torch.tensor(t)) for before, t in pairwise(times)]
+    visited = torch.tensor(times, device=device)
+    ways = [sampler(schedule, visited[step], visited[step + 1]) for step in range(len(times) - 1)]
     pieces = []
     bar = tqdm(total=len(starts) * solved, desc="warm start: teacher solutions", disable=not show_progress)
     for start in starts:
