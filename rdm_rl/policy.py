@@ -286,11 +286,8 @@ def rollout(
         predictions.append(policy(states[-1], t.expand(count), batch.conditioning))
         if step + 1 < len(times):
             transition = sampler(schedule, t, times[step + 1])
-            state = transition.mean(predictions[-1], states[-1] if transition.state_scale else None)
-            if transition.std:
-                noise = step_noise((count, *shape), generator, device)
-                state = state + append_dims(transition.std, state) * noise
-            states.append(state)
+            noise = step_noise((count, *shape), generator, device) if transition.std else None
+            states.append(transition.next_state(predictions[-1], states[-1], noise))
             transitions.append(transition)
     return Rollout(
         batch=batch,

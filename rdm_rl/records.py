@@ -135,6 +135,20 @@ class Transition:
         mean = append_dims(self.x_0_scale, x_0) * x_0
         return mean if state is None else mean + append_dims(self.state_scale, x_0) * state
 
+    def next_state(self, x_0: Tensor, state: Tensor, noise: Tensor | None) -> Tensor:
+        """Where the step leads with this noise.
+
+        Args:
+            x_0: The prediction, shape (N, C, H, W).
+            state: The state it was made at, the same shape; not looked at where b = 0.
+            noise: Standard normal noise, the same shape; None where s = 0.
+
+        Returns:
+            The next state, of the shape of x_0.
+        """
+        mean = self.mean(x_0, state if self.state_scale else None)
+        return mean if noise is None else mean + append_dims(self.std, x_0) * noise
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:

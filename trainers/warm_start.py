@@ -24,6 +24,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 from zlib import crc32
@@ -115,8 +116,7 @@ def collect_pairs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts, solved = range(0, len(prompts), batch_size), len(times) if solve_later else 1
-    visited = torch.tensor(times, device=device)
-    ways = [sampler(schedule, visited[step], visited[step + 1]) for step in range(len(times) - 1)]
+    ways = [sampler(schedule, *step) for step in pairwise(torch.tensor(times, device=device))]
     pieces = []
     bar = tqdm(total=len(starts) * solved, desc="warm start: teacher solutions", disable=not show_progress)
     for start in starts:
@@ -167,9 +167,7 @@ def _states(
 ) -> Tensor:
     """Noise for the first time; for the others where the way leads from the states before, predicting the samples."""
     noise = normal(shape, generator, device)
-    if way is None:
-        return noise
-    return way.mean(samples, states if way.state_scale else None) + way.std * noise
+    return noise if way is None else way.next_state(samples, states, noise)
 
 
 def regress(

@@ -124,8 +124,8 @@ class Replicates:
         x_0 = ode_solution(teacher, start, 1.0, NO_PROMPT, SCHEDULE, 50)
         starts, ends = [start], [x_0]
         for before, t in pairwise(self.times):
-            way, noise = self.sampler(SCHEDULE, before, t), torch.randn(x_0.shape, generator=draw)
-            starts.append(way.mean(x_0, starts[-1] if way.state_scale else None) + way.std * noise)
+            noise = torch.randn(x_0.shape, generator=draw)
+            starts.append(self.sampler(SCHEDULE, before, t).next_state(x_0, starts[-1], noise))
             ends.append(ode_solution(teacher, starts[-1], float(t), NO_PROMPT, SCHEDULE, 50))
         shape = (len(self.times), len(self.seeds), NUM_PROMPTS, WARM_START_STATES, self.dimensions)
         states, targets = torch.stack(starts).view(shape), torch.stack(ends).view(shape)
@@ -141,16 +141,13 @@ class Replicates:
         shape, policy, levels = (1, 1, self.dimensions), self.predictor(self.policy), self.arm.levels
         times = random_times(levels, self.draws["levels"]) if levels else self.times
         draw = self.draws["rollout"]
-        return rollout(policy, self.batch, SCHEDULE, times, shape=shape, generator=draw, sampler=self.sampler)
-
-    def _some_steps(self, samples: Rollout, count: int, draw: torch.Generator) -> Tensor:
-        """Steps of a rollout to learn from: any, or only the last, which is the anchor of a random schedule."""
-        return torch.randint(len(samples.x_0) - 1 if self.arm.levels else 0, len(samples.x_0), (count,), generator=draw)
+        chains = rollout(policy, self.batch, SCHEDULE, times, shape=shape, generator=draw, sampler=self.sampler)
+        return chains.only(-1) if levels else chains
 
     def _update_fake_score(self, samples: Rollout) -> None:
         """A denoising step on one of the predictions of each sample."""
         draw, count = self.draws["fake score"], len(self.group_ids)
-        x_0 = samples.x_0[self._some_steps(samples, count, draw), torch.arange(count)]
+        x_0 = samples.x_0[torch.randint(len(samples.times), (count,), generator=draw), torch.arange(count)]
         t, noise = renoise_times(count, draw, interval=(0.001, 1.0)), torch.randn(x_0.shape, generator=draw)
         loss = fake_score_loss(self.predictor(self.fake_score), x_0, NO_PROMPT, t, noise, SCHEDULE, "flow").loss
         minimise(loss, self.fake_optimizer, len(self.seeds))
@@ -204,7 +201,7 @@ class Replicates:
         samples = self._rollout()
         for _ in range(self.arm.fake_updates):
             self._update_fake_score(samples)
-        step = int(self._some_steps(samples, 1, self.draws["step"]))
+        step = int(torch.randint(len(samples.times), (1,), generator=self.draws["step"]))
         if step == 0 and self.arm.anchor:
             values = anchored(samples, self.predictor(self.problem.denoise), SCHEDULE, self.arm.anchor).values
         else:

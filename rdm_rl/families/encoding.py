@@ -189,8 +189,9 @@ class PromptEncoding(ABC):
         if hasattr(self.pipeline, "_text_preprocessing"):  # Sana's and PixArt's read small letters only.
             texts = self.pipeline._text_preprocessing(texts)
         names: dict[tuple[int, int, int], list[str]] = {}
-        for name, limit in (self.token_limits if self.tokenizers else {}).items():  # Prompts may be given encoded.
-            too_long = [length for length in _token_counts(self.tokenizers[name], texts) if length > limit]
+        for name, tokenizer in self.tokenizers.items():  # Some may be missing, where prompts are given encoded.
+            limit = self.token_limits[name]
+            too_long = [length for length in _token_counts(tokenizer, texts) if length > limit]
             if too_long:
                 names.setdefault((limit, len(too_long), max(too_long)), []).append(name)
         return [CutPrompts(tuple(cutting), *numbers) for numbers, cutting in names.items()]

@@ -70,8 +70,7 @@ class FluxFamily(FlowFamily):
     @property
     def token_limits(self) -> dict[str, int]:
         """CLIP's own limit, and for T5 the length of a prompt."""
-        limits = super().token_limits
-        return {name: self.prompt_tokens if name == "tokenizer_2" else limit for name, limit in limits.items()}
+        return {**super().token_limits, "tokenizer_2": self.prompt_tokens}
 
     def encoding_facts(self) -> dict[str, object]:
         """The usual facts, and the length of a prompt."""
